@@ -1,0 +1,32 @@
+"""The whole of one run."""
+
+from dataclasses import dataclass, field
+
+from scale_llm.config.checkpoint import CheckpointConfig
+from scale_llm.config.cluster import ClusterConfig
+from scale_llm.config.data import DataConfig
+from scale_llm.config.logging import LoggingConfig
+from scale_llm.config.model import ModelConfig
+from scale_llm.config.optim import OptimConfig
+from scale_llm.config.parallel import ParallelConfig
+from scale_llm.config.precision import PrecisionConfig
+from scale_llm.config.stage import PretrainConfig, StageConfig
+from scale_llm.config.tokenizer import TokenizerConfig
+from scale_llm.config.train import TrainConfig
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    run_dir: str
+    """Everything the run writes lies here; a rerun with the same directory resumes."""
+    stage: StageConfig = field(default_factory=PretrainConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)

@@ -1,0 +1,13 @@
+"""Text to tokens."""
+
+from dataclasses import dataclass
+
+
+@dataclass(kw_only=True, slots=True)
+class TokenizerConfig:
+    path: str | None = None
+    """A tokenizer.json, or a directory that holds one; None: train one on the data."""
+    vocab_size: int = 8192
+    """Size of a tokenizer trained here, special tokens included."""
+    eod_token: str = "<|endoftext|>"
+    """End-of-document token."""

@@ -1,0 +1,44 @@
+"""How long to train, on how much at a time. Field names are Megatron's."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class RecomputeGranularity(Enum):
+    none = "none"
+    selective = "selective"
+    full = "full"
+
+
+class RecomputeMethod(Enum):
+    uniform = "uniform"
+    block = "block"
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    micro_batch_size: int = 1
+    """Samples in one forward pass of one data-parallel rank."""
+    global_batch_size: int = 8
+    """Samples in one optimizer step over all ranks."""
+    rampup_batch_size: list[int] | None = None
+    """[start samples, increment, ramp-up samples]: the global batch size grows linearly from start to
+    global_batch_size while that many samples are consumed."""
+    train_iters: int | None = None
+    train_samples: int | None = None
+    """Exactly one of train_iters and train_samples."""
+    eval_interval: int | None = None
+    """Iterations between evaluations on the validation split; None: only at the end."""
+    eval_iters: int = 10
+    """Global batches per evaluation; 0: none."""
+    exit_interval: int | None = None
+    """Save and stop at the first iteration divisible by this."""
+    exit_duration_in_mins: float | None = None
+    """Save and stop after this many minutes."""
+    seed: int = 1234
+    log_interval: int = 1
+    """Iterations between log lines, TensorBoard points and rows of metrics.jsonl."""
+    recompute_granularity: RecomputeGranularity = RecomputeGranularity.none
+    """Activations computed again in the backward pass: none, attention only (selective), whole layers (full)."""
+    recompute_method: RecomputeMethod = RecomputeMethod.uniform
+    recompute_num_layers: int = 1
