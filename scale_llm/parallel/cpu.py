@@ -1,0 +1,249 @@
+"""Lets megatron-core run on ranks without a GPU: the one place that knows what its wheel assumes of CUDA.
+
+`adapt()` gives every module of megatron-core a view of torch in which the current accelerator is the CPU: factories
+that ask for `device="cuda"` make CPU tensors, streams and events do nothing, and the CUDA generator is the CPU's. torch
+itself stays as it is, apart from `Tensor.cuda` (returns the tensor) and `Tensor.type()` (megatron-core's optimizers
+compare it with the names of CUDA types). On a GPU nothing here is called.
+
+Call it before megatron-core is first imported. Tried with megatron-core 0.16.1.
+"""
+
+import contextlib
+import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+import types
+import warnings
+
+import torch
+
+_FACTORIES = ("tensor", "empty", "zeros", "ones", "full", "arange", "rand", "randn", "randint",
+              "empty_like", "zeros_like", "ones_like", "full_like", "linspace", "eye")  # fmt: skip
+
+
+class _NoStream:
+    """A CUDA stream or event on a machine without one: everything has already happened."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *args):
+        return False
+
+    def wait_stream(self, stream):
+        pass
+
+    def wait_event(self, event):
+        pass
+
+    def record_event(self, event=None):
+        return _NoStream()
+
+    def record(self, stream=None):
+        pass
+
+    def wait(self, stream=None):
+        pass
+
+    def query(self):
+        return True
+
+    def synchronize(self):
+        pass
+
+
+def _nothing(*args, **kwargs):
+    return None
+
+
+class _View(types.ModuleType):
+    """A module seen through replacements; names without one are the module's own."""
+
+    def __init__(self, module, **replacements):
+        super().__init__(module.__name__)
+        self.__dict__.update(replacements)
+        self.__dict__["_module"] = module
+
+    def __getattr__(self, name):
+        value = getattr(self._module, name)
+        self.__dict__[name] = value  # the next look-up costs what a module's costs
+        return value
+
+
+def _on_cpu(factory):
+    """The factory with every CUDA device among its arguments replaced by the CPU."""
+
+    def make(*args, device=None, pin_memory=False, **kwargs):
+        if device is not None and str(device).startswith("cuda"):
+            device = "cpu"
+        return factory(*args, device=device, **kwargs)
+
+    make.__name__ = factory.__name__
+    return make
+
+
+def _cpu_view() -> _View:
+    stream = _NoStream()
+    random = _View(
+        torch.cuda.random,
+        get_rng_state=lambda device=None: torch.get_rng_state(),
+        set_rng_state=lambda state, device=None: torch.set_rng_state(state),
+    )
+    nvtx = types.SimpleNamespace(
+        range_push=_nothing, range_pop=_nothing, range=lambda *a, **k: contextlib.nullcontext()
+    )
+    cuda = _View(
+        torch.cuda,
+        current_device=lambda: torch.device("cpu"),
+        synchronize=_nothing,
+        empty_cache=_nothing,
+        set_device=_nothing,
+        device_count=lambda: 1,
+        Stream=_NoStream,
+        Event=_NoStream,
+        stream=lambda s=None: contextlib.nullcontext(),
+        current_stream=lambda *a: stream,
+        default_stream=lambda *a: stream,
+        is_current_stream_capturing=lambda: False,
+        get_rng_state=lambda device=None: torch.get_rng_state(),
+        set_rng_state=lambda state, device=None: torch.set_rng_state(state),
+        manual_seed=torch.manual_seed,
+        random=random,
+        nvtx=nvtx,
+        FloatTensor=torch.FloatTensor,
+        HalfTensor=torch.HalfTensor,
+        BFloat16Tensor=torch.BFloat16Tensor,
+        IntTensor=torch.IntTensor,
+        LongTensor=torch.LongTensor,
+    )
+    factories = {name: _on_cpu(getattr(torch, name)) for name in _FACTORIES}
+
+    def autocast(device_type, *args, **kwargs):
+        return torch.autocast("cpu" if device_type == "cuda" else device_type, *args, **kwargs)
+
+    return _View(torch, cuda=cuda, autocast=autocast, compile=_identity_decorator, **factories)
+
+
+def _identity_decorator(function=None, **kwargs):
+    """torch.compile without a compiler."""
+    return function if function is not None else _identity_decorator
+
+
+class _ViewLoader(importlib.abc.Loader):
+    """Loads a megatron-core module as usual, then gives it the view of torch."""
+
+    def __init__(self, loader, view):
+        self._loader, self._view = loader, view
+
+    def create_module(self, spec):
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module):
+        compile_ = torch.compile
+        torch.compile = _identity_decorator  # decorators of the module's body
+        try:
+            self._loader.exec_module(module)
+        finally:
+            torch.compile = compile_
+        if module.__dict__.get("torch") is torch:
+            module.torch = self._view
+
+
+class _ViewFinder(importlib.abc.MetaPathFinder):
+    """Finds megatron-core's modules and has them loaded with the view."""
+
+    def __init__(self, view):
+        self._view = view
+
+    def find_spec(self, name, path, target=None):
+        if not name.startswith("megatron.core"):
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is not None and isinstance(spec.loader, importlib.machinery.SourceFileLoader):
+            spec.loader = _ViewLoader(spec.loader, self._view)
+        return spec
+
+
+def _cuda_type_names():
+    """`Tensor.type()` of a CPU tensor answers with the CUDA name; `Tensor.cuda()` returns the tensor."""
+    plain_type = torch.Tensor.type
+
+    def type_(self, dtype=None, *args, **kwargs):
+        if dtype is not None:
+            return plain_type(self, dtype, *args, **kwargs)
+        name = plain_type(self)
+        return name.replace("torch.", "torch.cuda.", 1) if "cuda" not in name else name
+
+    torch.Tensor.type = type_
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+
+
+def _adapt_random():
+    """megatron-core's tracker of generator states forks the CPU generator."""
+    from megatron.core.tensor_parallel import random
+
+    random._get_cuda_rng_state = lambda device="cpu", clone=False, graph_safe=False: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+
+
+def _adapt_moe():
+    """The router names a Transformer Engine function; the dispatcher wants its split sizes as lists."""
+    from megatron.core.tensor_parallel import mappings
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+    exchange = mappings.all_to_all
+
+    def all_to_all(group, input_, output_split_sizes_=None, input_split_sizes=None, **kwargs):
+        return exchange(group, input_, _as_list(output_split_sizes_), _as_list(input_split_sizes), **kwargs)
+
+    token_dispatcher.all_to_all = all_to_all
+
+
+def _as_list(sizes):
+    """Split sizes that gloo accepts; megatron-core moves them to the host only for CUDA tensors."""
+    return sizes.tolist() if isinstance(sizes, torch.Tensor) else sizes
+
+
+def adapt() -> None:
+    """Gives megatron-core a CPU in place of the GPU, once per process.
+
+    Raises:
+        RuntimeError: megatron-core was imported before.
+    """
+    if any(isinstance(finder, _ViewFinder) for finder in sys.meta_path):
+        return
+    if "megatron.core" in sys.modules:
+        raise RuntimeError("scale_llm.parallel.cpu.adapt() must come before the first import of megatron.core")
+    sys.meta_path.insert(0, _ViewFinder(_cpu_view()))
+    _cuda_type_names()
+    with warnings.catch_warnings():
+        # Apex and Transformer Engine are absent on purpose.
+        warnings.simplefilter("ignore")
+        importlib.import_module("megatron.core")
+        importlib.import_module("megatron.core.models.gpt")
+        importlib.import_module("megatron.core.models.gpt.gpt_layer_specs")
+    _adapt_random()
+    _adapt_moe()
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep freed memory for the next step instead of giving it back to the kernel.
+
+    Activations of a step are megabytes each; by default every one is mapped and unmapped, and its pages are zeroed again
+    by the kernel. No effect where the C library is another.
+    """
+    import ctypes
+
+    m_trim_threshold, m_mmap_threshold = -1, -3
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(m_mmap_threshold, 1 << 30)
+        libc.mallopt(m_trim_threshold, (1 << 31) - 1)
+    except (OSError, AttributeError):
+        pass

@@ -1,0 +1,77 @@
+"""The accelerator of a rank and the process group of the whole job."""
+
+import datetime
+import os
+import random
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What one rank computes on.
+
+    device: `cpu`, or `cuda:<local rank>`.
+    backend: `gloo` or `nccl`, the library of its collectives.
+    """
+
+    device: torch.device
+    backend: str
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    def synchronize(self) -> None:
+        """Waits until the device has finished what it was given."""
+        if self.is_cuda:
+            torch.cuda.synchronize(self.device)
+
+
+def start(kind: str, timeout_minutes: int = 10, threads: int | None = None) -> Device:
+    """Joins the job as the rank that the environment names (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT).
+
+    kind: `cpu` or `cuda`. On a CPU megatron-core is adapted first, so call this before importing it.
+    threads: threads of one CPU operation; None leaves torch's choice.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if kind == "cuda":
+        device = Device(torch.device("cuda", local_rank), "nccl")
+        torch.cuda.set_device(device.device)
+    else:
+        from scale_llm.parallel import cpu
+
+        cpu.adapt()
+        cpu.keep_freed_memory()
+        device = Device(torch.device("cpu"), "gloo")
+        if threads is not None:
+            torch.set_num_threads(threads)
+    if not dist.is_initialized():
+        dist.init_process_group(
+            device.backend,
+            timeout=datetime.timedelta(minutes=timeout_minutes),
+            device_id=device.device if device.is_cuda else None,
+        )
+    return device
+
+
+def stop() -> None:
+    """Leaves the job."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def seed_everything(seed: int, *, tp_rank: int, pp_rank: int, ep_rank: int, etp_rank: int) -> None:
+    """Seeds every generator of this rank: dropout differs between tensor shards and pipeline stages where it must."""
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    stage_seed = seed + 100 * pp_rank
+    random.seed(stage_seed)
+    np.random.seed(stage_seed % 2**32)
+    torch.manual_seed(stage_seed)
+    model_parallel_cuda_manual_seed(
+        stage_seed, tp_rank=tp_rank, ep_rank=ep_rank, etp_rank=etp_rank, force_reset_rng=True
+    )
