@@ -1,0 +1,88 @@
+"""Initial weights that depend on the seed and on global names alone, never on the layout.
+
+Every parameter is drawn for its name in the checkpoint (which is the same under any layout) from a counter-based
+generator (Philox; Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011), so that a rank draws just its
+own rows. Megatron's rule for the values: normal with `init_method_std`, divided by sqrt(2 * layers) for the projections
+that write to the residual stream; norms 1, biases 0.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+from scale_llm.parallel.mesh import Mesh
+
+_NORMALS_PER_BLOCK = 8  # one Philox block: four 64-bit words, two 32-bit uniforms each
+_SCALED = ("linear_proj.weight", "linear_fc2.weight")
+
+
+def initialise(chunks: Sequence, config, mesh: Mesh, *, seed: int) -> None:
+    """Draws every parameter of this rank's model chunks in place."""
+    metadata = {"dp_cp_group": mesh.groups.dp_cp, "singleton_local_shards": False}
+    drawn = set()
+    with torch.no_grad():
+        for chunk in chunks:
+            for shard in _shards(chunk.sharded_state_dict(metadata=metadata)):
+                shard.data.copy_(draw_shard(shard, config, seed))
+                drawn.add(shard.data.untyped_storage().data_ptr())
+            missed = [n for n, p in chunk.named_parameters() if p.untyped_storage().data_ptr() not in drawn]
+            assert not missed, f"parameters without an initial value: {missed}"
+
+
+def _shards(state) -> Iterator[ShardedTensor]:
+    values = state.values() if isinstance(state, dict) else state
+    for value in values:
+        if isinstance(value, ShardedTensorFactory):
+            yield from _shards(value.build())
+        elif isinstance(value, dict | list | tuple):
+            yield from _shards(value)
+        elif isinstance(value, ShardedTensor):
+            yield value
+
+
+def draw_shard(shard: ShardedTensor, config, seed: int) -> torch.Tensor:
+    """Values of one shard, in FP32, shaped like its data."""
+    key, leading = shard.key, shard.prepend_axis_num
+    if key.endswith(("bias", "layer_norm_bias")):
+        return torch.zeros(shard.local_shape)
+    if key.endswith(("layer_norm_weight", "layernorm.weight")):
+        return torch.ones(shard.local_shape)
+    std = config.init_method_std
+    if key.endswith(_SCALED):
+        std /= math.sqrt(2.0 * config.num_layers)
+    name = f"{seed}/{key}/{'.'.join(map(str, shard.global_offset[:leading]))}"
+    values = normal_slice(name, shard.global_shape[leading:], shard.global_offset[leading:], shard.local_shape)
+    return torch.from_numpy(values * np.float32(std))
+
+
+def normal_slice(
+    name: str, shape: Sequence[int], offset: Sequence[int], local_shape: Sequence[int]
+) -> np.ndarray:
+    """The part at `offset` of a standard normal tensor of `shape` that the name determines; FP32."""
+    row = math.prod(shape[1:])
+    rows = normals(name, offset[0] * row, (offset[0] + local_shape[0]) * row).reshape(local_shape[0], *shape[1:])
+    inner = tuple(slice(o, o + n) for o, n in zip(offset[1:], local_shape[1:], strict=True))
+    return np.ascontiguousarray(rows[(slice(None), *inner)])
+
+
+def normals(name: str, start: int, stop: int) -> np.ndarray:
+    """Elements start..stop of the infinite sequence of standard normals that the name determines; FP32.
+
+    Box and Muller's transform of two 32-bit uniforms gives two normals and, unlike rejection methods, uses a fixed number
+    of random words.
+    """
+    first = start // _NORMALS_PER_BLOCK
+    blocks = -(-stop // _NORMALS_PER_BLOCK) - first
+    key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:16], "little")
+    words = np.random.Philox(key=key).advance(first).random_raw(4 * blocks).view(np.uint32)
+    radius = np.sqrt(-2.0 * np.log((words[0::2] + 1.0) * 2.0**-32))
+    angle = words[1::2] * (2.0 * np.pi * 2.0**-32)
+    out = np.empty(words.size, dtype=np.float32)
+    out[0::2] = radius * np.cos(angle)
+    out[1::2] = radius * np.sin(angle)
+    skip = start - first * _NORMALS_PER_BLOCK
+    return out[skip : skip + stop - start]

@@ -1,0 +1,64 @@
+"""Layer specs: which class stands for which part of a transformer layer."""
+
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from scale_llm.config.errors import UserError
+from scale_llm.config.model import Backend
+from scale_llm.models.torch_layers import TorchAttention, TorchLayerNorm, TorchRMSNorm
+
+
+def choose_backend(backend: Backend, *, on_cuda: bool) -> Backend:
+    """The backend that `auto` means on this device."""
+    if backend is not Backend.auto:
+        if backend is Backend.transformer_engine and not on_cuda:
+            raise UserError("model.backend=transformer_engine needs a GPU: use model.backend=torch on a CPU")
+        return backend
+    if on_cuda:
+        try:
+            import transformer_engine.pytorch  # noqa: F401
+        except ImportError:
+            return Backend.torch
+        return Backend.transformer_engine
+    return Backend.torch
+
+
+def block_spec(config: TransformerConfig, backend: Backend, *, vp_stage: int | None, pp_rank: int):
+    """Spec of the transformer block of one pipeline stage (and virtual stage)."""
+    if backend is Backend.transformer_engine:
+        return get_gpt_decoder_block_spec(
+            config, use_transformer_engine=True, normalization=config.normalization, vp_stage=vp_stage, pp_rank=pp_rank
+        )
+    layer = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts,
+        moe_grouped_gemm=False,
+        qk_layernorm=config.qk_layernorm,
+        normalization=config.normalization,
+    )
+    if backend is Backend.local:
+        from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+        norm = WrappedTorchNorm
+    else:
+        norm = TorchRMSNorm if config.normalization == "RMSNorm" else TorchLayerNorm
+        _use_torch_layers(layer.submodules, norm, config)
+    layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)
+
+
+def _use_torch_layers(layer, norm, config: TransformerConfig) -> None:
+    """Replaces norms and core attention of megatron-core's local layer spec."""
+    layer.input_layernorm = norm
+    layer.pre_mlp_layernorm = norm
+    attention = layer.self_attention.submodules
+    attention.core_attention = TorchAttention
+    if config.qk_layernorm:
+        attention.q_layernorm = norm
+        attention.k_layernorm = norm
+
+

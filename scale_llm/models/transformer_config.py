@@ -1,0 +1,90 @@
+"""Our config groups -> megatron-core's TransformerConfig."""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from scale_llm.config.model import ModelConfig, RouterBalancing
+from scale_llm.config.parallel import ParallelConfig
+from scale_llm.config.precision import PrecisionConfig
+from scale_llm.config.train import RecomputeGranularity, TrainConfig
+
+
+def model_dtype(precision: PrecisionConfig) -> torch.dtype:
+    """Number format of weights and activations."""
+    return torch.bfloat16 if precision.bf16 else torch.float16 if precision.fp16 else torch.float32
+
+
+def _leave_uninitialised(weight: torch.Tensor) -> torch.Tensor:
+    """megatron-core marks weights as sharded while it initialises them; `models.init` draws the values."""
+    return weight
+
+
+def transformer_config(
+    model: ModelConfig, parallel: ParallelConfig, precision: PrecisionConfig, train: TrainConfig, *, on_cuda: bool
+) -> TransformerConfig:
+    """TransformerConfig of one role. Derived sizes (ffn_hidden_size, ...) must be resolved already."""
+    dtype = model_dtype(precision)
+    recompute = train.recompute_granularity
+    full = recompute is RecomputeGranularity.full
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.kv_channels,
+        normalization=model.normalization.value,
+        layernorm_epsilon=model.norm_epsilon,
+        gated_linear_unit=model.swiglu,
+        activation_func=F.silu if model.swiglu else F.gelu,
+        bias_activation_fusion=False,
+        add_bias_linear=model.add_bias_linear,
+        add_qkv_bias=model.add_qkv_bias,
+        qk_layernorm=model.qk_layernorm,
+        hidden_dropout=model.hidden_dropout,
+        attention_dropout=model.attention_dropout,
+        init_method=_leave_uninitialised,
+        output_layer_init_method=_leave_uninitialised,
+        embedding_init_method=_leave_uninitialised,
+        init_method_std=model.init_method_std,
+        num_moe_experts=model.num_experts,
+        moe_router_topk=model.moe_router_topk,
+        moe_ffn_hidden_size=(model.moe_ffn_hidden_size or model.ffn_hidden_size) if model.num_experts else None,
+        moe_aux_loss_coeff=model.moe_aux_loss_coeff if model.num_experts else 0.0,
+        moe_router_load_balancing_type=_balancing(model),
+        moe_token_dispatcher_type="alltoall",
+        moe_grouped_gemm=False,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        pipeline_dtype=dtype,
+        params_dtype=dtype,
+        bf16=precision.bf16,
+        fp16=precision.fp16,
+        attention_softmax_in_fp32=True,
+        # Batched point-to-point over gloo pairs the wrong messages where both neighbours are one rank (PP=2 with VPP).
+        batch_p2p_comm=on_cuda,
+        deallocate_pipeline_outputs=True,
+        calculate_per_token_loss=True,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        recompute_granularity=None if recompute is RecomputeGranularity.none else recompute.value,
+        recompute_method=train.recompute_method.value if full else None,
+        recompute_num_layers=train.recompute_num_layers if full else None,
+        recompute_modules=["core_attn"],
+        use_cpu_initialization=False,
+    )
+
+
+def _balancing(model: ModelConfig) -> str:
+    return "none" if model.moe_router_load_balancing_type is RouterBalancing.none else (
+        model.moe_router_load_balancing_type.value
+    )
