@@ -16,6 +16,8 @@ class DataConfig:
     """A file, glob, directory or indexed prefix; or a list of them, with weights before each by choice
     (`[0.7, a.jsonl, 0.3, b.parquet]`). Text, JSONL, Parquet, or Megatron .bin/.idx. None: the standard library
     of the running Python."""
+    embedded_megabytes: float | None = None
+    """How much of the running Python's standard library, when `path` is None; None: all of it."""
     fields: FieldsConfig = field(default_factory=FieldsConfig)
     split: str = "949,50,1"
     """Shares of the documents for training, validation and test."""

@@ -1,0 +1,262 @@
+"""From the data and tokenizer configuration to indexed tokens, each step done once and found again by fingerprint.
+
+    cache_dir/tokenizers/<fingerprint>/tokenizer.json            of the sources and the tokenizer settings
+    cache_dir/tokens/<fingerprint>/NAME_FIELD_document.{bin,idx} of one source and the tokenizer's content
+    cache_dir/prepared/<fingerprint>/prepared.json               of all of these and the weights
+
+So another weight costs nothing, and another source costs that source alone.
+"""
+
+import dataclasses
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from scale_llm.config.data import DataConfig
+from scale_llm.config.errors import UserError
+from scale_llm.config.tokenizer import TokenizerConfig
+from scale_llm.data import corpus
+from scale_llm.data.files import build_once, fingerprint, stamp, write_json
+from scale_llm.data.indexed_check import check_indexed, sequence_lengths
+from scale_llm.data.progress import byte_progress
+from scale_llm.data.sources import Source, parse_path
+from scale_llm.data.splits import split_problems
+
+FORMAT = 1
+"""Raised when the same input would give other files, so that old cache entries are left alone."""
+TOKENIZER_BYTES = 16_000_000
+"""Text a tokenizer is trained on, the first of each source in equal parts; more changes little."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreparedData:
+    """What ranks need to know of the data; written to prepared.json."""
+
+    path: str
+    """Where this was written."""
+    tokenizer_path: str
+    vocab_size: int
+    """Tokens of the tokenizer; the model may pad it."""
+    eod: int
+    prefixes: list[str]
+    """Absolute, without .bin and .idx."""
+    weights: list[float] | None
+    """One per prefix, summing to 1; None: each as much as it holds."""
+    num_documents: int
+    num_tokens: int
+    """Ends of documents included."""
+    num_bytes: int | None
+    """UTF-8 bytes of the text, for bits per byte; None where an indexed prefix is among the sources."""
+
+
+def load_prepared(path: str | Path) -> PreparedData:
+    """Reads a prepared.json, or the one in a directory."""
+    file = Path(path)
+    file = file / "prepared.json" if file.is_dir() else file
+    return PreparedData(**json.loads(file.read_text(encoding="utf-8")))
+
+
+def prepare(
+    data: DataConfig, tokenizer: TokenizerConfig, cache_dir: str | Path, show_progress: bool = False
+) -> PreparedData:
+    """Trains the tokenizer, indexes the text, or finds what an earlier call made of the same input.
+
+    Any number of processes may call this at once: one does the work, the others wait for it.
+
+    Raises:
+        UserError: with every problem found.
+    """
+    cache = Path(cache_dir).expanduser().absolute()
+    sources = _checked_sources(data, tokenizer)
+    tokenizer_path = _tokenizer(data, tokenizer, sources, cache, show_progress)
+
+    from scale_llm.data.tokenizer import Tokenizer, file_digest
+
+    digest = file_digest(tokenizer_path)
+    key = [FORMAT, tokenizer.eod_token, digest, tokenizer_path, [_source_key(source, data) for source in sources]]
+    entry = cache / "prepared" / fingerprint([key, [source.weight for source in sources]])
+
+    def write(directory: Path) -> None:
+        loaded = Tokenizer.load(tokenizer_path, tokenizer.eod_token)
+        indexed = [_index(source, data, loaded, digest, cache, show_progress) for source in sources]
+        _check_vocabulary(indexed, loaded.vocab_size)
+        prepared = _collect(sources, indexed, loaded, str(entry / "prepared.json"))
+        write_json(directory / "prepared.json", asdict(prepared))
+
+    prepared = load_prepared(build_once(entry, write))
+    problems = [problem for prefix in prepared.prefixes for problem in check_indexed(prefix)]
+    if problems:
+        raise UserError([f"{problem}; files under {cache} may be deleted, they are made again" for problem in problems])
+    return prepared
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Indexed:
+    """One source as indexed files."""
+
+    prefixes: list[str]
+    num_documents: int
+    num_tokens: int
+    num_bytes: int | None
+
+
+def _checked_sources(data: DataConfig, tokenizer: TokenizerConfig) -> list[Source]:
+    problems = split_problems(data.split)
+    sources: list[Source] = []
+    try:
+        sources = parse_path(data.path)
+    except UserError as error:
+        problems += error.problems
+    for source in sources:
+        if source.kind == "indexed":
+            problems += [problem for prefix in source.files for problem in check_indexed(prefix)]
+            if tokenizer.path is None:
+                problems.append(
+                    f"tokenizer.path=null: {source.files[0]} is indexed already; set tokenizer.path to the tokenizer "
+                    "it was made with"
+                )
+    if problems:
+        raise UserError(problems)
+    return [_with_embedded_files(source, data) for source in sources]
+
+
+def _with_embedded_files(source: Source, data: DataConfig) -> Source:
+    if source.kind != "embedded":
+        return source
+    return dataclasses.replace(source, files=tuple(corpus.embedded_files(data.embedded_megabytes)))
+
+
+def _source_key(source: Source, data: DataConfig) -> list[Any]:
+    """What names a source's content, without reading it."""
+    files = source.files
+    if source.kind == "indexed":
+        files = tuple(prefix + extension for prefix in files for extension in (".bin", ".idx"))
+    return [source.kind, data.fields.text, [stamp(file) for file in files]]
+
+
+def _documents(source: Source, data: DataConfig, problems: corpus.Problems, on_bytes=None) -> Iterator[str]:
+    if source.kind == "embedded":
+        return corpus.read_embedded(list(source.files), on_bytes)
+    return itertools.chain.from_iterable(
+        corpus.read_file(file, data.fields.text, problems, on_bytes) for file in source.files
+    )
+
+
+def _tokenizer(
+    data: DataConfig, config: TokenizerConfig, sources: list[Source], cache: Path, show_progress: bool
+) -> str:
+    """Path of the user's tokenizer.json, or of one trained on the sources."""
+    from scale_llm.data.tokenizer import Tokenizer, tokenizer_file, train_tokenizer
+
+    if config.path is not None:
+        Tokenizer.load(config.path, config.eod_token)  # complains about a missing end-of-document token
+        return tokenizer_file(config.path)
+    settings = [FORMAT, TOKENIZER_BYTES, config.vocab_size, config.eod_token]
+    keys = [_source_key(source, data) for source in sources]
+
+    def train(directory: Path) -> None:
+        with byte_progress("train tokenizer", _sample_bytes(sources), show_progress) as on_bytes:
+            train_tokenizer(
+                _sample(sources, data, on_bytes),
+                vocab_size=config.vocab_size,
+                eod_token=config.eod_token,
+                path=directory / "tokenizer.json",
+            )
+
+    return str(build_once(cache / "tokenizers" / fingerprint([settings, keys]), train) / "tokenizer.json")
+
+
+def _sample_bytes(sources: list[Source]) -> int:
+    share = TOKENIZER_BYTES // len(sources)
+    return sum(min(share, sum(os.path.getsize(file) for file in source.files)) for source in sources)
+
+
+def _sample(sources: list[Source], data: DataConfig, on_bytes) -> Iterator[str]:
+    """Documents to train a tokenizer on: the first of each source, in equal parts."""
+    for source in sources:
+        left = TOKENIZER_BYTES // len(sources)
+        problems = corpus.Problems()
+        for text in _documents(source, data, problems, on_bytes):
+            yield text
+            left -= len(text.encode("utf-8"))
+            if left <= 0:
+                break
+        problems.raise_any()
+
+
+def _index(
+    source: Source, data: DataConfig, tokenizer, tokenizer_digest: str, cache: Path, show_progress: bool
+) -> _Indexed:
+    if source.kind == "indexed":
+        lengths = [sequence_lengths(prefix) for prefix in source.files]
+        return _Indexed(
+            prefixes=list(source.files),
+            num_documents=sum(len(each) for each in lengths),
+            num_tokens=sum(int(each.sum(dtype="int64")) for each in lengths),
+            num_bytes=None,
+        )
+    key = [FORMAT, tokenizer_digest, tokenizer.eod, _source_key(source, data)]
+    name = f"{_name(source)}_{data.fields.text}_document"
+
+    def build(directory: Path) -> None:
+        from scale_llm.data.indexing import index_documents
+
+        problems = corpus.Problems()
+        total = sum(os.path.getsize(file) for file in source.files)
+        with byte_progress(f"index {_name(source)}", total, show_progress) as on_bytes:
+            documents = _documents(source, data, problems, on_bytes)
+            counts = index_documents(documents, tokenizer, str(directory / name))
+        if not counts.num_documents:
+            problems.found.append(f"data.path={source.files[0]}: holds no text; give files with documents in them")
+        problems.raise_any()
+        write_json(directory / "counts.json", asdict(counts))
+
+    directory = build_once(cache / "tokens" / fingerprint(key), build)
+    counts = json.loads((directory / "counts.json").read_text(encoding="utf-8"))
+    return _Indexed(prefixes=[str(directory / name)], **counts)
+
+
+def _name(source: Source) -> str:
+    """Readable start of an indexed file's name."""
+    if source.kind == "embedded":
+        return "stdlib"
+    first = Path(source.files[0])
+    return first.name.split(".")[0] if len(source.files) == 1 else first.parent.name or "files"
+
+
+def _check_vocabulary(indexed: list[_Indexed], vocab_size: int) -> None:
+    prefixes = [prefix for each in indexed for prefix in each.prefixes]
+    problems = [problem for prefix in prefixes for problem in check_indexed(prefix, vocab_size)]
+    if problems:
+        raise UserError(problems)
+
+
+def _collect(sources: list[Source], indexed: list[_Indexed], tokenizer, path: str) -> PreparedData:
+    num_bytes = [each.num_bytes for each in indexed]
+    return PreparedData(
+        path=path,
+        tokenizer_path=tokenizer.path,
+        vocab_size=tokenizer.vocab_size,
+        eod=tokenizer.eod,
+        prefixes=[prefix for each in indexed for prefix in each.prefixes],
+        weights=_weights(sources, indexed),
+        num_documents=sum(each.num_documents for each in indexed),
+        num_tokens=sum(each.num_tokens for each in indexed),
+        num_bytes=None if None in num_bytes else sum(num_bytes),
+    )
+
+
+def _weights(sources: list[Source], indexed: list[_Indexed]) -> list[float] | None:
+    """Weights of the prefixes; a source of several shares its weight by their tokens."""
+    if sources[0].weight is None:
+        return None
+    total = sum(source.weight or 0.0 for source in sources)
+    weights = []
+    for source, each in zip(sources, indexed, strict=True):
+        tokens = [int(sequence_lengths(prefix).sum(dtype="int64")) for prefix in each.prefixes]
+        weights += [source.weight / total * count / sum(tokens) for count in tokens]
+    return weights

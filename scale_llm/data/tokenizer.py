@@ -1,0 +1,104 @@
+"""Text to tokens: a byte-level BPE trained here, or a tokenizer.json of the user's own."""
+
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import tokenizers
+
+from scale_llm.config.errors import UserError
+
+SMALLEST_VOCABULARY = 257
+"""256 bytes and the end-of-document token."""
+
+
+class Tokenizer:
+    """A `tokenizers` tokenizer and its end-of-document token.
+
+    It is also what megatron-core's dataset configuration wants of a tokenizer: `eod`, `vocab_size` and
+    `unique_identifiers`.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, eod: int, path: str):
+        self.backend = backend
+        self.path = path
+        self.eod = eod
+        # Vocabularies may have holes; what a model needs is room for the highest id.
+        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        # A tokenizer.json may carry these for inference; they would silently cut or fill documents.
+        backend.no_truncation()
+        backend.no_padding()
+
+    @classmethod
+    def load(cls, path: str, eod_token: str) -> "Tokenizer":
+        """Reads a tokenizer.json, or the one in a directory."""
+        file = tokenizer_file(path)
+        try:
+            backend = tokenizers.Tokenizer.from_file(file)
+        except Exception as error:  # the library raises plain Exception
+            raise UserError(f"tokenizer.path={path}: not a tokenizer.json ({error}); export it again") from error
+        eod = backend.token_to_id(eod_token)
+        if eod is None:
+            raise UserError(_no_eod(backend, path, eod_token))
+        return cls(backend, eod, file)
+
+    @property
+    def unique_identifiers(self) -> dict[str, str]:
+        return {"class": type(self).__name__, "sha256": file_digest(self.path), "eod": str(self.eod)}
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """Token ids. Special tokens spelt out in the text are plain text unless `special`."""
+        self.backend.encode_special_tokens = not special
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of many documents, on all cores. A document cannot contain an end of document."""
+        self.backend.encode_special_tokens = True
+        return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.backend.decode(list(ids), skip_special_tokens=False)
+
+
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int, eod_token: str, path: Path) -> None:
+    """Trains a byte-level BPE (any text is encodable, nothing is unknown) and writes it to `path`, a tokenizer.json.
+
+    The end-of-document token has id 0. A small corpus may give fewer than `vocab_size` tokens.
+    """
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise UserError(
+            f"tokenizer.vocab_size={vocab_size}: a byte-level vocabulary needs at least {SMALLEST_VOCABULARY} tokens"
+        )
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[eod_token],
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    backend.save(str(temporary))
+    os.replace(temporary, path)
+
+
+def tokenizer_file(path: str) -> str:
+    """Absolute path of the tokenizer.json that `tokenizer.path` names."""
+    full = os.path.abspath(os.path.expanduser(path))
+    file = os.path.join(full, "tokenizer.json") if os.path.isdir(full) else full
+    if not os.path.isfile(file):
+        raise UserError(f"tokenizer.path={path}: no such file ({file}); give a tokenizer.json or a directory with one")
+    return file
+
+
+def file_digest(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def _no_eod(backend: tokenizers.Tokenizer, path: str, eod_token: str) -> str:
+    special = sorted(token.content for token in backend.get_added_tokens_decoder().values() if token.special)
+    candidates = f"one of {', '.join(special[:20])}" if special else "a token of it"
+    return f"tokenizer.eod_token={eod_token}: not in the vocabulary of {path}; set tokenizer.eod_token to {candidates}"
