@@ -3,11 +3,40 @@
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 
 from scale_llm.config.model import ModelConfig
 from scale_llm.models.init import initialise
 from scale_llm.models.spec import block_spec, choose_backend
 from scale_llm.parallel.mesh import Mesh
+
+
+class GPT(GPTModel):
+    """megatron-core's GPTModel, which answers with logits [s, b, v/tp] instead of a transposed copy, and whose tied
+    output layer finds its data-parallel rank in its own groups instead of the global ones."""
+
+    def _postprocess(self, hidden_states, *args, labels=None, runtime_gather_output=None, **kwargs):
+        if not self.post_process:
+            return hidden_states
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits, _ = self.output_layer(hidden_states, weight=weight, runtime_gather_output=runtime_gather_output)
+        return logits
+
+    def tie_embeddings_and_output_weights_state_dict(
+        self, sharded_state_dict, output_layer_weight_key, first_stage_word_emb_key, metadata=None
+    ):
+        """The last stage's copy of the embedding is a replica of the first stage's in a checkpoint."""
+        if not self.post_process or self.pre_process:
+            return
+        del sharded_state_dict[output_layer_weight_key]
+        sharded_state_dict[output_layer_weight_key] = make_tp_sharded_tensor_for_checkpoint(
+            tensor=self.shared_embedding_or_output_weight(),
+            key=first_stage_word_emb_key,
+            replica_id=(1, 0, self.pg_collection.dp_cp.rank()),
+            allow_shape_mismatch=True,
+            tp_group=self.pg_collection.tp,
+            dp_cp_group=self.pg_collection.dp_cp,
+        )
 
 
 def padded_vocab_size(vocab_size: int, divisible_by: int, tp: int) -> int:
@@ -18,7 +47,7 @@ def padded_vocab_size(vocab_size: int, divisible_by: int, tp: int) -> int:
 
 def build_gpt(
     model: ModelConfig, config: TransformerConfig, mesh: Mesh, *, vocab_size: int, seed: int, on_cuda: bool
-) -> list[GPTModel]:
+) -> list[GPT]:
     """This rank's chunks of the model, one per virtual pipeline stage, with initial weights.
 
     vocab_size: tokens before padding. The weights depend on the seed and on global names alone, not on the mesh.
@@ -35,12 +64,12 @@ def build_gpt(
     return chunks
 
 
-def _build_chunk(model, config, mesh, vocab_size, *, vp_stage, backend) -> GPTModel:
+def _build_chunk(model, config, mesh, vocab_size, *, vp_stage, backend) -> GPT:
     vpp = mesh.sizes.vpp
     pre = mesh.is_first_stage and (vpp is None or vp_stage == 0)
     post = mesh.is_last_stage and (vpp is None or vp_stage == vpp - 1)
     stage = vp_stage if vpp is not None else None
-    return GPTModel(
+    return GPT(
         config=config,
         transformer_layer_spec=block_spec(config, backend, vp_stage=stage, pp_rank=mesh.pp_rank),
         vocab_size=padded_vocab_size(vocab_size, model.make_vocab_size_divisible_by, mesh.sizes.tp),

@@ -55,7 +55,16 @@ def start(kind: str, timeout_minutes: int = 10, threads: int | None = None) -> D
             timeout=datetime.timedelta(minutes=timeout_minutes),
             device_id=device.device if device.is_cuda else None,
         )
+    _make_memory_buffer()
     return device
+
+
+def _make_memory_buffer() -> None:
+    """megatron-core's scratch memory for gathered sequences: all of `parallel_state` that is ever initialised."""
+    from megatron.core import parallel_state
+
+    if parallel_state._GLOBAL_MEMORY_BUFFER is None:
+        parallel_state._set_global_memory_buffer()
 
 
 def stop() -> None:

@@ -1,0 +1,173 @@
+"""One training step of one model on one mesh: micro-batches through megatron-core's schedules, the only normalisation,
+the optimizer and the learning rate.
+
+A loss is `(model_output, batch) -> (loss_sum, count, metrics)`; the engine divides once, by the count over all
+micro-batches and data- and context-parallel ranks.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+
+from scale_llm.config.run import RunConfig
+from scale_llm.engine.optimizer import build_optimizer, build_scheduler
+from scale_llm.models.gpt import build_gpt
+from scale_llm.models.transformer_config import transformer_config
+from scale_llm.parallel.context import shard_sequence
+from scale_llm.parallel.device import Device
+from scale_llm.parallel.mesh import Mesh
+
+Batch = dict[str, torch.Tensor]
+Loss = Callable[[torch.Tensor, Batch], tuple[torch.Tensor, torch.Tensor, dict]]
+
+_SEQUENCE_DIM = {"tokens": 1, "labels": 1, "loss_mask": 1, "position_ids": 1, "attention_mask": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """metrics: name -> mean over the global batch. skipped: an FP16 overflow, nothing was updated."""
+
+    metrics: dict[str, float]
+    grad_norm: float | None
+    num_zeros: float | None
+    learning_rate: float
+    loss_scale: float
+    skipped: bool
+
+
+class Engine:
+    """A model, its optimizer and its schedule on one mesh."""
+
+    def __init__(self, cfg: RunConfig, mesh: Mesh, device: Device, *, vocab_size: int, trainable: bool = True):
+        self.mesh, self.device, self.vocab_size = mesh, device, vocab_size
+        self._micro_batch_size, self._seq_length = cfg.train.micro_batch_size, cfg.model.seq_length
+        self.config = transformer_config(cfg.model, cfg.parallel, cfg.precision, cfg.train, on_cuda=device.is_cuda)
+        self.modules = build_gpt(
+            cfg.model, self.config, mesh, vocab_size=vocab_size, seed=cfg.train.seed, on_cuda=device.is_cuda
+        )
+        self.chunks: list[torch.nn.Module] = list(self.modules)
+        self.optimizer = self.scheduler = None
+        if trainable:
+            self.chunks = self._wrap(cfg)
+            self.optimizer = build_optimizer(
+                self.chunks, mesh, cfg.optim, cfg.precision, cfg.parallel, cfg.logging
+            )
+            self.scheduler = build_scheduler(self.optimizer, cfg.optim, cfg.train)
+            self._connect(cfg)
+        self._schedule = get_forward_backward_func(mesh.sizes.pp, mesh.sizes.vpp)
+        self._p2p = P2PCommunicator(mesh.groups.pp, self.config) if mesh.sizes.pp > 1 else None
+
+    def _wrap(self, cfg: RunConfig) -> list[torch.nn.Module]:
+        """megatron-core's data-parallel wrapper: gradient buffers and their reduction."""
+        ddp = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=cfg.precision.accumulate_allreduce_grads_in_fp32,
+            overlap_grad_reduce=cfg.parallel.overlap_grad_reduce,
+            overlap_param_gather=cfg.parallel.overlap_param_gather,
+            use_distributed_optimizer=cfg.parallel.use_distributed_optimizer,
+        )
+        return [
+            DistributedDataParallel(
+                config=self.config, ddp_config=ddp, module=module, disable_bucketing=i > 0,
+                pg_collection=self.mesh.groups,
+            )
+            for i, module in enumerate(self.modules)
+        ]  # fmt: skip
+
+    def _connect(self, cfg: RunConfig) -> None:
+        """Tells megatron-core's schedules which functions scale the loss and reduce gradients."""
+        config, chunks = self.config, self.chunks
+        config.finalize_model_grads_func = finalize_model_grads
+        if cfg.precision.fp16:
+            config.grad_scale_func = self.optimizer.scale_loss
+        if cfg.parallel.overlap_grad_reduce:
+            hooks = [chunk.no_sync for chunk in chunks]
+            config.no_sync_func = hooks[0] if len(hooks) == 1 else hooks
+        if cfg.parallel.overlap_param_gather and len(chunks) > 1:
+            config.param_sync_func = [chunk.start_param_sync for chunk in chunks]
+
+    def train_step(self, batches: Iterable[Batch], loss_fn: Loss, *, samples: int) -> StepResult:
+        """Forward, backward and update. batches: this rank's micro-batches; samples: the global batch size."""
+        for chunk in self.chunks:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        metrics = self._run(list(batches), loss_fn, forward_only=False)
+        updated, grad_norm, num_zeros = self.optimizer.step()
+        learning_rate = get_canonical_lr_for_logging(self.optimizer.param_groups) or 0.0
+        if updated:
+            self.scheduler.step(increment=samples)
+        return StepResult(
+            metrics=metrics,
+            grad_norm=grad_norm,
+            num_zeros=num_zeros,
+            learning_rate=learning_rate,
+            loss_scale=float(self.optimizer.get_loss_scale()),
+            skipped=not updated,
+        )
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch], loss_fn: Loss) -> dict[str, tuple[float, float]]:
+        """Metric sums and counts over this rank's micro-batches and all ranks; weights and generators stay as they are."""
+        for chunk in self.chunks:
+            chunk.eval()
+        return self._run(list(batches), loss_fn, forward_only=True, mean=False)
+
+    def _run(self, batches: list[Batch], loss_fn: Loss, *, forward_only: bool, mean: bool = True):
+        def forward_step(iterator, model):
+            batch = self._place(next(iterator))
+            output = model(batch["tokens"], batch["position_ids"], batch.get("attention_mask"))
+            return output, lambda out: _sum_count(loss_fn(out, batch))
+
+        results = self._schedule(
+            forward_step_func=forward_step,
+            data_iterator=[iter(batches) for _ in self.chunks],
+            model=self.chunks,
+            num_microbatches=len(batches),
+            seq_length=self._seq_length,
+            micro_batch_size=self._micro_batch_size,
+            forward_only=forward_only,
+            p2p_communicator=self._p2p,
+            pg_collection=self.mesh.groups,
+        )
+        return self._reduce(results, mean)
+
+    def _place(self, batch: Batch) -> Batch:
+        """The batch on this rank's device, cut to its part of the sequence."""
+        group = self.mesh.groups.cp
+        return {
+            key: shard_sequence(value, _SEQUENCE_DIM[key], group).to(self.device.device, non_blocking=True)
+            for key, value in batch.items()
+        }
+
+    def _reduce(self, results: list[dict], mean: bool):
+        """Sums over micro-batches, then over data- and context-parallel ranks, then tells every pipeline stage."""
+        names: list[str] = sorted(results[0]) if results else []
+        if self.mesh.sizes.pp > 1:
+            told = [names]
+            dist.broadcast_object_list(told, src=self.mesh.last_stage_rank, group=self.mesh.groups.pp)
+            names = told[0]
+        totals = torch.zeros(len(names), 2, dtype=torch.float32, device=self.device.device)
+        for result in results:
+            for i, name in enumerate(names):
+                totals[i, 0] += result[name][0]
+                totals[i, 1] += result[name][1]
+        if self.mesh.is_last_stage:
+            dist.all_reduce(totals, group=self.mesh.groups.dp_cp)
+        if self.mesh.sizes.pp > 1:
+            dist.broadcast(totals, src=self.mesh.last_stage_rank, group=self.mesh.groups.pp)
+        values = totals.tolist()
+        if not mean:
+            return {name: (values[i][0], values[i][1]) for i, name in enumerate(names)}
+        return {name: values[i][0] / max(values[i][1], 1.0) for i, name in enumerate(names)}
+
+
+def _sum_count(result):
+    """What megatron-core's schedules expect: the sum, an integer count, and what to report."""
+    loss_sum, count, metrics = result
+    return loss_sum, count.to(torch.int), metrics

@@ -1,0 +1,16 @@
+"""The passes of a transformer layer that are not matrix products, as pure functions with hand-written gradients.
+
+On a CPU each of them makes as few passes over memory as eager torch allows: rows are taken in parts that stay in the
+second-level cache, intermediate values are kept in FP32 there, and no copy is made that a layout can avoid. On a GPU they
+call torch's fused kernels where torch has one. No megatron-core here: tensors in, tensors out.
+
+Shapes: s sequence, b batch, h hidden, g key/value groups, r query heads of a group, d head size, f feed-forward.
+"""
+
+from scale_llm.models.ops.attention import attention
+from scale_llm.models.ops.linear import accumulate_weight_gradient
+from scale_llm.models.ops.norm import rms_norm
+from scale_llm.models.ops.rope import rotary, rotary_tables, split_rotary
+from scale_llm.models.ops.swiglu import swiglu
+
+__all__ = ["accumulate_weight_gradient", "attention", "rms_norm", "rotary", "rotary_tables", "split_rotary", "swiglu"]
