@@ -18,11 +18,10 @@ from typing import Any
 
 import numpy
 import torch
-from megatron.core.datasets.blended_dataset import BlendedDataset
-from megatron.core.datasets.gpt_dataset import GPTDatasetConfig
 
 from scale_llm.config.data import DataConfig
 from scale_llm.config.errors import UserError
+from scale_llm.data.megatron import BlendedDataset, GPTDatasetConfig
 from scale_llm.data.prepare import PreparedData
 from scale_llm.data.source_stream import Sample, SourceStream, build_mapped
 from scale_llm.data.splits import SPLITS, epoch_samples, split_tokens, splits_too_small

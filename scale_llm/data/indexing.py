@@ -4,8 +4,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
-
+from scale_llm.data.megatron import DType, IndexedDatasetBuilder
 from scale_llm.data.tokenizer import Tokenizer
 
 BATCH_CHARACTERS = 1 << 21

@@ -13,11 +13,9 @@ from typing import Any
 
 import numpy
 import torch
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-from megatron.core.datasets.indexed_dataset import IndexedDataset
-from megatron.core.datasets.utils import Split
 
 from scale_llm.data.files import fingerprint, locked, stamp
+from scale_llm.data.megatron import GPTDataset, GPTDatasetConfig, IndexedDataset, Split
 from scale_llm.data.splits import SPLITS, epoch_samples, split_ranges
 
 Sample = dict[str, torch.Tensor]

@@ -1,0 +1,92 @@
+"""`data.path` in all its forms, and its mistakes, found without torch."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from scale_llm.config.errors import UserError
+from scale_llm.data.sources import Source, parse_path, path_problems
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    for name in ("a.jsonl", "b.jsonl", "c.parquet", "d.txt", "below/e.txt.gz", "README.md", ".hidden.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    for extension in (".bin", ".idx"):
+        (tmp_path / "indexed").mkdir(exist_ok=True)
+        (tmp_path / "indexed" / f"x_text_document{extension}").write_bytes(b"")
+    return tmp_path
+
+
+def test_none_is_the_embedded_corpus():
+    assert parse_path(None) == [Source(kind="embedded")]
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "names"),
+    [
+        ("a.jsonl", "raw", ["a.jsonl"]),
+        ("*.jsonl", "raw", ["a.jsonl", "b.jsonl"]),
+        ("below", "raw", ["below/e.txt.gz"]),
+        ("**/*.txt*", "raw", ["below/e.txt.gz", "d.txt"]),
+        ("indexed/x_text_document", "indexed", ["indexed/x_text_document"]),
+        ("indexed/x_text_document.idx", "indexed", ["indexed/x_text_document"]),
+        ("indexed", "indexed", ["indexed/x_text_document"]),
+    ],
+)
+def test_one_entry(files: Path, path: str, kind: str, names: list[str]):
+    expected = Source(kind=kind, files=tuple(str(files / name) for name in names))
+    assert parse_path(str(files / path)) == [expected]
+    assert parse_path([str(files / path)]) == [expected]
+
+
+def test_weights_before_paths(files: Path):
+    a, b = str(files / "a.jsonl"), str(files / "indexed" / "x_text_document")
+    found = parse_path([0.7, a, "0.3", b])
+    assert [(source.weight, source.kind, source.files) for source in found] == [
+        (0.7, "raw", (a,)),
+        (0.3, "indexed", (b,)),
+    ]
+    assert [source.weight for source in parse_path([a, b])] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("absent.jsonl", "no such file"),
+        ("*.csv", "no such file"),
+        ("README.md", "unknown kind"),
+        ([0.5, "a.jsonl", "b.jsonl"], "do not alternate"),
+        (["a.jsonl", 0.5], "do not alternate"),
+        ([-1, "a.jsonl"], "above 0"),
+        (["a.jsonl", None], "not a path"),
+        ([], "must be a path"),
+        (3, "must be a path"),
+        (".", "mixes indexed files"),
+    ],
+)
+def test_mistakes(files: Path, monkeypatch: pytest.MonkeyPatch, path, words: str):
+    monkeypatch.chdir(files)
+    with pytest.raises(UserError, match=words) as caught:
+        parse_path(path)
+    assert path_problems(path) == caught.value.problems
+
+
+def test_all_mistakes_at_once_and_a_lost_half(files: Path):
+    (files / "indexed" / "x_text_document.bin").unlink()
+    problems = path_problems([str(files / "no.txt"), str(files / "indexed" / "x_text_document"), "/nowhere/*"])
+    assert len(problems) == 3
+    assert "x_text_document.bin is not" in problems[1]
+
+
+def test_no_torch_on_this_path(files: Path):
+    """`scale-llm --check` must answer within seconds."""
+    code = (
+        "import sys; from scale_llm.data.sources import path_problems; import scale_llm.data.splits;"
+        f"assert path_problems({str(files / 'indexed')!r}); assert path_problems(None) == [];"
+        "assert not {'torch', 'megatron'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
