@@ -28,6 +28,6 @@ class DataConfig:
     reset_attention_mask: bool = False
     """No attention across an end of document."""
     eod_mask_loss: bool = False
-    """No loss on the end-of-document token's prediction."""
+    """No loss where the input is the end-of-document token: what follows is another document (Megatron's rule)."""
     num_workers: int = 0
-    """Loader processes; 0: load in the rank itself."""
+    """Threads that make micro-batches ahead; 0: each is made when it is asked for."""

@@ -1,8 +1,9 @@
 """Documents: the embedded corpus, and the user's text, JSONL and Parquet files.
 
-A text file is cut into documents at blank lines, each of at least `TEXT_DOCUMENT_CHARACTERS`, so that a single book
-still has documents to hold out for validation, and no paragraph is torn; joined, the documents are the file.
-JSONL (also `.json`, one object a line, as Megatron's own tools read it) and Parquet have one document a row.
+A text file is cut into documents at blank lines, each of at least `TEXT_DOCUMENT_CHARACTERS`, so that a
+single book still has documents to hold out for validation, and no paragraph is torn; joined, the documents
+are the file. JSONL (also `.json`, one object a line, as Megatron's own tools read it) and Parquet have one
+document a row.
 """
 
 import gzip
@@ -30,6 +31,7 @@ class Problems:
     """Bad rows, collected up to a cap."""
 
     found: list[str] = field(default_factory=list)
+    """Each `file:line: what is wrong`; for Parquet the row in place of the line, from 1."""
 
     def add(self, file: str, line: int, message: str) -> None:
         self.found.append(f"{file}:{line}: {message}")
@@ -45,8 +47,8 @@ class Problems:
 def embedded_files(megabytes: float | None = None) -> list[str]:
     """Source files of the running Python's standard library, at most `megabytes` (10**6 bytes) of them.
 
-    Ordered by a hash of their name within the library: always the same, and any share of the list is a fair sample
-    (by name, validation would be all of `unittest` to `zipfile`).
+    Ordered by a hash of their name within the library: always the same, and any share of the list is a fair
+    sample (by name, validation would be all of `unittest` to `zipfile`).
     """
     top = sysconfig.get_path("stdlib")
     found = []
@@ -55,10 +57,13 @@ def embedded_files(megabytes: float | None = None) -> list[str]:
         found += [os.path.join(directory, name) for name in files if name.endswith(".py")]
     found.sort(key=lambda file: hashlib.sha256(Path(file).relative_to(top).as_posix().encode()).digest())
     if not found:
-        raise UserError(f"data.path=null: this Python has no standard library sources in {top}; set data.path")
+        raise UserError(
+            f"data.path=null: this Python has no standard library sources in {top}; set data.path"
+        )
     if megabytes is None:
         return found
-    kept, size = [], 0
+    kept: list[str] = []
+    size = 0
     for file in found:
         size += os.path.getsize(file)
         if kept and size > megabytes * 1e6:
@@ -68,7 +73,7 @@ def embedded_files(megabytes: float | None = None) -> list[str]:
 
 
 def read_embedded(files: list[str], on_bytes: OnBytes | None = None) -> Iterator[str]:
-    """Each file a document; empty files and files that are not UTF-8 (the library's tests hold some) left out."""
+    """Each file a document; those empty or not UTF-8 (the library's tests hold some) are left out."""
     for file in files:
         raw = Path(file).read_bytes()
         if on_bytes:
@@ -81,7 +86,9 @@ def read_embedded(files: list[str], on_bytes: OnBytes | None = None) -> Iterator
             yield text
 
 
-def read_file(file: str, text_field: str, problems: Problems, on_bytes: OnBytes | None = None) -> Iterator[str]:
+def read_file(
+    file: str, text_field: str, problems: Problems, on_bytes: OnBytes | None = None
+) -> Iterator[str]:
     """Documents of one file, empty ones left out."""
     name = file.removesuffix(".gz")
     if name.endswith(".parquet"):
@@ -136,12 +143,27 @@ def _read_jsonl(file: str, text_field: str, problems: Problems, on_bytes: OnByte
             problems.add(file, number, f"not JSON ({error}); every line must be one object")
             continue
         if not isinstance(row, dict):
-            problems.add(file, number, f"a {type(row).__name__}, not an object; every line must be one object")
+            problems.add(file, number, f"{type(row).__name__}, not an object; every line must be one object")
         elif not isinstance(row.get(text_field), str):
-            has = "is no string" if text_field in row else f"is missing (fields: {', '.join(map(str, row)) or 'none'})"
-            problems.add(file, number, f"field {text_field!r} {has}; set data.fields.text")
+            _add_field(problems, file, number, text_field, list(row))
+        elif "\\u" in line and not _encodable(row[text_field]):
+            problems.add(file, number, f"field {text_field!r} holds half of a surrogate pair; remove the row")
         else:
             yield row[text_field]
+
+
+def _encodable(text: str) -> bool:
+    """JSON escapes can spell what is no Unicode text, which neither tokenizers nor files can hold."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _add_field(problems: Problems, file: str, row: int, text_field: str, fields: list[str]) -> None:
+    what = "is no string" if text_field in fields else f"is missing (fields: {', '.join(fields) or 'none'})"
+    problems.add(file, row, f"field {text_field!r} {what}; set data.fields.text")
 
 
 def _read_parquet(file: str, text_field: str, problems: Problems, on_bytes: OnBytes | None) -> Iterator[str]:
@@ -156,7 +178,7 @@ def _read_parquet(file: str, text_field: str, problems: Problems, on_bytes: OnBy
     with table:
         columns = table.schema_arrow.names
         if text_field not in columns:
-            problems.add(file, 1, f"field {text_field!r} is missing (fields: {', '.join(columns)}); set data.fields.text")
+            _add_field(problems, file, 1, text_field, columns)
             return
         row = 0
         bytes_per_row = os.path.getsize(file) / max(table.metadata.num_rows, 1)
@@ -166,6 +188,6 @@ def _read_parquet(file: str, text_field: str, problems: Problems, on_bytes: OnBy
                 if isinstance(value, str):
                     yield value
                 else:
-                    problems.add(file, row, f"field {text_field!r} is no string (row {row}); set data.fields.text")
+                    _add_field(problems, file, row, text_field, columns)
             if on_bytes:
                 on_bytes(int(batch.num_rows * bytes_per_row))

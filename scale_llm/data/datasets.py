@@ -1,18 +1,18 @@
 """Streams of training samples, split, shuffled and blended by megatron-core's dataset classes.
 
-Sample i of a stream depends on the data, the seed, the sequence length and i alone. Megatron's GPTDataset by itself
-does not give that: asked for more samples than an epoch holds, it shuffles all epochs together, so that a longer run
-sees another order from its first step. Here each epoch is a GPTDataset of its own, with a seed of its own; the first
-has the run's seed, and so the order that Megatron-LM gives a run of one epoch.
+Sample i of a stream depends on the data, the seed, the sequence length and i alone. Megatron's GPTDataset by
+itself does not give that: asked for more samples than an epoch holds, it shuffles all epochs together, so
+that a longer run sees another order from its first step. Here each epoch is a GPTDataset of its own, with a
+seed of its own; the first has the run's seed, and so the order that Megatron-LM gives a run of one epoch.
 
-Large indices are built by whichever process needs them first; others wait for its file lock, then map the same
-files. No process group takes part, so not every rank need call this (pipeline stages in the middle need no data).
+Large indices are built by whichever process needs them first; others wait for its file lock, then map the
+same files. No process group takes part, so not every rank need call this (pipeline stages in the middle need
+no data).
 
 Shapes: s is the sequence length.
 """
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,9 @@ import torch
 from scale_llm.config.data import DataConfig
 from scale_llm.config.errors import UserError
 from scale_llm.data.megatron import BlendedDataset, GPTDatasetConfig
-from scale_llm.data.prepare import PreparedData
+from scale_llm.data.prepare import PreparedData, check_splits
 from scale_llm.data.source_stream import Sample, SourceStream, build_mapped
-from scale_llm.data.splits import SPLITS, epoch_samples, split_tokens, splits_too_small
+from scale_llm.data.splits import epoch_samples, split_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +42,17 @@ class _TokenizerFacts:
 class SampleStream(torch.utils.data.Dataset):
     """Samples of one split, from one source or blended from several; any index below `len` may be asked for.
 
-    A sample: tokens, labels, position_ids int64 [s], loss_mask float32 [s], and with `data.reset_attention_mask`
-    attention_mask bool [1, s, s], True where attention is forbidden. Labels are the tokens one place on.
+    A sample: tokens, labels, position_ids int64 [s], loss_mask float32 [s], and with
+    `data.reset_attention_mask` attention_mask bool [1, s, s], True where attention is forbidden. Labels are
+    the tokens one place on.
     """
 
     def __init__(
-        self, streams: list[SourceStream], weights: list[float] | None, num_samples: int | None, config: GPTDatasetConfig
+        self,
+        streams: list[SourceStream],
+        weights: list[float] | None,
+        num_samples: int | None,
+        config: GPTDatasetConfig,
     ):
         self.streams = streams
         self.samples_per_epoch = sum(stream.samples_per_epoch for stream in streams)
@@ -57,8 +62,10 @@ class SampleStream(torch.utils.data.Dataset):
         if len(streams) > 1:
             self._which, self._within = self._blend(weights, config)
 
-    def _blend(self, weights: list[float] | None, config: GPTDatasetConfig) -> tuple[numpy.ndarray, numpy.ndarray]:
-        """Source [n] and sample within the source [n] of n samples: all of them if weighted, else of one epoch."""
+    def _blend(
+        self, weights: list[float] | None, config: GPTDatasetConfig
+    ) -> tuple[numpy.ndarray, numpy.ndarray]:
+        """Source [n], and sample within it [n], of n samples: all if weighted, else those of one epoch."""
         shares = weights or [stream.samples_per_epoch for stream in self.streams]
         size = max(self.num_samples, 1) if weights else None
 
@@ -66,7 +73,10 @@ class SampleStream(torch.utils.data.Dataset):
             return BlendedDataset(self.streams, shares, size, dataclasses.replace(config, **changes))
 
         blend = build_mapped(
-            make, ("dataset_index", "dataset_sample_index"), size or self.samples_per_epoch, config.path_to_cache
+            make,
+            ("dataset_index", "dataset_sample_index"),
+            size or self.samples_per_epoch,
+            config.path_to_cache,
         )
         return blend.dataset_index, blend.dataset_sample_index
 
@@ -96,7 +106,7 @@ def build_dataset(
     """The stream of one split ("train", "validation" or "test").
 
     Args:
-        num_samples: length of the stream, over as many epochs as it takes; None: one epoch. It changes no sample.
+        num_samples: length of the stream, over as many epochs as it takes; None: one. It changes no sample.
         cache_dir: where large sample indices are kept.
 
     Raises:
@@ -121,10 +131,3 @@ def build_dataset(
     prefixes = [p for p in prepared.prefixes if epoch_samples(split_tokens(p, data.split, split), seq_length)]
     streams = [SourceStream(prefix, split, config) for prefix in prefixes]
     return SampleStream(streams, prepared.weights, num_samples, config)
-
-
-def check_splits(
-    prepared: PreparedData, data: DataConfig, *, seq_length: int, splits: Sequence[str] = SPLITS
-) -> list[str]:
-    """Problems of the named splits that would yield no sample; empty when all is well. Callable without ranks."""
-    return splits_too_small(prepared.prefixes, prepared.weights, data.split, seq_length, splits)

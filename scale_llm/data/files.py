@@ -1,4 +1,4 @@
-"""Files that are never half there: whole directories built once, by one process, and published by a rename."""
+"""Files that are never half there: directories built once, by one process, and published by a rename."""
 
 import contextlib
 import fcntl
@@ -16,8 +16,8 @@ from typing import Any
 def locked(path: Path) -> Iterator[bool]:
     """Holds an exclusive lock on `path` (made if absent). Yields False where the file system has no locks.
 
-    Without locks several processes may do the same work at once; as each publishes by a rename, that costs time
-    and nothing else.
+    Without locks several processes may do the same work at once; as each publishes by a rename, that costs
+    time and nothing else.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as stream:

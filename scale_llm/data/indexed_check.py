@@ -1,7 +1,8 @@
 """Looks into Megatron's .idx and .bin without torch or megatron, to refuse damaged pairs before a run starts.
 
-The .idx file: 9 bytes magic, u64 version, u8 dtype code, u64 sequences S, u64 document marks D, then i32 lengths [S]
-(tokens), i64 pointers [S] (bytes into the .bin), i64 document marks [D] (sequence numbers), and perhaps i8 modes [S].
+The .idx file: 9 bytes magic, u64 version, u8 dtype code, u64 sequences S, u64 document marks D, then i32
+lengths [S] (tokens), i64 pointers [S] (bytes into the .bin), i64 document marks [D] (sequence numbers), and
+perhaps i8 modes [S].
 """
 
 import os
@@ -40,7 +41,9 @@ def read_header(prefix: str) -> tuple[str, int, int]:
         raise ValueError(f"{prefix}.idx is truncated: {size} bytes, its header alone has {HEADER.size}")
     _, version, code, sequences, marks = HEADER.unpack(head)
     if version != 1 or code not in DTYPES:
-        raise ValueError(f"{prefix}.idx has version {version} and dtype code {code}; known: 1 and {sorted(DTYPES)}")
+        raise ValueError(
+            f"{prefix}.idx has version {version} and dtype code {code}; known: 1 and {sorted(DTYPES)}"
+        )
     wanted = HEADER.size + 12 * sequences + 8 * marks
     if size < wanted:
         raise ValueError(f"{prefix}.idx is truncated: {size} bytes of {wanted}")
@@ -75,13 +78,16 @@ def _check_arrays(prefix: str, header: tuple[str, int, int]) -> list[str]:
     announced = int(token_bytes.sum())
     if announced != bin_bytes:
         return [
-            f"data.path={prefix}: the .idx does not belong to this .bin (it announces {announced} bytes of tokens, "
-            f"the .bin has {bin_bytes}); {_REMEDY}"
+            f"data.path={prefix}: the .idx does not belong to this .bin (it announces {announced} bytes of "
+            f"tokens, the .bin has {bin_bytes}); {_REMEDY}"
         ]
     if token_bytes.min() < 0 or pointers.min() < 0 or int((pointers + token_bytes).max()) > bin_bytes:
         return [f"data.path={prefix}: the .idx points outside the .bin of {bin_bytes} bytes; {_REMEDY}"]
     if not marks or documents[-1] != sequences or (numpy.diff(documents) < 0).any():
-        return [f"data.path={prefix}: the document marks of the .idx do not end at its {sequences} sequences; {_REMEDY}"]
+        return [
+            f"data.path={prefix}: the document marks of the .idx do not end at its {sequences} sequences; "
+            f"{_REMEDY}"
+        ]
     return []
 
 
@@ -95,6 +101,6 @@ def _check_tokens(prefix: str, header: tuple[str, int, int], vocab_size: int) ->
     if highest < vocab_size:
         return []
     return [
-        f"data.path={prefix}: holds token {highest}, but the tokenizer has {vocab_size} tokens; set tokenizer.path to "
-        "the tokenizer these files were made with"
+        f"data.path={prefix}: holds token {highest}, but the tokenizer has {vocab_size} tokens; set "
+        "tokenizer.path to the tokenizer these files were made with"
     ]

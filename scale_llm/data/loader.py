@@ -1,7 +1,8 @@
 """This rank's micro-batches of a global batch, from any position in the stream.
 
-Micro-batch k of data-parallel rank r holds samples consumed + (k * dp + r) * mbs and the mbs - 1 after it. So the
-samples of a global batch do not depend on the data-parallel size, and the position is one number: consumed samples.
+Micro-batch k of data-parallel rank r holds samples consumed + (k * dp + r) * mbs and the mbs - 1 after it. So
+the samples of a global batch do not depend on the data-parallel size, and the position is one number:
+consumed samples.
 """
 
 from collections.abc import Iterator
@@ -24,9 +25,9 @@ class SampleSource(Protocol):
 class Loader:
     """Micro-batches of one data-parallel rank; b is the micro-batch size, s the sequence length.
 
-    With `num_workers` threads (reading mapped tokens needs no processes) the next micro-batches are made ahead. As a
-    rank's micro-batches lie at equal distances, whatever the global batch size, what comes next is known even while
-    the batch size ramps up; a jump elsewhere just starts over.
+    With `num_workers` threads (reading mapped tokens needs no processes) the next micro-batches are made
+    ahead. As a rank's micro-batches lie at equal distances, whatever the global batch size, what comes next
+    is known even while the batch size ramps up; a jump elsewhere just starts over.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """What the data package takes from megatron-core: the only module of the package that imports it.
 
-Without a GPU megatron-core is adapted first: whichever part of a process imports it first must do so, and indexing runs
-in processes that are no ranks.
+Without a GPU megatron-core is adapted first: whichever part of a process imports it first must do so, and
+indexing runs in processes that are no ranks.
 """
 
 import warnings
@@ -19,4 +19,12 @@ with warnings.catch_warnings():
     from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
     from megatron.core.datasets.utils import Split
 
-__all__ = ["BlendedDataset", "DType", "GPTDataset", "GPTDatasetConfig", "IndexedDataset", "IndexedDatasetBuilder", "Split"]
+__all__ = [
+    "BlendedDataset",
+    "DType",
+    "GPTDataset",
+    "GPTDatasetConfig",
+    "IndexedDataset",
+    "IndexedDatasetBuilder",
+    "Split",
+]

@@ -1,4 +1,4 @@
-"""From the data and tokenizer configuration to indexed tokens, each step done once and found again by fingerprint.
+"""From the data and tokenizer configuration to indexed tokens; each step is done once, then found again.
 
     cache_dir/tokenizers/<fingerprint>/tokenizer.json            of the sources and the tokenizer settings
     cache_dir/tokens/<fingerprint>/NAME_FIELD_document.{bin,idx} of one source and the tokenizer's content
@@ -7,29 +7,32 @@
 So another weight costs nothing, and another source costs that source alone.
 """
 
-import dataclasses
-import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from scale_llm.config.data import DataConfig
 from scale_llm.config.errors import UserError
 from scale_llm.config.tokenizer import TokenizerConfig
-from scale_llm.data import corpus
-from scale_llm.data.files import build_once, fingerprint, stamp, write_json
+from scale_llm.data.corpus import Problems
+from scale_llm.data.files import build_once, fingerprint, write_json
 from scale_llm.data.indexed_check import check_indexed, sequence_lengths
 from scale_llm.data.progress import byte_progress
-from scale_llm.data.sources import Source, parse_path
-from scale_llm.data.splits import split_problems
+from scale_llm.data.source_text import (
+    TOKENIZER_BYTES,
+    checked_sources,
+    documents_of,
+    source_key,
+    tokenizer_sample,
+    tokenizer_sample_bytes,
+)
+from scale_llm.data.sources import Source
+from scale_llm.data.splits import SPLITS, splits_too_small
 
 FORMAT = 1
 """Raised when the same input would give other files, so that old cache entries are left alone."""
-TOKENIZER_BYTES = 16_000_000
-"""Text a tokenizer is trained on, the first of each source in equal parts; more changes little."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,14 +74,14 @@ def prepare(
         UserError: with every problem found.
     """
     cache = Path(cache_dir).expanduser().absolute()
-    sources = _checked_sources(data, tokenizer)
+    sources = checked_sources(data, tokenizer)
     tokenizer_path = _tokenizer(data, tokenizer, sources, cache, show_progress)
 
     from scale_llm.data.tokenizer import Tokenizer, file_digest
 
     digest = file_digest(tokenizer_path)
-    key = [FORMAT, tokenizer.eod_token, digest, tokenizer_path, [_source_key(source, data) for source in sources]]
-    entry = cache / "prepared" / fingerprint([key, [source.weight for source in sources]])
+    keys = [[source.weight, source_key(source, data)] for source in sources]
+    entry = cache / "prepared" / fingerprint([FORMAT, tokenizer.eod_token, digest, tokenizer_path, keys])
 
     def write(directory: Path) -> None:
         loaded = Tokenizer.load(tokenizer_path, tokenizer.eod_token)
@@ -90,8 +93,17 @@ def prepare(
     prepared = load_prepared(build_once(entry, write))
     problems = [problem for prefix in prepared.prefixes for problem in check_indexed(prefix)]
     if problems:
-        raise UserError([f"{problem}; files under {cache} may be deleted, they are made again" for problem in problems])
+        raise UserError(
+            [*problems, f"data.cache_dir={cache}: if these are files below it, delete it and run again"]
+        )
     return prepared
+
+
+def check_splits(
+    prepared: PreparedData, data: DataConfig, *, seq_length: int, splits: Sequence[str] = SPLITS
+) -> list[str]:
+    """Problems of the named splits that would yield no sample; empty when all is well. Needs no ranks."""
+    return splits_too_small(prepared.prefixes, prepared.weights, data.split, seq_length, splits)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,48 +116,6 @@ class _Indexed:
     num_bytes: int | None
 
 
-def _checked_sources(data: DataConfig, tokenizer: TokenizerConfig) -> list[Source]:
-    problems = split_problems(data.split)
-    sources: list[Source] = []
-    try:
-        sources = parse_path(data.path)
-    except UserError as error:
-        problems += error.problems
-    for source in sources:
-        if source.kind == "indexed":
-            problems += [problem for prefix in source.files for problem in check_indexed(prefix)]
-            if tokenizer.path is None:
-                problems.append(
-                    f"tokenizer.path=null: {source.files[0]} is indexed already; set tokenizer.path to the tokenizer "
-                    "it was made with"
-                )
-    if problems:
-        raise UserError(problems)
-    return [_with_embedded_files(source, data) for source in sources]
-
-
-def _with_embedded_files(source: Source, data: DataConfig) -> Source:
-    if source.kind != "embedded":
-        return source
-    return dataclasses.replace(source, files=tuple(corpus.embedded_files(data.embedded_megabytes)))
-
-
-def _source_key(source: Source, data: DataConfig) -> list[Any]:
-    """What names a source's content, without reading it."""
-    files = source.files
-    if source.kind == "indexed":
-        files = tuple(prefix + extension for prefix in files for extension in (".bin", ".idx"))
-    return [source.kind, data.fields.text, [stamp(file) for file in files]]
-
-
-def _documents(source: Source, data: DataConfig, problems: corpus.Problems, on_bytes=None) -> Iterator[str]:
-    if source.kind == "embedded":
-        return corpus.read_embedded(list(source.files), on_bytes)
-    return itertools.chain.from_iterable(
-        corpus.read_file(file, data.fields.text, problems, on_bytes) for file in source.files
-    )
-
-
 def _tokenizer(
     data: DataConfig, config: TokenizerConfig, sources: list[Source], cache: Path, show_progress: bool
 ) -> str:
@@ -156,36 +126,18 @@ def _tokenizer(
         Tokenizer.load(config.path, config.eod_token)  # complains about a missing end-of-document token
         return tokenizer_file(config.path)
     settings = [FORMAT, TOKENIZER_BYTES, config.vocab_size, config.eod_token]
-    keys = [_source_key(source, data) for source in sources]
+    keys = [source_key(source, data) for source in sources]
 
     def train(directory: Path) -> None:
-        with byte_progress("train tokenizer", _sample_bytes(sources), show_progress) as on_bytes:
+        with byte_progress("train tokenizer", tokenizer_sample_bytes(sources), show_progress) as on_bytes:
             train_tokenizer(
-                _sample(sources, data, on_bytes),
+                tokenizer_sample(sources, data, on_bytes),
                 vocab_size=config.vocab_size,
                 eod_token=config.eod_token,
                 path=directory / "tokenizer.json",
             )
 
     return str(build_once(cache / "tokenizers" / fingerprint([settings, keys]), train) / "tokenizer.json")
-
-
-def _sample_bytes(sources: list[Source]) -> int:
-    share = TOKENIZER_BYTES // len(sources)
-    return sum(min(share, sum(os.path.getsize(file) for file in source.files)) for source in sources)
-
-
-def _sample(sources: list[Source], data: DataConfig, on_bytes) -> Iterator[str]:
-    """Documents to train a tokenizer on: the first of each source, in equal parts."""
-    for source in sources:
-        left = TOKENIZER_BYTES // len(sources)
-        problems = corpus.Problems()
-        for text in _documents(source, data, problems, on_bytes):
-            yield text
-            left -= len(text.encode("utf-8"))
-            if left <= 0:
-                break
-        problems.raise_any()
 
 
 def _index(
@@ -199,19 +151,21 @@ def _index(
             num_tokens=sum(int(each.sum(dtype="int64")) for each in lengths),
             num_bytes=None,
         )
-    key = [FORMAT, tokenizer_digest, tokenizer.eod, _source_key(source, data)]
+    key = [FORMAT, tokenizer_digest, tokenizer.eod, source_key(source, data)]
     name = f"{_name(source)}_{data.fields.text}_document"
 
     def build(directory: Path) -> None:
         from scale_llm.data.indexing import index_documents
 
-        problems = corpus.Problems()
+        problems = Problems()
         total = sum(os.path.getsize(file) for file in source.files)
         with byte_progress(f"index {_name(source)}", total, show_progress) as on_bytes:
-            documents = _documents(source, data, problems, on_bytes)
+            documents = documents_of(source, data, problems, on_bytes)
             counts = index_documents(documents, tokenizer, str(directory / name))
         if not counts.num_documents:
-            problems.found.append(f"data.path={source.files[0]}: holds no text; give files with documents in them")
+            problems.found.append(
+                f"data.path={source.files[0]}: holds no text; give files with documents in them"
+            )
         problems.raise_any()
         write_json(directory / "counts.json", asdict(counts))
 
@@ -236,7 +190,7 @@ def _check_vocabulary(indexed: list[_Indexed], vocab_size: int) -> None:
 
 
 def _collect(sources: list[Source], indexed: list[_Indexed], tokenizer, path: str) -> PreparedData:
-    num_bytes = [each.num_bytes for each in indexed]
+    num_bytes = [each.num_bytes for each in indexed if each.num_bytes is not None]
     return PreparedData(
         path=path,
         tokenizer_path=tokenizer.path,
@@ -246,17 +200,17 @@ def _collect(sources: list[Source], indexed: list[_Indexed], tokenizer, path: st
         weights=_weights(sources, indexed),
         num_documents=sum(each.num_documents for each in indexed),
         num_tokens=sum(each.num_tokens for each in indexed),
-        num_bytes=None if None in num_bytes else sum(num_bytes),
+        num_bytes=sum(num_bytes) if len(num_bytes) == len(indexed) else None,
     )
 
 
 def _weights(sources: list[Source], indexed: list[_Indexed]) -> list[float] | None:
     """Weights of the prefixes; a source of several shares its weight by their tokens."""
-    if sources[0].weight is None:
+    given = [source.weight for source in sources if source.weight is not None]
+    if not given:
         return None
-    total = sum(source.weight or 0.0 for source in sources)
-    weights = []
-    for source, each in zip(sources, indexed, strict=True):
+    weights: list[float] = []
+    for weight, each in zip(given, indexed, strict=True):
         tokens = [int(sequence_lengths(prefix).sum(dtype="int64")) for prefix in each.prefixes]
-        weights += [source.weight / total * count / sum(tokens) for count in tokens]
+        weights += [weight / sum(given) * count / sum(tokens) for count in tokens]
     return weights

@@ -21,8 +21,8 @@ from scale_llm.data.splits import SPLITS, epoch_samples, split_ranges
 Sample = dict[str, torch.Tensor]
 MEGATRON_SPLITS = dict(zip(SPLITS, (Split.train, Split.valid, Split.test), strict=True))
 SMALL = 1 << 18
-"""Indices of fewer entries stay in memory: a small source in a long blend has thousands of epochs, and no file of
-theirs would be read twice."""
+"""Indices of fewer entries stay in memory: a small source in a long blend has thousands of epochs, and no
+file of theirs would be read twice."""
 
 
 class SourceStream:

@@ -30,8 +30,9 @@ class Source:
 def parse_path(path: Any) -> list[Source]:
     """Sources that `data.path` names, in the given order.
 
-    Takes None (the embedded corpus), a string (file, directory, glob or indexed prefix), a list of strings, or a list
-    with a weight before every string (`[0.7, a.jsonl, 0.3, b]`). Either all entries have a weight or none.
+    Takes None (the embedded corpus), a string (file, directory, glob or indexed prefix), a list of strings,
+    or a list with a weight before every string (`[0.7, a.jsonl, 0.3, b]`). Either all entries have a weight
+    or none.
 
     Raises:
         UserError: with every problem of the whole list.
@@ -90,7 +91,7 @@ def _split_weights(entries: list[Any]) -> tuple[list[tuple[float | None, str]], 
             "([0.7, a.jsonl, 0.3, b.jsonl]) or no weight at all"
         ]
     problems = [
-        f"data.path={entries}: weight {weight} must be a finite number above 0; remove the entry or raise its weight"
+        f"data.path={entries}: weight {weight} must be a finite number above 0; remove the entry or raise it"
         for weight in weights[::2]
         if weight is None or not math.isfinite(weight) or weight <= 0
     ]
@@ -108,7 +109,7 @@ def _not_paths(entries: list[Any]) -> list[str]:
 
 
 def _expand(entry: str) -> tuple[str, tuple[str, ...]] | str:
-    """(kind, files) of one entry, or a problem. What is there literally goes before what a glob would match."""
+    """(kind, files) of one entry, or a problem. A name that exists goes before what a glob would match."""
     path = os.path.abspath(os.path.expanduser(entry))
     if _has_index(path):
         return "indexed", (path,)
@@ -121,7 +122,9 @@ def _expand(entry: str) -> tuple[str, tuple[str, ...]] | str:
         return _classify(entry, matches)
     for present, absent in (INDEXED_EXTENSIONS, INDEXED_EXTENSIONS[::-1]):
         if os.path.isfile(path + present):
-            return f"data.path={entry}: {path + present} is there, {path + absent} is not; restore it or index again"
+            return (
+                f"data.path={entry}: {path + absent} is missing beside {present}; restore it or index again"
+            )
     return f"data.path={entry}: no such file, directory, match of a glob, or indexed prefix; {_REMEDY}"
 
 

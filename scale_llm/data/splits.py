@@ -14,8 +14,8 @@ def split_problems(split: str) -> list[str]:
         shares = [float(share) for share in split.split(",")]
     except ValueError:
         shares = []
-    fine = 1 <= len(shares) <= len(SPLITS) and all(math.isfinite(s) and s >= 0 for s in shares) and sum(shares) > 0
-    if fine:
+    shares_fine = all(math.isfinite(share) and share >= 0 for share in shares) and sum(shares) > 0
+    if shares_fine and len(shares) <= len(SPLITS):
         return []
     return [
         f"data.split={split}: must be up to three shares, none negative and not all zero; "
@@ -57,7 +57,8 @@ def splits_too_small(
 ) -> list[str]:
     """Problems of the splits that yield no sample, each with what is there, what is wanted and the remedy.
 
-    An unweighted blend takes each source as it is, so one without samples is left out; a weighted one needs all.
+    An unweighted blend takes each source as it is, so one without samples is left out; a weighted one needs
+    all.
     """
     problems = split_problems(split)
     for name in () if problems else names:
@@ -72,7 +73,7 @@ def splits_too_small(
 def _too_small(name: str, prefix: str, tokens: int, split: str, seq_length: int) -> str:
     documents = len(sequence_lengths(prefix))
     return (
-        f"data.split={split}: the {name} split of {prefix} holds {tokens} tokens of the {documents} documents there, "
-        f"one sample wants {seq_length + 1} (model.seq_length={seq_length}); give more text, raise the share of "
-        f"{name} in data.split, or lower model.seq_length"
+        f"data.split={split}: the {name} split of {prefix} ({documents} documents) holds {tokens} tokens, "
+        f"one sample wants {seq_length + 1} (model.seq_length={seq_length}); give more text, raise "
+        f"the share of {name} in data.split, or lower model.seq_length"
     )

@@ -1,6 +1,7 @@
 """Text to tokens: a byte-level BPE trained here, or a tokenizer.json of the user's own."""
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -37,7 +38,9 @@ class Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_file(file)
         except Exception as error:  # the library raises plain Exception
-            raise UserError(f"tokenizer.path={path}: not a tokenizer.json ({error}); export it again") from error
+            raise UserError(
+                f"tokenizer.path={path}: not a tokenizer.json ({error}); export it again"
+            ) from error
         eod = backend.token_to_id(eod_token)
         if eod is None:
             raise UserError(_no_eod(backend, path, eod_token))
@@ -57,18 +60,33 @@ class Tokenizer:
         self.backend.encode_special_tokens = True
         return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
+    def token_bytes(self) -> list[int] | None:
+        """UTF-8 bytes that each token stands for [vocab_size], special tokens 0; None unless byte-level.
+
+        With it the bits per byte of any stretch of tokens are exact.
+        """
+        if (json.loads(self.backend.to_str()).get("decoder") or {}).get("type") != "ByteLevel":
+            return None
+        lengths = [0] * self.vocab_size
+        for token, number in self.backend.get_vocab(with_added_tokens=False).items():
+            lengths[number] = len(token)  # byte-level tokens are spelt with one letter a byte
+        for number, added in self.backend.get_added_tokens_decoder().items():
+            lengths[number] = 0 if added.special else len(added.content.encode("utf-8"))
+        return lengths
+
     def decode(self, ids: Iterable[int]) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=False)
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int, eod_token: str, path: Path) -> None:
-    """Trains a byte-level BPE (any text is encodable, nothing is unknown) and writes it to `path`, a tokenizer.json.
+    """Trains a byte-level BPE, for which no text is unknown, and writes it to `path`, a
+    tokenizer.json.
 
     The end-of-document token has id 0. A small corpus may give fewer than `vocab_size` tokens.
     """
     if vocab_size < SMALLEST_VOCABULARY:
         raise UserError(
-            f"tokenizer.vocab_size={vocab_size}: a byte-level vocabulary needs at least {SMALLEST_VOCABULARY} tokens"
+            f"tokenizer.vocab_size={vocab_size}: a byte-level one needs at least {SMALLEST_VOCABULARY} tokens"
         )
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -90,7 +108,9 @@ def tokenizer_file(path: str) -> str:
     full = os.path.abspath(os.path.expanduser(path))
     file = os.path.join(full, "tokenizer.json") if os.path.isdir(full) else full
     if not os.path.isfile(file):
-        raise UserError(f"tokenizer.path={path}: no such file ({file}); give a tokenizer.json or a directory with one")
+        raise UserError(
+            f"tokenizer.path={path}: no such file ({file}); give a tokenizer.json or a directory with one"
+        )
     return file
 
 
@@ -101,4 +121,4 @@ def file_digest(path: str) -> str:
 def _no_eod(backend: tokenizers.Tokenizer, path: str, eod_token: str) -> str:
     special = sorted(token.content for token in backend.get_added_tokens_decoder().values() if token.special)
     candidates = f"one of {', '.join(special[:20])}" if special else "a token of it"
-    return f"tokenizer.eod_token={eod_token}: not in the vocabulary of {path}; set tokenizer.eod_token to {candidates}"
+    return f"tokenizer.eod_token={eod_token}: not in the vocabulary of {path}; set it to {candidates}"

@@ -7,7 +7,11 @@ import pytest
 from scale_llm.config.errors import UserError
 from scale_llm.data.tokenizer import Tokenizer, train_tokenizer
 
-TEXTS = ["def f(x):\n    return x + 1\n" * 50, "Grüße an alle 👋, im Haus\n" * 50, "the cat sat on the mat " * 50]
+TEXTS = [
+    "def f(x):\n    return x + 1\n" * 50,
+    "Grüße an alle 👋, im Haus\n" * 50,
+    "the cat sat on the mat " * 50,
+]
 
 
 @pytest.fixture
@@ -21,6 +25,9 @@ def test_any_text_comes_back(trained: Path, text: str):
     tokenizer = Tokenizer.load(str(trained), "<|endoftext|>")
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
+    lengths = tokenizer.token_bytes()
+    assert lengths and sum(lengths[token] for token in ids) == len(text.encode())
+    assert lengths[tokenizer.eod] == 0
     assert tokenizer.eod not in ids  # spelt out in a document it is text, not the end of the document
     assert tokenizer.encode_batch([text]) == [ids]
     assert all(0 <= token < tokenizer.vocab_size == 300 for token in ids)
