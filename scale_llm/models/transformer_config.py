@@ -51,7 +51,7 @@ def transformer_config(
         num_moe_experts=model.num_experts,
         moe_router_topk=model.moe_router_topk,
         moe_ffn_hidden_size=(model.moe_ffn_hidden_size or model.ffn_hidden_size) if model.num_experts else None,
-        moe_aux_loss_coeff=model.moe_aux_loss_coeff if model.num_experts else 0.0,
+        moe_aux_loss_coeff=_aux_loss_coeff(model, parallel),
         moe_router_load_balancing_type=_balancing(model),
         moe_token_dispatcher_type="alltoall",
         moe_grouped_gemm=False,
@@ -82,6 +82,20 @@ def transformer_config(
         recompute_modules=["core_attn"],
         use_cpu_initialization=False,
     )
+
+
+def _aux_loss_coeff(model: ModelConfig, parallel: ParallelConfig) -> float:
+    """Coefficient of the load-balancing loss, made independent of the layout.
+
+    With per-token normalisation megatron-core 0.16.1 weighs a router's partial loss by its own tokens, not by those of
+    all ranks that share the micro-batch, so that tensor and context parallelism would each divide the loss by their size.
+    """
+    if not model.num_experts:
+        return 0.0
+    shards = parallel.context_parallel_size
+    if parallel.sequence_parallel:
+        shards *= parallel.tensor_model_parallel_size
+    return model.moe_aux_loss_coeff * shards
 
 
 def _balancing(model: ModelConfig) -> str:

@@ -125,7 +125,33 @@ def _cpu_view() -> _View:
     def autocast(device_type, *args, **kwargs):
         return torch.autocast("cpu" if device_type == "cuda" else device_type, *args, **kwargs)
 
-    return _View(torch, cuda=cuda, autocast=autocast, compile=_identity_decorator, **factories)
+    distributed = _View(torch.distributed, all_gather=_all_gather, reduce_scatter=_reduce_scatter)
+    return _View(
+        torch, cuda=cuda, autocast=autocast, compile=_identity_decorator, distributed=distributed, **factories
+    )
+
+
+def _all_gather(outputs, tensor, group=None, async_op=False):
+    """all_gather that takes outputs of unequal length, which gloo refuses: one broadcast a rank."""
+    if len({out.shape for out in outputs}) == 1:
+        return torch.distributed.all_gather(outputs, tensor, group=group, async_op=async_op)
+    ranks = torch.distributed.get_process_group_ranks(group)
+    for i, out in enumerate(outputs):
+        part = tensor.contiguous() if ranks[i] == torch.distributed.get_rank() else torch.empty_like(out)
+        torch.distributed.broadcast(part, src=ranks[i], group=group)
+        out.copy_(part)
+    return None
+
+
+def _reduce_scatter(output, inputs, op=torch.distributed.ReduceOp.SUM, group=None, async_op=False):
+    """reduce_scatter that takes inputs of unequal length, which gloo refuses: one reduction of all of them."""
+    if len({part.shape for part in inputs}) == 1:
+        return torch.distributed.reduce_scatter(output, list(inputs), op=op, group=group, async_op=async_op)
+    whole = torch.cat(list(inputs))
+    torch.distributed.all_reduce(whole, op=op, group=group)
+    start = sum(part.size(0) for part in inputs[: group.rank()])
+    output.copy_(whole[start : start + output.size(0)])
+    return None
 
 
 def _identity_decorator(function=None, **kwargs):
