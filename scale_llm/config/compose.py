@@ -1,0 +1,106 @@
+"""conf/ and the words of the command line -> a typed RunConfig, through Hydra, once a run."""
+
+from typing import Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from scale_llm.config import overrides as words
+from scale_llm.config.errors import UsageError
+from scale_llm.config.run import RunConfig
+from scale_llm.config.store import conf_dir, register
+
+
+def compose(arguments: list[str]) -> RunConfig:
+    """The configuration these words ask for. Open values (None, auto) are still open; run_dir may be ""."""
+    parsed = words.parse(arguments)
+    swept = [str(override.input_line) for override in parsed if override.is_sweep_override()]
+    if swept:
+        raise UsageError(f"{' '.join(swept)}: several values need a sweep; add -m, or quote the value")
+    return _typed(_compose(parsed), parsed)
+
+
+def expand_sweep(arguments: list[str]) -> list[list[str]]:
+    """Hydra's basic sweeper: one list of words for each point of the product."""
+    (batch,) = BasicSweeper.split_arguments(words.parse(arguments), max_batch_size=None)
+    return [list(point) for point in batch]
+
+
+def _compose(parsed: list[Override]) -> DictConfig:
+    register()
+    GlobalHydra.instance().clear()
+    arguments = [words.word_of(override) for override in parsed]
+    try:
+        with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
+            return hydra_compose(config_name="config", overrides=arguments)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UsageError(_value_problems(parsed) or [_first_cause(error)]) from error
+
+
+def _typed(tree: DictConfig, parsed: list[Override]) -> RunConfig:
+    if OmegaConf.is_missing(tree, "run_dir"):
+        tree.run_dir = ""
+    try:
+        missing = sorted(OmegaConf.missing_keys(tree))
+        if missing:
+            raise UsageError([f"{key}: has no default; give {key}=VALUE" for key in missing])
+        cfg = OmegaConf.to_object(tree)
+    except (OmegaConfBaseException, TypeError) as error:
+        raise UsageError(_first_cause(error)) from error
+    assert isinstance(cfg, RunConfig)
+    if any(override.key_or_group in ("precision.bf16", "precision.fp16") for override in parsed):
+        cfg.precision.auto = (
+            False  # precision.bf16=false asks for FP32, also where auto would choose otherwise
+        )
+    return cfg
+
+
+def _value_problems(parsed: list[Override]) -> list[str]:
+    """Each key=value tried alone against its schema, so that all wrong types are named and not only the first."""
+    keys = words.known_keys()
+    problems = []
+    for override in parsed:
+        key = override.key_or_group
+        if key not in keys or override.is_delete():
+            continue
+        try:
+            _try_value(key, override.value())
+        except OmegaConfBaseException as error:
+            problems.append(f"{override.input_line}: {_expected(keys[key], error)}")
+    return problems
+
+
+def _try_value(key: str, value: Any) -> None:
+    from scale_llm.config.store import SCHEMAS, STAGES
+
+    group, _, leaf = key.partition(".")
+    schemas = list(STAGES.values()) if group == "stage" else [SCHEMAS[group]] if group in SCHEMAS else []
+    for schema in schemas:
+        names = OmegaConf.structured(schema)
+        if leaf.split(".")[0] in names:
+            enum = words.enum_of(words.known_keys()[key])
+            by_value = {str(member.value): member.name for member in enum} if enum else {}
+            OmegaConf.update(names, leaf, by_value.get(str(value), value))
+
+
+def _expected(kind: Any, error: Exception) -> str:
+    enum = words.enum_of(kind)
+    if enum is not None:
+        return "one of " + ", ".join(str(member.value) for member in enum)
+    name = kind.__name__ if isinstance(kind, type) else str(kind)
+    return f"{str(error).strip().splitlines()[0]}; give {name}"
+
+
+def _first_cause(error: BaseException) -> str:
+    """Hydra wraps the sentence that helps in others that do not."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    key = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("full_key:")), "")
+    return f"{key}: {lines[0]}" if key and key not in lines[0] else lines[0]

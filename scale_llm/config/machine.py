@@ -1,0 +1,71 @@
+"""What this machine offers, found without torch."""
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    cores: int
+    gpus: int
+    """NVIDIA GPUs that torch can use."""
+    fast_bf16_cpu: bool
+    """The processor multiplies BF16 matrices in hardware (AMX)."""
+
+
+def detect() -> Machine:
+    """This machine. Costs milliseconds, a call of nvidia-smi where there is a driver without device files."""
+    return Machine(cores=_cores(), gpus=_gpus(), fast_bf16_cpu="amx_bf16" in _cpu_flags())
+
+
+def _cores() -> int:
+    """Cores this process may run on (a container or Slurm step may see fewer than the machine has)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _cpu_flags() -> frozenset[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return frozenset()
+    found = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
+    return frozenset(found.group(1).split()) if found else frozenset()
+
+
+def _gpus() -> int:
+    """GPUs by their device files, cut by CUDA_VISIBLE_DEVICES; none where torch is a CPU build."""
+    if _torch_is_cpu_build():
+        return 0
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
+    found = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    return found or _gpus_by_driver()
+
+
+def _torch_is_cpu_build() -> bool:
+    try:
+        return "+cpu" in importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+def _gpus_by_driver() -> int:
+    """Counts with nvidia-smi: where device files have other names (WSL)."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return 0
+    try:
+        result = subprocess.run([program, "-L"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    return (
+        sum(line.startswith("GPU ") for line in result.stdout.splitlines()) if result.returncode == 0 else 0
+    )

@@ -1,0 +1,132 @@
+"""The words of the command line, checked against the dataclasses before Hydra sees them: all problems at once."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from enum import Enum
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException, OverrideParseException
+
+from scale_llm.config.errors import UsageError
+from scale_llm.config.store import GROUPS, SCHEMAS, STAGES, options
+
+
+def parse(words: list[str]) -> list[Override]:
+    """Overrides of known keys, groups and options; raises UsageError with every problem."""
+    overrides: list[Override] = []
+    problems: list[str] = []
+    keys = known_keys()
+    for word in words:
+        try:
+            override = OverridesParser.create().parse_override(word)
+        except (OverrideParseException, HydraException) as error:
+            problems.append(_syntax(word, error))
+            continue
+        problem = _group_problem(override) if _is_group(override) else _key_problem(override, keys)
+        problems.extend([problem] if problem else [])
+        overrides.append(override)
+    if problems:
+        raise UsageError(problems)
+    return overrides
+
+
+def known_keys() -> dict[str, Any]:
+    """Every key a user may set, dotted, and its type."""
+    keys: dict[str, Any] = {"run_dir": str}
+    for group, schema in SCHEMAS.items():
+        keys.update(_fields(group, schema))
+    for stage in STAGES.values():
+        keys.update(_fields("stage", stage))
+    return keys
+
+
+def _fields(prefix: str, schema: type) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, kind in typing.get_type_hints(schema).items():
+        if dataclasses.is_dataclass(kind):
+            found.update(_fields(f"{prefix}.{name}", typing.cast(type, kind)))
+        else:
+            found[f"{prefix}.{name}"] = kind
+    return found
+
+
+def enum_of(kind: Any) -> type[Enum] | None:
+    """The enum in a field's type, also where None is allowed."""
+    parts = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    return next((part for part in parts if isinstance(part, type) and issubclass(part, Enum)), None)
+
+
+def word_of(override: Override) -> str:
+    """The override for Hydra: Megatron's spelling of an enum value (WSD, inverse-square-root) becomes its name."""
+    word = str(override.input_line)
+    enum = enum_of(known_keys().get(override.key_or_group))
+    if enum is None or override.is_sweep_override() or override.is_delete():
+        return word
+    key, _, value = word.partition("=")
+    names = [member.name for member in enum if str(member.value) == value.strip("'\"")]
+    return f"{key}={names[0]}" if names else word
+
+
+def _is_group(override: Override) -> bool:
+    key = override.key_or_group
+    return key in GROUPS or ("." not in key and key != "run_dir")
+
+
+def _group_problem(override: Override) -> str | None:
+    group, value = override.key_or_group, override.value()
+    if group not in GROUPS:
+        return _unknown("key or group", str(override.input_line), group, [*GROUPS, *known_keys()])
+    if override.is_add():
+        return f"{override.input_line}: {group} has an option already; leave out the +: {group}={value}"
+    if override.package is not None:
+        return f"{override.input_line}: a group cannot be moved with @; give {group}=<option>"
+    wanted = list(value.list) if override.is_sweep_override() and hasattr(value, "list") else [value]
+    for option in wanted:
+        name = str(getattr(option, "text", option))
+        if option is not None and not override.is_sweep_override() and isinstance(option, dict | list):
+            return f"{override.input_line}: {group} takes the name of an option; one of {', '.join(options(group))}"
+        if option is not None and name not in options(group) and not override.is_delete():
+            return _unknown("option", f"{group}={name}", name, options(group), f"{group}=")
+    return None
+
+
+def _key_problem(override: Override, keys: dict[str, Any]) -> str | None:
+    key = override.key_or_group
+    if key in keys or any(key.startswith(f"{known}.") for known, kind in keys.items() if kind is Any):
+        return None
+    if key.startswith("hydra"):
+        return f"{override.input_line}: settings of Hydra itself have no effect here; leave it out"
+    if any(known.startswith(f"{key}.") for known in keys):
+        return None  # a whole table, as in data.fields={text: body}; Hydra checks it
+    return _unknown("key", str(override.input_line), key, list(keys))
+
+
+def _unknown(what: str, word: str, given: str, known: list[str], prefix: str = "") -> str:
+    near = nearest(given, known)
+    if near:
+        hint = "did you mean " + " or ".join(prefix + name for name in near) + "?"
+    elif len(known) < 30:
+        hint = "one of " + ", ".join(known)
+    else:
+        hint = "scale-llm --help lists the groups, scale-llm --cfg job the keys"
+    return f"{word}: unknown {what}; {hint}"
+
+
+def nearest(given: str, known: list[str]) -> list[str]:
+    """What the user may have meant: the same name in another group, else up to two names spelt alike."""
+    leaf = given.rsplit(".", 1)[-1]
+    elsewhere = [name for name in known if "." in name and name.rsplit(".", 1)[-1] == leaf]
+    if elsewhere:
+        return difflib.get_close_matches(given, elsewhere, n=2, cutoff=0.0)
+    return difflib.get_close_matches(given, known, n=2, cutoff=0.65)
+
+
+def _syntax(word: str, error: Exception) -> str:
+    if "=" not in word and not word.startswith("~"):
+        return f"{word}: not of the form key=value; scale-llm --help shows examples"
+    first = str(error).strip().splitlines()[0]
+    return f"{word}: cannot be read ({first}); quote values with special characters: \"key='value'\""

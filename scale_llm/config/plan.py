@@ -1,0 +1,161 @@
+"""The plan of a run: layout, batch arithmetic, parameters, operations, bytes. Pure arithmetic on a valid config."""
+
+from dataclasses import dataclass
+
+from scale_llm.config.batch import global_batch_size, total_iterations, total_samples
+from scale_llm.config.optim import Optimizer
+from scale_llm.config.parameters import (
+    ParameterCounts,
+    RankParameters,
+    count_parameters,
+    flops_per_token,
+    padded_vocab_size,
+    parameters_of_stage,
+)
+from scale_llm.config.run import RunConfig
+from scale_llm.config.stage import EvaluateConfig
+from scale_llm.config.validate_layout import world_size
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """Sizes of the axes."""
+
+    world: int
+    dp: int
+    tp: int
+    pp: int
+    vpp: int
+    cp: int
+    ep: int
+    etp: int
+
+    @property
+    def expert_dp(self) -> int:
+        """Replicas of an expert."""
+        return self.world // (self.ep * self.etp * self.pp)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Batches:
+    """What a step takes, and how many steps there are."""
+
+    micro_batches: int
+    """Forward passes of one rank in one step, after ramp-up."""
+    first_micro_batches: int
+    """The same in the first step."""
+    samples_per_step: int
+    tokens_per_step: int
+    iterations: int
+    total_samples: int
+    total_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Memory:
+    """Bytes of one rank of the fullest pipeline stage; activations come on top."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """All that --check prints."""
+
+    layout: Layout
+    batches: Batches | None
+    """None for an evaluation."""
+    parameters: ParameterCounts
+    padded_vocab_size: int
+    per_rank: RankParameters
+    """On the fullest pipeline stage."""
+    flops_per_token: float
+    checkpoint_bytes: int
+    memory: Memory
+
+
+def make_plan(cfg: RunConfig) -> Plan:
+    """The plan of a resolved and valid configuration."""
+    layout = make_layout(cfg)
+    stages = [parameters_of_stage(cfg.model, cfg.parallel, stage) for stage in range(layout.pp)]
+    fullest = max(stages, key=lambda stage: stage.total)
+    parameters = count_parameters(cfg.model, layout.tp)
+    return Plan(
+        layout=layout,
+        batches=None if isinstance(cfg.stage, EvaluateConfig) else make_batches(cfg, layout.dp),
+        parameters=parameters,
+        padded_vocab_size=padded_vocab_size(cfg.model, layout.tp),
+        per_rank=fullest,
+        flops_per_token=flops_per_token(cfg.model, layout.tp),
+        checkpoint_bytes=parameters.total * (_weight_bytes(cfg) + _optimizer_bytes(cfg)),
+        memory=estimate_memory(cfg, layout, fullest),
+    )
+
+
+def make_layout(cfg: RunConfig) -> Layout:
+    """Sizes of all axes; data parallel is what remains."""
+    parallel, world = cfg.parallel, world_size(cfg)
+    tp, pp, cp = (
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.context_parallel_size,
+    )
+    return Layout(
+        world=world,
+        dp=world // (tp * pp * cp),
+        tp=tp,
+        pp=pp,
+        vpp=parallel.virtual_pipeline_model_parallel_size or 1,
+        cp=cp,
+        ep=parallel.expert_model_parallel_size,
+        etp=parallel.expert_tensor_parallel_size or tp,
+    )
+
+
+def make_batches(cfg: RunConfig, dp: int) -> Batches:
+    """Batch arithmetic of a training run."""
+    train, at_once = cfg.train, cfg.train.micro_batch_size * dp
+    samples = total_samples(train)
+    return Batches(
+        micro_batches=train.global_batch_size // at_once,
+        first_micro_batches=global_batch_size(train, 0) // at_once,
+        samples_per_step=train.global_batch_size,
+        tokens_per_step=train.global_batch_size * cfg.model.seq_length,
+        iterations=total_iterations(train),
+        total_samples=samples,
+        total_tokens=samples * cfg.model.seq_length,
+    )
+
+
+def _weight_bytes(cfg: RunConfig) -> int:
+    return 2 if cfg.precision.bf16 or cfg.precision.fp16 else 4
+
+
+def _optimizer_bytes(cfg: RunConfig) -> int:
+    """Per parameter: FP32 moments (Adam two, SGD one with momentum), and FP32 main weights under a 16-bit model."""
+    if cfg.optim.optimizer is Optimizer.sgd:
+        moments = 1 if cfg.optim.sgd_momentum else 0
+    else:
+        moments = 2
+    return 4 * moments + (4 if _weight_bytes(cfg) == 2 else 0)
+
+
+def estimate_memory(cfg: RunConfig, layout: Layout, rank: RankParameters) -> Memory:
+    """Weights, gradients and optimizer of one rank; the distributed optimizer cuts its state over replicas."""
+    if isinstance(cfg.stage, EvaluateConfig):
+        return Memory(weights=rank.total * _weight_bytes(cfg), gradients=0, optimizer=0)
+    in_fp32 = cfg.precision.accumulate_allreduce_grads_in_fp32 or _weight_bytes(cfg) == 4
+    distributed = cfg.parallel.use_distributed_optimizer
+    dense_share, expert_share = (layout.dp * layout.cp, layout.expert_dp) if distributed else (1, 1)
+    owned = -(-rank.dense // dense_share) + -(-rank.experts // expert_share)
+    return Memory(
+        weights=rank.total * _weight_bytes(cfg),
+        gradients=rank.total * (4 if in_fp32 else 2),
+        optimizer=owned * _optimizer_bytes(cfg),
+    )

@@ -1,0 +1,112 @@
+"""Fills what a user may leave open, so that config.yaml says what ran. Pure: the machine is an argument.
+
+Nothing here complains: a value that cannot be derived stays as it is, and `validate` names the cause.
+"""
+
+import copy
+import json
+import math
+import os
+from pathlib import Path
+
+from scale_llm.config.cluster import Device
+from scale_llm.config.machine import Machine
+from scale_llm.config.model import ModelConfig
+from scale_llm.config.names import run_name
+from scale_llm.config.parallel import ParallelConfig
+from scale_llm.config.run import RunConfig
+from scale_llm.config.tokenizer import TokenizerConfig
+
+
+def resolve(cfg: RunConfig, machine: Machine) -> RunConfig:
+    """A copy of cfg with every open value settled for this machine."""
+    cfg = copy.deepcopy(cfg)
+    _resolve_cluster(cfg, machine)
+    _resolve_precision(cfg, machine)
+    _resolve_model(cfg.model, cfg.tokenizer)
+    if cfg.parallel.expert_tensor_parallel_size is None:
+        cfg.parallel.expert_tensor_parallel_size = cfg.parallel.tensor_model_parallel_size
+    _resolve_paths(cfg)
+    return cfg
+
+
+def ranks_needed(parallel: ParallelConfig) -> int:
+    """Fewest ranks the layout fits on, with one data-parallel replica where experts allow it."""
+    dense = (
+        parallel.tensor_model_parallel_size
+        * parallel.pipeline_model_parallel_size
+        * parallel.context_parallel_size
+    )
+    expert_tensor = parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size
+    expert = expert_tensor * parallel.expert_model_parallel_size * parallel.pipeline_model_parallel_size
+    return math.lcm(max(dense, 1), max(expert, 1))
+
+
+def _resolve_cluster(cfg: RunConfig, machine: Machine) -> None:
+    cluster = cfg.cluster
+    if cluster.device is Device.auto:
+        cluster.device = Device.cuda if machine.gpus else Device.cpu
+    if cluster.nproc_per_node is None:
+        on_cpu = math.ceil(ranks_needed(cfg.parallel) / max(cluster.nnodes, 1))
+        cluster.nproc_per_node = machine.gpus if cluster.device is Device.cuda and machine.gpus else on_cpu
+    if cluster.omp_num_threads is None:
+        cluster.omp_num_threads = max(1, machine.cores // max(cluster.nproc_per_node, 1))
+
+
+def _resolve_precision(cfg: RunConfig, machine: Machine) -> None:
+    precision = cfg.precision
+    if precision.auto and not (precision.bf16 or precision.fp16):
+        precision.bf16 = cfg.cluster.device is Device.cuda or machine.fast_bf16_cpu
+    precision.auto = False
+
+
+def _resolve_model(model: ModelConfig, tokenizer: TokenizerConfig) -> None:
+    if model.ffn_hidden_size is None:
+        model.ffn_hidden_size = default_ffn_hidden_size(model)
+    if model.num_query_groups is None:
+        model.num_query_groups = model.num_attention_heads
+    if model.kv_channels is None and model.num_attention_heads > 0:
+        model.kv_channels = model.hidden_size // model.num_attention_heads
+    if model.max_position_embeddings is None:
+        model.max_position_embeddings = model.seq_length
+    if model.num_experts is not None and model.moe_ffn_hidden_size is None:
+        model.moe_ffn_hidden_size = model.ffn_hidden_size
+    if model.vocab_size is None:
+        model.vocab_size = tokenizer_vocab_size(tokenizer)
+
+
+def default_ffn_hidden_size(model: ModelConfig) -> int:
+    """4h; with a gate 8/3 h, which keeps the parameters of 4h without one, up to a multiple of 64."""
+    if not model.swiglu:
+        return 4 * model.hidden_size
+    return -(-8 * model.hidden_size // (3 * 64)) * 64
+
+
+def tokenizer_vocab_size(tokenizer: TokenizerConfig) -> int | None:
+    """Tokens of the tokenizer: the size asked for, or 1 + the highest id in a given file; None where unreadable."""
+    if tokenizer.path is None:
+        return tokenizer.vocab_size
+    path = Path(tokenizer.path).expanduser()
+    path = path / "tokenizer.json" if path.is_dir() else path
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return 1 + max(_token_ids(content))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _token_ids(content: dict) -> list[int]:
+    vocab = content["model"]["vocab"]
+    # Unigram keeps a list of [token, score], every other kind a table of token to id
+    ids = list(range(len(vocab))) if isinstance(vocab, list) else list(vocab.values())
+    return ids + [token["id"] for token in content.get("added_tokens", [])]
+
+
+def _resolve_paths(cfg: RunConfig) -> None:
+    cfg.run_dir = os.path.expanduser(cfg.run_dir or os.path.join("runs", run_name(cfg)))
+    cfg.checkpoint.save = os.path.expanduser(cfg.checkpoint.save or os.path.join(cfg.run_dir, "checkpoints"))
+    cfg.data.cache_dir = os.path.expanduser(cfg.data.cache_dir or os.path.join(cfg.run_dir, "data"))
+    if cfg.checkpoint.load is not None:
+        cfg.checkpoint.load = os.path.expanduser(cfg.checkpoint.load)
+    if cfg.tokenizer.path is not None:
+        cfg.tokenizer.path = os.path.expanduser(cfg.tokenizer.path)

@@ -1,0 +1,70 @@
+"""Hydra's view of the dataclasses: schemas in the hidden group `schema`, the options a user sees in conf/.
+
+A file conf/<group>/<option>.yaml begins with `defaults: [/schema/<group>@_here_]` (for stages, which differ in
+their keys, `/schema/stage/<name>@_here_`), so defaults live in the dataclasses alone and the YAML says what differs.
+"""
+
+import importlib.util
+from pathlib import Path
+
+from omegaconf import MISSING
+
+from scale_llm.config.checkpoint import CheckpointConfig
+from scale_llm.config.cluster import ClusterConfig
+from scale_llm.config.data import DataConfig
+from scale_llm.config.logging import LoggingConfig
+from scale_llm.config.model import ModelConfig
+from scale_llm.config.optim import OptimConfig
+from scale_llm.config.parallel import ParallelConfig
+from scale_llm.config.precision import PrecisionConfig
+from scale_llm.config.run import RunConfig
+from scale_llm.config.stage import EvaluateConfig, PretrainConfig, StageConfig
+from scale_llm.config.tokenizer import TokenizerConfig
+from scale_llm.config.train import TrainConfig
+
+STAGES: dict[str, type[StageConfig]] = {"pretrain": PretrainConfig, "evaluate": EvaluateConfig}
+
+SCHEMAS: dict[str, type] = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "tokenizer": TokenizerConfig,
+    "train": TrainConfig,
+    "parallel": ParallelConfig,
+    "precision": PrecisionConfig,
+    "optim": OptimConfig,
+    "checkpoint": CheckpointConfig,
+    "logging": LoggingConfig,
+    "cluster": ClusterConfig,
+}
+
+GROUPS = ["stage", *SCHEMAS, "experiment"]
+"""The groups a user chooses from, in the order of the help text."""
+
+
+def register() -> None:
+    """Put every schema into Hydra's store; calling it again changes nothing."""
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    # The stage is left open: a default of one stage's dataclass would refuse the keys of every other
+    store.store(group="schema", name="run", node=RunConfig(run_dir=MISSING, stage=MISSING))
+    for name, schema in SCHEMAS.items():
+        store.store(group="schema", name=name, node=schema)
+    for name, schema in STAGES.items():
+        store.store(group="schema/stage", name=name, node=schema)
+
+
+def conf_dir() -> Path:
+    """conf/ of the checkout, or scale_llm_conf where a wheel put it."""
+    checkout = Path(__file__).resolve().parents[2] / "conf"
+    if (checkout / "config.yaml").is_file():
+        return checkout
+    spec = importlib.util.find_spec("scale_llm_conf")
+    if spec is None or not spec.submodule_search_locations:
+        raise RuntimeError("the package scale_llm_conf (conf/ of the repository) is not installed")
+    return Path(list(spec.submodule_search_locations)[0])
+
+
+def options(group: str) -> list[str]:
+    """Names a user may give for a group."""
+    return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))

@@ -1,0 +1,54 @@
+"""Cross-field validation: every problem of a resolved configuration at once, before anything is started.
+
+Each function returns sentences of the form `key=value: what is wrong; what to do`. Pure but for `_run_dir` and
+`_checkpoint`, which look at the file system.
+"""
+
+from collections.abc import Callable
+
+from scale_llm.config.cluster import Device
+from scale_llm.config.errors import UserError
+from scale_llm.config.machine import Machine
+from scale_llm.config.run import RunConfig
+from scale_llm.config.validate_batch import batch_problems
+from scale_llm.config.validate_files import file_problems
+from scale_llm.config.validate_layout import layout_problems
+from scale_llm.config.validate_model import model_problems
+from scale_llm.config.validate_values import sign_problems, value_problems
+
+Rule = Callable[[RunConfig], list[str]]
+
+ARITHMETIC: tuple[Rule, ...] = (layout_problems, model_problems, batch_problems)
+"""Rules that divide, and so may assume sizes larger than 0."""
+
+
+def problems_of(cfg: RunConfig, machine: Machine | None = None) -> list[str]:
+    """Every problem of a resolved configuration; on this machine, if one is given."""
+    signs = sign_problems(cfg)
+    found = signs + value_problems(cfg)
+    if not signs:
+        found += [problem for rule in ARITHMETIC for problem in rule(cfg)]
+    found += file_problems(cfg)
+    return found + (machine_problems(cfg, machine) if machine is not None else [])
+
+
+def validate(cfg: RunConfig, machine: Machine | None = None) -> None:
+    """Raise UserError with every problem."""
+    if found := problems_of(cfg, machine):
+        raise UserError(found)
+
+
+def machine_problems(cfg: RunConfig, machine: Machine) -> list[str]:
+    """GPUs that are asked for and not there."""
+    if cfg.cluster.device is not Device.cuda:
+        return []
+    if machine.gpus == 0:
+        return [
+            "cluster.device=cuda: no NVIDIA GPU that torch can use is visible here; set cluster.device=cpu"
+        ]
+    if (cfg.cluster.nproc_per_node or 1) > machine.gpus:
+        return [
+            f"cluster.nproc_per_node={cfg.cluster.nproc_per_node}: this machine has {machine.gpus} GPUs; "
+            f"set cluster.nproc_per_node={machine.gpus} or less"
+        ]
+    return []

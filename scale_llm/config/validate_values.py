@@ -1,0 +1,172 @@
+"""Values that are wrong alone: signs, ranges, choices that exclude each other."""
+
+import math
+from typing import Any
+
+from scale_llm.config.data import DataConfig
+from scale_llm.config.optim import OptimConfig
+from scale_llm.config.precision import PrecisionConfig
+from scale_llm.config.run import RunConfig
+from scale_llm.config.stage import EvaluateConfig
+
+POSITIVE = {
+    "model": "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels seq_length "
+    "max_position_embeddings vocab_size make_vocab_size_divisible_by norm_epsilon rotary_base num_experts "
+    "moe_router_topk moe_ffn_hidden_size",
+    "tokenizer": "vocab_size",
+    "data": "embedded_megabytes",
+    "train": "micro_batch_size global_batch_size train_iters train_samples eval_interval exit_interval "
+    "exit_duration_in_mins log_interval recompute_num_layers",
+    "parallel": "tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size "
+    "context_parallel_size expert_model_parallel_size expert_tensor_parallel_size distributed_timeout_minutes",
+    "precision": "initial_loss_scale min_loss_scale loss_scale_window hysteresis",
+    "optim": "lr lr_decay_iters lr_decay_samples lr_wsd_decay_iters lr_wsd_decay_samples adam_eps",
+    "checkpoint": "save_interval",
+    "cluster": "nnodes nproc_per_node omp_num_threads",
+}
+"""Keys that must be larger than 0 where they are set."""
+
+NOT_NEGATIVE = {
+    "model": "init_method_std moe_aux_loss_coeff",
+    "data": "num_workers",
+    "train": "eval_iters seed",
+    "optim": "min_lr lr_warmup_iters lr_warmup_samples lr_warmup_init weight_decay clip_grad",
+}
+
+SHARES = {
+    "model.hidden_dropout": False,
+    "model.attention_dropout": False,
+    "model.rotary_percent": True,
+    "optim.adam_beta1": False,
+    "optim.adam_beta2": False,
+    "optim.sgd_momentum": False,
+    "optim.lr_warmup_fraction": False,
+}
+"""Keys between 0 and 1, and whether 1 itself is allowed (and 0 then is not)."""
+
+
+def value_problems(cfg: RunConfig) -> list[str]:
+    """Problems that a single group shows, signs aside."""
+    return [
+        *_shares(cfg),
+        *precision_problems(cfg.precision),
+        *optim_problems(cfg.optim),
+        *split_problems(cfg.data),
+        *stage_problems(cfg),
+    ]
+
+
+def _value(cfg: RunConfig, key: str) -> Any:
+    group, name = key.split(".")
+    return getattr(getattr(cfg, group), name)
+
+
+def sign_problems(cfg: RunConfig) -> list[str]:
+    """Sizes and counts that are zero, negative or not finite."""
+    found = []
+    for table, smallest in ((POSITIVE, "larger than 0"), (NOT_NEGATIVE, "0 or larger")):
+        for key in (f"{group}.{name}" for group, names in table.items() for name in names.split()):
+            value = _value(cfg, key)
+            if value is None:
+                continue
+            if not math.isfinite(value) or value < 0 or (value == 0 and table is POSITIVE):
+                found.append(f"{key}={value}: must be {smallest}; give a number {smallest}")
+    return found
+
+
+def _shares(cfg: RunConfig) -> list[str]:
+    found = []
+    for key, with_one in SHARES.items():
+        value = _value(cfg, key)
+        if value is None:
+            continue
+        inside = 0 < value <= 1 if with_one else 0 <= value < 1
+        if not inside:
+            limits = "above 0 and at most 1" if with_one else "at least 0 and below 1"
+            found.append(f"{key}={value}: is a share; give a number {limits}")
+    return found
+
+
+def precision_problems(precision: PrecisionConfig) -> list[str]:
+    """Formats that exclude each other."""
+    if precision.bf16 and precision.fp16:
+        return [
+            "precision.bf16=true, precision.fp16=true: one format at a time; set precision=bf16 or precision=fp16"
+        ]
+    if precision.min_loss_scale > precision.initial_loss_scale:
+        return [
+            f"precision.min_loss_scale={precision.min_loss_scale}: above "
+            f"precision.initial_loss_scale={precision.initial_loss_scale}; lower the one or raise the other"
+        ]
+    return []
+
+
+def optim_problems(optim: OptimConfig) -> list[str]:
+    """Learning rates out of order, and several keys for one length."""
+    found = []
+    if optim.min_lr > optim.lr:
+        found.append(f"optim.min_lr={optim.min_lr}: above optim.lr={optim.lr}; give a lower min_lr")
+    if optim.lr_warmup_init > optim.lr:
+        found.append(
+            f"optim.lr_warmup_init={optim.lr_warmup_init}: above optim.lr={optim.lr}; give a lower start"
+        )
+    warmups = [
+        key for key in ("lr_warmup_iters", "lr_warmup_samples", "lr_warmup_fraction") if getattr(optim, key)
+    ]
+    found += _only_one(optim, warmups)
+    for ends in (("lr_decay_iters", "lr_decay_samples"), ("lr_wsd_decay_iters", "lr_wsd_decay_samples")):
+        found += _only_one(optim, [key for key in ends if getattr(optim, key) is not None])
+    return found
+
+
+def _only_one(optim: OptimConfig, keys: list[str]) -> list[str]:
+    if len(keys) < 2:
+        return []
+    given = ", ".join(f"optim.{key}={getattr(optim, key)}" for key in keys)
+    return [f"{given}: several lengths for one phase; keep one of them"]
+
+
+def split_problems(data: DataConfig) -> list[str]:
+    """The three shares of the documents."""
+    form = "give three shares for training, validation and test, such as data.split='949,50,1'"
+    try:
+        shares = [float(part) for part in data.split.split(",")]
+    except ValueError:
+        return [f"data.split={data.split}: not numbers separated by commas; {form}"]
+    if (
+        len(shares) != 3
+        or not all(math.isfinite(share) and share >= 0 for share in shares)
+        or sum(shares) == 0
+    ):
+        return [f"data.split={data.split}: not three shares of 0 or more; {form}"]
+    return []
+
+
+def stage_problems(cfg: RunConfig) -> list[str]:
+    """How long to run, and what an evaluation needs."""
+    if isinstance(cfg.stage, EvaluateConfig):
+        return _evaluate_problems(cfg, cfg.stage)
+    train = cfg.train
+    if train.train_iters is None and train.train_samples is None:
+        return [
+            "train.train_iters=null, train.train_samples=null: no length given; set train.train_iters=1000"
+        ]
+    if train.train_iters is not None and train.train_samples is not None:
+        return [
+            f"train.train_iters={train.train_iters}, train.train_samples={train.train_samples}: two lengths; "
+            "set one of them, the other to null"
+        ]
+    return []
+
+
+def _evaluate_problems(cfg: RunConfig, stage: EvaluateConfig) -> list[str]:
+    found = []
+    if stage.split not in ("train", "validation", "test"):
+        found.append(f"stage.split={stage.split}: no such split; one of train, validation, test")
+    if cfg.checkpoint.load is None:
+        found.append(
+            "checkpoint.load=null: nothing to evaluate; give checkpoint.load=<a run_dir>/checkpoints"
+        )
+    if cfg.train.eval_iters == 0:
+        found.append("train.eval_iters=0: an evaluation of no batches; give the number of global batches")
+    return found

@@ -1,0 +1,112 @@
+"""Which ranks there are: started by us, or already there under torchrun or srun. No torch."""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Joined:
+    """This process is one rank of a job that something else started."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    master_addr: str
+    master_port: int
+    starter: str
+    """torchrun or srun, for messages."""
+
+    @property
+    def nnodes(self) -> int:
+        return max(1, self.world_size // max(1, self.local_world_size))
+
+    def variables(self) -> dict[str, str]:
+        """What torch.distributed's env:// reads."""
+        return {
+            "RANK": str(self.rank),
+            "WORLD_SIZE": str(self.world_size),
+            "LOCAL_RANK": str(self.local_rank),
+            "LOCAL_WORLD_SIZE": str(self.local_world_size),
+            "MASTER_ADDR": self.master_addr,
+            "MASTER_PORT": str(self.master_port),
+        }
+
+
+def joined(env: Mapping[str, str] | None = None) -> Joined | None:
+    """The rank that torchrun or srun made this process; None: this process starts the ranks itself."""
+    env = os.environ if env is None else env
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return _from_torchrun(env)
+    # A batch script has SLURM_PROCID=0 too, but is no task of a step
+    if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and _slurm_tasks(env) > 1:
+        return _from_slurm(env)
+    return None
+
+
+def _from_torchrun(env: Mapping[str, str]) -> Joined:
+    world = int(env["WORLD_SIZE"])
+    return Joined(
+        rank=int(env["RANK"]),
+        world_size=world,
+        local_rank=int(env.get("LOCAL_RANK", env["RANK"])),
+        local_world_size=int(env.get("LOCAL_WORLD_SIZE", world)),
+        master_addr=env.get("MASTER_ADDR", "127.0.0.1"),
+        master_port=int(env.get("MASTER_PORT", 29500)),
+        starter="torchrun",
+    )
+
+
+def _slurm_tasks(env: Mapping[str, str]) -> int:
+    return int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1")))
+
+
+def _from_slurm(env: Mapping[str, str]) -> Joined:
+    nodes = expand_hostlist(env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", "127.0.0.1")))
+    tasks = env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", ""))
+    per_node = tasks_per_node(tasks) or [_slurm_tasks(env)]
+    node = int(env.get("SLURM_NODEID", 0))
+    # Two jobs on one node must not share a port; requeues of one job come after each other
+    port = 20000 + int(env.get("SLURM_JOB_ID", 0)) % 20000
+    return Joined(
+        rank=int(env["SLURM_PROCID"]),
+        world_size=_slurm_tasks(env),
+        local_rank=int(env.get("SLURM_LOCALID", 0)),
+        local_world_size=per_node[min(node, len(per_node) - 1)],
+        master_addr=env.get("MASTER_ADDR", nodes[0]),
+        master_port=int(env.get("MASTER_PORT", port)),
+        starter="srun",
+    )
+
+
+def tasks_per_node(text: str) -> list[int]:
+    """Slurm's short form, one number a node: `2(x3),1` is [2, 2, 2, 1]."""
+    counts: list[int] = []
+    for part in filter(None, text.split(",")):
+        found = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if found:
+            counts += [int(found.group(1))] * int(found.group(2) or 1)
+    return counts
+
+
+def expand_hostlist(text: str) -> list[str]:
+    """Slurm's short form of host names: `n[1-2,05],m7` is n1, n2, n05, m7."""
+    hosts: list[str] = []
+    for part in re.findall(r"[^,\[]+(?:\[[^\]]*\][^,\[]*)*", text):
+        hosts += _expand_one(part)
+    return hosts
+
+
+def _expand_one(part: str) -> list[str]:
+    found = re.search(r"\[([^\]]*)\]", part)
+    if found is None:
+        return [part]
+    before, after = part[: found.start()], part[found.end() :]
+    names: list[str] = []
+    for piece in found.group(1).split(","):
+        first, _, last = piece.partition("-")
+        numbers = range(int(first), int(last or first) + 1)
+        names += [f"{before}{number:0{len(first)}d}{after}" for number in numbers]
+    return [host for name in names for host in _expand_one(name)]

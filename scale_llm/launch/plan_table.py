@@ -1,0 +1,97 @@
+"""What --check prints."""
+
+from rich.console import Console
+from rich.table import Table
+
+from scale_llm.config.plan import Batches, Plan, make_plan
+from scale_llm.config.run import RunConfig
+from scale_llm.launch.run_directory import greeting
+
+
+def print_plan(cfg: RunConfig) -> None:
+    """The plan as one table, a row a fact."""
+    plan = make_plan(cfg)
+    table = Table(title=f"plan of {cfg.run_dir}", show_header=False, title_justify="left")
+    for section in (_run(cfg), _layout(plan), _batches(plan.batches), _parameters(plan), _cost(plan)):
+        for name, value in section:
+            table.add_row(name, value)
+        table.add_section()
+    Console(highlight=False).print(table)
+
+
+Rows = list[tuple[str, str]]
+
+
+def _run(cfg: RunConfig) -> Rows:
+    precision = "bf16" if cfg.precision.bf16 else "fp16" if cfg.precision.fp16 else "fp32"
+    threads = f", {cfg.cluster.omp_num_threads} threads a rank" if cfg.cluster.device.value == "cpu" else ""
+    return [
+        ("stage", f"{cfg.stage.name} of {cfg.model.name}: would be {greeting(cfg)}"),
+        ("device", f"{cfg.cluster.device.value}, {precision}{threads}"),
+        ("data", "the standard library of Python" if cfg.data.path is None else str(cfg.data.path)),
+    ]
+
+
+def _layout(plan: Plan) -> Rows:
+    layout = plan.layout
+    axes = f"tensor {layout.tp} x pipeline {layout.pp} x context {layout.cp} x data {layout.dp}"
+    extra = f", virtual pipeline {layout.vpp}" if layout.vpp > 1 else ""
+    rows = [("ranks", f"{layout.world} = {axes}{extra}")]
+    if plan.parameters.inactive or layout.ep > 1:
+        experts = f"expert {layout.ep} x expert tensor {layout.etp} x pipeline {layout.pp}"
+        rows.append(("ranks of experts", f"{layout.world} = {experts} x expert data {layout.expert_dp}"))
+    return rows
+
+
+def _batches(batches: Batches | None) -> Rows:
+    if batches is None:
+        return []
+    ramp = ""
+    if batches.first_micro_batches != batches.micro_batches:
+        ramp = f" (from {batches.first_micro_batches}, growing)"
+    return [
+        ("step", f"{batches.samples_per_step} samples, {batches.tokens_per_step:,} tokens"),
+        ("micro-batches a step", f"{batches.micro_batches}{ramp}"),
+        ("iterations", f"{batches.iterations:,}"),
+        ("whole run", f"{batches.total_samples:,} samples, {batches.total_tokens:,} tokens"),
+    ]
+
+
+def _parameters(plan: Plan) -> Rows:
+    counts = plan.parameters
+    parts = {
+        "embedding": counts.embedding,
+        "attention": counts.attention,
+        "experts and router" if counts.inactive else "mlp": counts.mlp,
+        "norms": counts.norms,
+        "output": counts.output,
+    }
+    rows = [("parameters", f"{counts.total:,}")]
+    rows += [(f"  {name}", f"{count:,}") for name, count in parts.items() if count]
+    if counts.inactive:
+        rows.append(("  active per token", f"{counts.active:,}"))
+    rows.append(("  on the fullest rank", f"{plan.per_rank.total:,}"))
+    rows.append(("vocabulary, padded", f"{plan.padded_vocab_size:,}"))
+    return rows
+
+
+def _cost(plan: Plan) -> Rows:
+    memory = plan.memory
+    parts = f"weights {human(memory.weights)}, gradients {human(memory.gradients)}"
+    return [
+        ("operations per token", f"{plan.flops_per_token / 1e9:,.3f} GFLOP, forward and backward"),
+        (
+            "memory of a rank",
+            f"{human(memory.total)}: {parts}, optimizer {human(memory.optimizer)}; activations on top",
+        ),
+        ("checkpoint", f"about {human(plan.checkpoint_bytes)}"),
+    ]
+
+
+def human(size_bytes: float) -> str:
+    """Bytes with a binary unit: 1.5 MiB."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if size_bytes < 1024 or unit == "TiB":
+            break
+        size_bytes /= 1024
+    return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"

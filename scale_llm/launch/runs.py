@@ -1,0 +1,92 @@
+"""One run, from words to ranks: compose, check, write the run directory, prepare data, start or join ranks."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from scale_llm.config.errors import UserError
+from scale_llm.config.io import to_yaml
+from scale_llm.config.machine import Machine, detect
+from scale_llm.config.resolve import resolve
+from scale_llm.config.run import RunConfig
+from scale_llm.config.validate import problems_of
+from scale_llm.launch.environment import Joined, joined
+from scale_llm.launch.run_directory import greeting, prepare_run_dir
+
+
+@dataclass(kw_only=True, slots=True)
+class Planned:
+    """A composed, resolved configuration and where it will run."""
+
+    cfg: RunConfig
+    machine: Machine
+    join: Joined | None
+    identity: str
+    """Digest of what the user asked for, the same on every node whatever its machine."""
+
+
+def compose_run(words: list[str], point: str | None = None) -> Planned:
+    """Compose and resolve; `point` is the subdirectory of one point of a sweep."""
+    from scale_llm.config.compose import compose
+
+    cfg, machine, join = compose(words), detect(), joined()
+    if join is not None:
+        cfg.cluster.nnodes, cfg.cluster.nproc_per_node = join.nnodes, join.local_world_size
+    if point is not None:
+        cfg.run_dir = str(Path(resolve(cfg, machine).run_dir) / point)
+    identity = hashlib.sha256(to_yaml(cfg).encode()).hexdigest()
+    return Planned(cfg=resolve(cfg, machine), machine=machine, join=join, identity=identity)
+
+
+def problems(plan: Planned) -> list[str]:
+    """Everything wrong with a run that can be known before its data are read."""
+    found = problems_of(plan.cfg, plan.machine)
+    if plan.join is None and plan.cfg.cluster.nnodes > 1:
+        found.append(
+            f"cluster.nnodes={plan.cfg.cluster.nnodes}: ranks are started on this machine alone; "
+            "start the command on every node with srun or torchrun, or set cluster.nnodes=1"
+        )
+    if plan.cfg.data.path is not None:
+        from scale_llm.data.sources import path_problems
+
+        found.extend(path_problems(plan.cfg.data.path))
+    return found
+
+
+def validate(plan: Planned) -> None:
+    """Raise UserError with every problem."""
+    if found := problems(plan):
+        raise UserError(found)
+
+
+def check(plan: Planned) -> int:
+    """Print the plan; nothing is written and nothing started."""
+    from scale_llm.launch.plan_table import print_plan
+
+    validate(plan)
+    print_plan(plan.cfg)
+    return 0
+
+
+def execute(plan: Planned) -> int:
+    """Run it to its end; returns the exit status."""
+    validate(plan)
+    if plan.join is not None:
+        from scale_llm.launch.join import join_ranks
+
+        join_ranks(plan.cfg, plan.join, plan.identity)
+    from scale_llm.launch.local import launch
+
+    open_run(plan.cfg)
+    return launch(plan.cfg)
+
+
+def open_run(cfg: RunConfig) -> None:
+    """What one process does before ranks start: the run directory, then the data."""
+    print(greeting(cfg), flush=True)
+    kept = prepare_run_dir(cfg)
+    if kept is not None:
+        print(f"the configuration has changed; the former one is {kept}", flush=True)
+    from scale_llm.launch.preparation import prepare_data
+
+    prepare_data(cfg)

@@ -1,0 +1,99 @@
+"""scale-llm -m: one run for each point of a product of values, one after the other."""
+
+import json
+import re
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scale_llm.config.errors import UserError
+from scale_llm.launch import runs
+
+
+@dataclass(kw_only=True, slots=True)
+class Outcome:
+    """How one point ended."""
+
+    point: str
+    run_dir: str
+    status: int
+    seconds: float
+
+
+def points(words: list[str]) -> list[tuple[str, list[str]]]:
+    """Name and words of every point. The name holds what differs between points: `optim.lr=0.001,train.seed=1`."""
+    from scale_llm.config.compose import expand_sweep
+
+    expanded = expand_sweep(words)
+    changing = {word for point in expanded for word in point if not all(word in other for other in expanded)}
+    return [(_directory([word for word in point if word in changing]), point) for point in expanded]
+
+
+def _directory(words: list[str]) -> str:
+    return re.sub(r"[^A-Za-z0-9_.,=+-]+", "_", ",".join(words))
+
+
+def sweep(words: list[str], *, check_only: bool = False) -> int:
+    """Check every point, then run them; returns 0 if all succeeded, else the first failing status."""
+    planned = [(name, runs.compose_run(point, name or None)) for name, point in points(words)]
+    problems = [f"[{name}] {problem}" for name, plan in planned for problem in runs.problems(plan)]
+    if problems:
+        raise UserError(problems)
+    if check_only:
+        for name, plan in planned:
+            print(f"\n{name}")
+            runs.check(plan)
+        return 0
+    outcomes = []
+    for number, (name, plan) in enumerate(planned, 1):
+        print(f"sweep {number}/{len(planned)}: {name}", flush=True)
+        outcomes.append(_run(name, plan))
+        if outcomes[-1].status > 128:  # a signal: the user wants the sweep to end, not only this point
+            break
+    print_outcomes(outcomes)
+    return next((outcome.status for outcome in outcomes if outcome.status), 0)
+
+
+def _run(name: str, plan: runs.Planned) -> Outcome:
+    from scale_llm.config.errors import numbered
+
+    start = time.monotonic()
+    try:
+        status = runs.execute(plan)
+    except UserError as error:
+        print(numbered(error.problems), file=sys.stderr)
+        status = error.exit_status
+    return Outcome(point=name, run_dir=plan.cfg.run_dir, status=status, seconds=time.monotonic() - start)
+
+
+def last_row(run_dir: str) -> dict[str, Any]:
+    """The newest value of every key in metrics.jsonl."""
+    merged: dict[str, Any] = {}
+    try:
+        for line in (Path(run_dir) / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+            merged.update(json.loads(line))
+    except (OSError, ValueError):
+        pass
+    return merged
+
+
+def print_outcomes(outcomes: list[Outcome]) -> None:
+    """The table at the end of a sweep."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="sweep")
+    for column in ("point", "state", "iteration", "lm loss", "validation", "seconds", "run_dir"):
+        table.add_column(column, overflow="fold")
+    for outcome in outcomes:
+        row = last_row(outcome.run_dir)
+        state = "done" if outcome.status == 0 else f"failed ({outcome.status})"
+        values = [_number(row.get(key)) for key in ("iteration", "lm loss", "lm loss validation")]
+        table.add_row(outcome.point, state, *values, f"{outcome.seconds:.0f}", outcome.run_dir)
+    Console().print(table)
+
+
+def _number(value: Any) -> str:
+    return "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
