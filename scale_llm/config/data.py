@@ -14,8 +14,8 @@ class FieldsConfig:
 class DataConfig:
     path: Any = None
     """A file, glob, directory or indexed prefix; or a list of them, with weights before each by choice
-    (`[0.7, a.jsonl, 0.3, b.parquet]`). Text, JSONL, Parquet, or Megatron .bin/.idx. None: the standard library
-    of the running Python."""
+    (`[0.7, a.jsonl, 0.3, b.parquet]`). Text, JSONL, Parquet, or Megatron .bin/.idx. None: the standard
+    library of the running Python."""
     embedded_megabytes: float | None = None
     """How much of the running Python's standard library, when `path` is None; None: all of it."""
     fields: FieldsConfig = field(default_factory=FieldsConfig)
@@ -28,6 +28,6 @@ class DataConfig:
     reset_attention_mask: bool = False
     """No attention across an end of document."""
     eod_mask_loss: bool = False
-    """No loss where the input is the end-of-document token: what follows is another document (Megatron's rule)."""
+    """No loss where the input is the end-of-document token, as what follows is another document."""
     num_workers: int = 0
     """Threads that make micro-batches ahead; 0: each is made when it is asked for."""

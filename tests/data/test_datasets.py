@@ -125,7 +125,8 @@ def test_first_epoch_is_megatrons_own_order(
     config = GPTDatasetConfig(
         random_seed=7, sequence_length=SEQ, blend=(embedded.prefixes, None), split=embedded_config.split,
         path_to_cache=str(tmp_path), tokenizer=streams[0].streams[0].config.tokenizer,
-        reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False, create_attention_mask=False,
+        reset_position_ids=False, reset_attention_mask=False, eod_mask_loss=False,
+        create_attention_mask=False,
     )  # fmt: skip
     theirs = BlendedMegatronDatasetBuilder(GPTDataset, [None] * 3, lambda: True, config).build()
     for ours, their in zip(streams, theirs, strict=True):

@@ -20,11 +20,19 @@ def tokenizer(embedded: PreparedData) -> Tokenizer:
     return Tokenizer.load(embedded.tokenizer_path, TokenizerConfig().eod_token)
 
 
-@pytest.fixture
-def indexed(web: str, tokenizer: Tokenizer, tmp_path: Path) -> str:
-    prefix = str(tmp_path / "web_text_document")
+@pytest.fixture(scope="session")
+def indexed_once(web: str, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> str:
+    prefix = str(tmp_path_factory.mktemp("indexed") / "web_text_document")
     index_documents(corpus.read_file(web, "text", corpus.Problems()), tokenizer, prefix)
     return prefix
+
+
+@pytest.fixture
+def indexed(indexed_once: str, tmp_path: Path) -> str:
+    """Copies that a test may damage."""
+    for extension in (".bin", ".idx"):
+        shutil.copy(indexed_once + extension, tmp_path)
+    return str(tmp_path / "web_text_document")
 
 
 def test_round_trip(web: str, tokenizer: Tokenizer, tmp_path: Path):
