@@ -53,6 +53,7 @@ class Engine:
         )
         self.chunks: list[torch.nn.Module] = list(self.modules)
         self.optimizer = self.scheduler = None
+        self.updates = 0  # optimizer steps that were not skipped
         if trainable:
             self.chunks = self._wrap(cfg)
             self.optimizer = build_optimizer(
@@ -102,6 +103,7 @@ class Engine:
         learning_rate = get_canonical_lr_for_logging(self.optimizer.param_groups) or 0.0
         if updated:
             self.scheduler.step(increment=samples)
+            self.updates += 1
         return StepResult(
             metrics=metrics,
             grad_norm=grad_norm,

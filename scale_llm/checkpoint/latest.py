@@ -1,0 +1,41 @@
+"""Which checkpoints a directory holds. No torch: the launcher reads this before ranks start."""
+
+import os
+from pathlib import Path
+
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+def iteration_dir(directory: Path | str, iteration: int) -> Path:
+    """`iter_0000100` below the directory."""
+    return Path(directory) / f"iter_{iteration:07d}"
+
+
+def latest_checkpoint(directory: Path | str) -> tuple[int, Path] | None:
+    """(iteration, path) of the checkpoint that the tracker names; None where there is none.
+
+    The directory may also be one checkpoint itself, `.../iter_0000100`.
+    """
+    directory = Path(directory)
+    if directory.name.startswith("iter_") and (directory / "metadata.json").is_file():
+        return int(directory.name[5:]), directory
+    try:
+        text = (directory / TRACKER).read_text().strip()
+    except FileNotFoundError:
+        return None
+    if text == "release":
+        return 0, directory / "release"
+    if not text.isdigit():
+        raise ValueError(f"{directory / TRACKER} holds {text!r} where an iteration should be")
+    return int(text), iteration_dir(directory, int(text))
+
+
+def write_latest(directory: Path | str, iteration: int) -> None:
+    """Names the newest checkpoint; atomic, and written last."""
+    tracker = Path(directory) / TRACKER
+    temporary = tracker.with_suffix(".tmp")
+    with open(temporary, "w") as file:
+        file.write(str(iteration))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, tracker)

@@ -1,0 +1,166 @@
+"""The engine's state as a sharded state dict that any layout, and either optimizer, can load.
+
+Optimizer tensors have the names that megatron-core gives them, `optimizer.state.<name>.<parameter>`, whole and cut like
+their parameter, whether the optimizer that saved them was distributed or not. FP32 runs have no `fp32_param`: the model's
+own weights are the main weights.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+
+from scale_llm.engine.engine import Engine
+from scale_llm.engine.optimizer import is_distributed, parts
+
+_PREFIX = "optimizer.state"
+
+
+def sharded_model_state(engine: Engine) -> dict[str, Any]:
+    """{"model": ...} or, with virtual pipeline stages, {"model0": ..., "model1": ...}, as Megatron-LM saves them."""
+    metadata = _metadata(engine)
+    states = [module.sharded_state_dict(metadata=metadata) for module in engine.modules]
+    if len(states) == 1:
+        return {"model": states[0]}
+    return {f"model{i}": state for i, state in enumerate(states)}
+
+
+def sharded_optimizer_state(engine: Engine, model_state: dict[str, Any], *, loading: bool) -> dict[str, Any]:
+    """Tensors of every optimizer part, by position."""
+    assert engine.optimizer is not None
+    by_parameter = {
+        id(leaf.data): leaf for leaf in nested_values(model_state) if isinstance(leaf, ShardedTensor | ShardedTensorFactory)
+    }
+    state: dict[str, Any] = {}
+    for i, part in enumerate(parts(engine.optimizer)):
+        if part.optimizer is None:
+            continue
+        if is_distributed(part):
+            tensors = part.sharded_param_state_fully_reshardable(model_state, loading, _metadata(engine))
+            state[f"part{i}"] = _without_copies_of_weights(tensors, engine)
+        else:
+            state[f"part{i}"] = _replicated_state(part, by_parameter)
+    return state
+
+
+def plain_state(engine: Engine) -> dict[str, Any]:
+    """Numbers that are the same on every rank."""
+    assert engine.optimizer is not None and engine.scheduler is not None
+    scalers = [part.grad_scaler for part in parts(engine.optimizer) if getattr(part, "grad_scaler", None)]
+    return {
+        "optimizer_steps": engine.updates,
+        "grad_scaler": _scaler_state(scalers[0]) if scalers else None,
+        "opt_param_scheduler": engine.scheduler.state_dict(),
+    }
+
+
+def load_model_state(engine: Engine, state: dict[str, Any]) -> None:
+    """Weights; the optimizer's main weights follow."""
+    for i, module in enumerate(engine.modules):
+        module.load_state_dict(state["model" if len(engine.modules) == 1 else f"model{i}"])
+    if engine.optimizer is not None:
+        engine.optimizer.reload_model_params()
+
+
+def load_optimizer_state(engine: Engine, tensors: dict[str, Any], plain: dict[str, Any]) -> None:
+    """Optimizer tensors, step counts and the FP16 loss scale. Weights must have been loaded before."""
+    assert engine.optimizer is not None
+    for i, part in enumerate(parts(engine.optimizer)):
+        if part.optimizer is None:
+            continue
+        loaded = tensors[f"part{i}"]
+        if is_distributed(part):
+            part.load_parameter_state_from_fully_reshardable(_with_weights(loaded, part))
+        else:
+            _copy_replicated_state(part, loaded)
+        for state in part.optimizer.state.values():
+            if "step" in state:
+                state["step"].fill_(plain["optimizer_steps"])
+        scaler = getattr(part, "grad_scaler", None)
+        if scaler and plain["grad_scaler"]:
+            _load_scaler(scaler, plain["grad_scaler"])
+    engine.updates = plain["optimizer_steps"]
+
+
+def load_schedule(engine: Engine, plain: dict[str, Any]) -> None:
+    """Position in the learning-rate schedule; its shape is the configuration's."""
+    engine.scheduler.load_state_dict(plain["opt_param_scheduler"])
+
+
+def _metadata(engine: Engine) -> dict[str, Any]:
+    return {
+        "dp_cp_group": engine.mesh.groups.dp_cp,
+        "singleton_local_shards": False,
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+    }
+
+
+def _main_parameters(part) -> list[tuple[torch.nn.Parameter, torch.Tensor, bool]]:
+    """(model parameter, main parameter, whether the main one is a copy) of a replicated optimizer."""
+    if not hasattr(part, "float16_groups"):
+        return [(p, p, False) for group in part.optimizer.param_groups for p in group["params"]]
+    copies = [
+        (model, main, True)
+        for models, mains in zip(part.float16_groups, part.fp32_from_float16_groups, strict=True)
+        for model, main in zip(models, mains, strict=True)
+    ]
+    return copies + [(p, p, False) for group in part.fp32_from_fp32_groups for p in group]
+
+
+def _replicated_state(part, by_parameter: dict[int, ShardedBase]) -> dict[str, Any]:
+    state = {}
+    for i, (model, main, copied) in enumerate(_main_parameters(part)):
+        tensors = {k: v for k, v in part.optimizer.state[main].items() if k != "step" and v is not None}
+        if copied:
+            tensors["fp32_param"] = main
+        sharded = by_parameter[id(model)]
+        state[str(i)] = {
+            name: make_sharded_optimizer_tensor(sharded, tensor.detach(), prefix=f"{_PREFIX}.{name}")
+            for name, tensor in tensors.items()
+        }
+    return state
+
+
+def _copy_replicated_state(part, loaded: dict[str, Any]) -> None:
+    with torch.no_grad():
+        for i, (_, main, copied) in enumerate(_main_parameters(part)):
+            for name, tensor in loaded[str(i)].items():
+                if name == "fp32_param":
+                    assert copied
+                    main.copy_(tensor)
+                else:
+                    part.optimizer.state[main][name].copy_(tensor)
+
+
+def _without_copies_of_weights(tensors: dict[int, dict], engine: Engine) -> dict[str, Any]:
+    """A distributed FP32 optimizer's main weights are the model's: saved once."""
+    keep_copy = engine.config.params_dtype != torch.float32
+    return {
+        str(i): {k: v for k, v in entry.items() if keep_copy or k not in ("param", "fp32_param")}
+        for i, entry in tensors.items()
+    }
+
+
+def _with_weights(loaded: dict[str, Any], part) -> dict[int, dict]:
+    """Adds the main weights a distributed FP32 optimizer asks for: the model's, which are loaded already."""
+    entries = {int(i): entry for i, entry in loaded.items()}
+    index = 0
+    for buffer in part.buffers:
+        for parameter in buffer.param_index_map:
+            if "fp32_param" not in entries[index]:
+                entries[index]["fp32_param"] = parameter.detach().float()
+            index += 1
+    return entries
+
+
+def _scaler_state(scaler) -> dict[str, Any]:
+    return {k: v.item() if isinstance(v, torch.Tensor) else v for k, v in scaler.state_dict().items()}
+
+
+def _load_scaler(scaler, state: dict[str, Any]) -> None:
+    scaler._scale.fill_(state["scale"])
+    scaler._growth_tracker = state["growth_tracker"]
+    scaler._hysteresis_tracker = state["hysteresis_tracker"]

@@ -1,0 +1,57 @@
+"""What every stage of a run starts from: the configuration, this rank's device and mesh, the prepared data."""
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from scale_llm.config.cluster import Device as DeviceKind
+from scale_llm.config.parallel import ParallelConfig
+from scale_llm.config.run import RunConfig
+from scale_llm.data.prepare import PreparedData, prepare
+from scale_llm.parallel.device import Device, seed_everything, start
+from scale_llm.parallel.mesh import Mesh, MeshSizes, build_mesh
+
+
+@dataclass(frozen=True, slots=True)
+class RunContext:
+    cfg: RunConfig
+    device: Device
+    mesh: Mesh
+    prepared: PreparedData
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens of the model before padding."""
+        return self.cfg.model.vocab_size or self.prepared.vocab_size
+
+
+def mesh_sizes(parallel: ParallelConfig, world_size: int) -> MeshSizes:
+    """Sizes of a layout on `world_size` ranks; data parallelism takes what is left."""
+    tp, pp, cp = (
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.context_parallel_size,
+    )
+    return MeshSizes(
+        tp=tp,
+        pp=pp,
+        cp=cp,
+        dp=world_size // (tp * pp * cp),
+        vpp=parallel.virtual_pipeline_model_parallel_size,
+        ep=parallel.expert_model_parallel_size,
+        etp=parallel.expert_tensor_parallel_size,
+    )
+
+
+def start_rank(cfg: RunConfig) -> RunContext:
+    """Joins the job: device, mesh, seeds, data."""
+    kind = "cuda" if cfg.cluster.device is DeviceKind.cuda else "cpu"
+    device = start(kind, cfg.parallel.distributed_timeout_minutes, cfg.cluster.omp_num_threads)
+    mesh = build_mesh(mesh_sizes(cfg.parallel, dist.get_world_size()), device.backend)
+    assert mesh is not None, "the mesh covers the whole job"
+    seed_everything(
+        cfg.train.seed, tp_rank=mesh.tp_rank, pp_rank=mesh.pp_rank, ep_rank=mesh.ep_rank, etp_rank=mesh.etp_rank
+    )
+    assert cfg.data.cache_dir is not None, "resolved"
+    prepared = prepare(cfg.data, cfg.tokenizer, cfg.data.cache_dir)  # made by the launcher, found here
+    return RunContext(cfg, device, mesh, prepared)

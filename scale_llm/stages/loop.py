@@ -1,0 +1,103 @@
+"""The one training loop: resume, step, log, evaluate, save, stop."""
+
+import math
+from pathlib import Path
+
+from scale_llm.checkpoint.checkpointer import Checkpointer
+from scale_llm.checkpoint.latest import latest_checkpoint
+from scale_llm.config.batch import global_batch_size, total_iterations, total_samples
+from scale_llm.config.errors import UserError
+from scale_llm.config.run import RunConfig
+from scale_llm.stages.base import Stage
+from scale_llm.stages.context import RunContext
+from scale_llm.stages.progress import Progress, StopRequest
+from scale_llm.stages.report import Reporter
+from scale_llm.stages.run_state import restore, state_to_save, write_config
+
+
+def train(run: RunContext, stage: Stage) -> None:
+    """Trains until the configuration's end, a stop request, or an error; the last state is saved."""
+    cfg = run.cfg
+    checkpointer = Checkpointer(cfg.checkpoint.save, run.mesh.host_group, asynchronous=cfg.checkpoint.async_save)
+    progress = resume(stage, cfg)
+    reporter = Reporter(run, stage.engine, progress, total_iterations(cfg.train))
+    stop = StopRequest(run.mesh.host_group, cfg.train.exit_duration_in_mins)
+    saved = evaluated = progress.iteration
+    reason = None
+    try:
+        while reason is None and not finished(cfg, progress):
+            size = global_batch_size(cfg.train, progress.consumed_samples)
+            reporter.step_started()
+            result = stage.step(progress.consumed_samples, size)
+            count(progress, result, size, cfg)
+            reporter.step_ended(progress, result, size)
+            if every(cfg.train.eval_interval, progress.iteration):
+                reporter.evaluation(progress, stage.evaluate())
+                evaluated = progress.iteration
+            checkpointer.poll()
+            reason = exit_reason(cfg, progress, stop)
+            if every(cfg.checkpoint.save_interval, progress.iteration):
+                save(checkpointer, stage, progress, cfg, reporter)
+                saved = progress.iteration
+        if saved != progress.iteration:
+            save(checkpointer, stage, progress, cfg, reporter)
+        checkpointer.finish()
+        if finished(cfg, progress) and evaluated != progress.iteration:
+            reporter.evaluation(progress, stage.evaluate())
+    finally:
+        stage.close()
+        reporter.close(progress, reason)
+
+
+def resume(stage: Stage, cfg: RunConfig) -> Progress:
+    """From the run's own latest checkpoint, else from checkpoint.load, else from the start."""
+    own = latest_checkpoint(cfg.checkpoint.save)
+    if own is not None:
+        return restore(stage, own[1], cfg, own=True)
+    if cfg.checkpoint.load is not None:
+        found = latest_checkpoint(cfg.checkpoint.load)
+        if found is None:
+            raise UserError(f"checkpoint.load={cfg.checkpoint.load}: no checkpoint there; name a directory that holds "
+                            "latest_checkpointed_iteration.txt")  # fmt: skip
+        return restore(stage, found[1], cfg, own=False)
+    return Progress()
+
+
+def finished(cfg: RunConfig, progress: Progress) -> bool:
+    """Whether the configured number of iterations, or of whole batches of samples, is done."""
+    if cfg.train.train_iters is not None:
+        return progress.iteration >= cfg.train.train_iters
+    size = global_batch_size(cfg.train, progress.consumed_samples)
+    return progress.consumed_samples + size > total_samples(cfg.train)
+
+
+def count(progress: Progress, result, size: int, cfg: RunConfig) -> None:
+    """Adds one step to the progress; a loss that is no number ends the run before anything of it is saved."""
+    progress.iteration += 1
+    progress.consumed_samples += size
+    progress.skipped_iterations += int(result.skipped)
+    loss = result.metrics.get("lm loss", 0.0)
+    broken = not math.isfinite(loss) or not math.isfinite(result.grad_norm or 0.0)
+    if broken and not result.skipped:
+        progress.nan_iterations += 1
+        raise UserError(
+            f"iteration {progress.iteration}: lm loss {loss}, grad norm {result.grad_norm}; the last checkpoint in "
+            f"{cfg.checkpoint.save} is from before: lower optim.lr={cfg.optim.lr}, set optim.clip_grad, or look at the "
+            f"samples before {progress.consumed_samples}"
+        )
+
+
+def every(interval: int | None, iteration: int) -> bool:
+    return interval is not None and iteration % interval == 0
+
+
+def exit_reason(cfg: RunConfig, progress: Progress, stop: StopRequest) -> str | None:
+    reason = stop.agreed()
+    if reason is None and every(cfg.train.exit_interval, progress.iteration):
+        reason = f"train.exit_interval={cfg.train.exit_interval}"
+    return reason
+
+
+def save(checkpointer: Checkpointer, stage: Stage, progress: Progress, cfg: RunConfig, reporter: Reporter) -> None:
+    with reporter.saving(progress, Path(cfg.checkpoint.save)):
+        checkpointer.save(progress.iteration, state_to_save(stage, progress), write_config(cfg))

@@ -1,0 +1,179 @@
+"""What a run says: Megatron's log line, TensorBoard, metrics.jsonl and the live bar. The last rank writes."""
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from scale_llm.config.parameters import flops_per_token
+from scale_llm.engine.engine import Engine, StepResult
+from scale_llm.engine.norms import parameter_norm
+from scale_llm.stages.bar import ProgressBar
+from scale_llm.stages.context import RunContext
+from scale_llm.stages.progress import Progress
+
+TIMES = ("iteration-time", "throughput", "tokens-per-second")
+"""Keys of metrics.jsonl that no two runs share."""
+
+
+class Reporter:
+    """Collects what happens between two log points and writes it; on all ranks but the last it only keeps time."""
+
+    def __init__(self, run: RunContext, engine: Engine, progress: Progress, iterations: int):
+        cfg = run.cfg
+        self._engine = engine
+        self._run, self._iterations, self._interval = run, iterations, cfg.train.log_interval
+        self._writes = dist.get_rank() == dist.get_world_size() - 1
+        self._flops = flops_per_token(cfg.model, cfg.parallel.tensor_model_parallel_size)
+        self._sums: dict[str, float] = {}
+        self._steps, self._seconds, self._tokens, self._started = 0, 0.0, 0, 0.0
+        self._metrics = self._tensorboard = self._bar = None
+        if not self._writes:
+            return
+        directory = Path(cfg.run_dir)
+        self._metrics = open_metrics(directory / "metrics.jsonl", progress.iteration)
+        if cfg.logging.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=progress.iteration + 1)
+        self._bar = ProgressBar(cfg.stage.name, iterations, progress.iteration, cfg.logging.progress)
+        if progress.iteration:
+            self._say(f"resumed at iteration {progress.iteration}, {progress.consumed_samples} samples consumed")
+
+    def step_started(self) -> None:
+        self._started = time.perf_counter()
+
+    def step_ended(self, progress: Progress, result: StepResult, samples: int) -> None:
+        """Adds one step; writes where the interval ends."""
+        self._seconds += time.perf_counter() - self._started
+        self._steps += 1
+        self._tokens += samples * self._run.cfg.model.seq_length
+        for name, value in result.metrics.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        if progress.iteration % self._interval and progress.iteration != self._iterations:
+            if self._bar is not None:
+                self._bar.advance(progress.iteration)
+            return
+        self._log(progress, result, samples)
+        self._sums, self._steps, self._seconds, self._tokens = {}, 0, 0.0, 0
+
+    def _log(self, progress: Progress, result: StepResult, samples: int) -> None:
+        logging = self._run.cfg.logging
+        norm = parameter_norm(self._engine) if logging.log_params_norm else None
+        if not self._writes:
+            return
+        means = {name: total / self._steps for name, total in self._sums.items()}
+        seconds = self._seconds / self._steps
+        rate = self._tokens / self._seconds
+        tflops = rate * self._flops / dist.get_world_size() / 1e12
+        row: dict[str, Any] = {
+            "iteration": progress.iteration,
+            "consumed_samples": progress.consumed_samples,
+            **means,
+            "learning-rate": result.learning_rate,
+            "batch-size": samples,
+            "loss-scale": result.loss_scale,
+            "grad-norm": result.grad_norm,
+            "num-zeros": result.num_zeros if logging.log_num_zeros_in_grad else None,
+            "params-norm": norm,
+            "skipped-iterations": progress.skipped_iterations,
+            "nan-iterations": progress.nan_iterations,
+            "iteration-time": seconds,
+            "throughput": tflops,
+            "tokens-per-second": rate,
+        }
+        self._write({key: value for key, value in row.items() if value is not None}, set(means))
+        self._say(log_line(row, means, self._iterations, seconds, tflops))
+        if self._bar is not None:
+            self._bar.advance(progress.iteration, loss=means.get("lm loss"), rate=rate, tflops=tflops)
+
+    def evaluation(self, progress: Progress, metrics: dict[str, float]) -> None:
+        """Writes the result of an evaluation."""
+        if not self._writes or not metrics:
+            return
+        self._write(
+            {"iteration": progress.iteration, "consumed_samples": progress.consumed_samples, **metrics}, set(metrics)
+        )
+        values = " | ".join(f"{name}: {value:.6E}" for name, value in metrics.items())
+        self._say(f" validation at iteration {progress.iteration} | {values} |")
+
+    @contextlib.contextmanager
+    def saving(self, progress: Progress, directory: Path) -> Iterator[None]:
+        """Says where a checkpoint goes and how long the run waited for it."""
+        began = time.perf_counter()
+        yield
+        if self._writes:
+            seconds = time.perf_counter() - began
+            self._say(f" saved checkpoint at iteration {progress.iteration} to {directory} in {seconds:.2f} s")
+
+    def close(self, progress: Progress, reason: str | None) -> None:
+        if not self._writes:
+            return
+        self._bar.close()
+        if reason is not None:
+            self._say(f"stopped at iteration {progress.iteration}: {reason}; run the same command again to resume")
+        self._metrics.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def _write(self, row: dict[str, Any], twins: set[str]) -> None:
+        """One row of metrics.jsonl, and its numbers in TensorBoard; `twins` also against samples."""
+        self._metrics.write(json.dumps(row) + "\n")
+        self._metrics.flush()
+        if self._tensorboard is None:
+            return
+        for name, value in row.items():
+            if name in ("iteration", "consumed_samples"):
+                continue
+            self._tensorboard.add_scalar(name, value, row["iteration"])
+            if name in twins:
+                self._tensorboard.add_scalar(f"{name} vs samples", value, row["consumed_samples"])
+
+    def _say(self, text: str) -> None:
+        self._bar.say(text)
+
+
+def open_metrics(path: Path, iteration: int):
+    """Opens metrics.jsonl for appending; rows after `iteration` are of a lost part of the run and are dropped."""
+    if path.exists():
+        kept = [line for line in path.read_text().splitlines() if _is_before(line, iteration)]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        os.replace(temporary, path)
+    return open(path, "a")
+
+
+def _is_before(line: str, iteration: int) -> bool:
+    try:
+        return json.loads(line)["iteration"] <= iteration
+    except (ValueError, KeyError):  # a row that was cut when the process died
+        return False
+
+
+def log_line(row: dict[str, Any], means: dict[str, float], iterations: int, seconds: float, tflops: float) -> str:
+    """Megatron's log line."""
+    parts = [
+        f" [{datetime.now():%Y-%m-%d %H:%M:%S}] iteration {row['iteration']:8d}/{iterations:8d}",
+        f"consumed samples: {row['consumed_samples']:12d}",
+        f"elapsed time per iteration (ms): {seconds * 1000:.1f}",
+        f"throughput per GPU (TFLOP/s/GPU): {tflops:.3f}",
+        f"learning rate: {row['learning-rate']:.6E}",
+        f"global batch size: {row['batch-size']:5d}",
+        *[f"{name}: {value:.6E}" for name, value in means.items()],
+        f"loss scale: {row['loss-scale']:.1f}",
+    ]
+    if row["grad-norm"] is not None:
+        parts.append(f"grad norm: {row['grad-norm']:.3f}")
+    if row["num-zeros"] is not None:
+        parts.append(f"num zeros: {row['num-zeros']:.0f}")
+    if row["params-norm"] is not None:
+        parts.append(f"params norm: {row['params-norm']:.3f}")
+    parts.append(f"number of skipped iterations: {row['skipped-iterations']:3d}")
+    parts.append(f"number of nan iterations: {row['nan-iterations']:3d} |")
+    return " | ".join(parts)
