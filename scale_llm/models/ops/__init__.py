@@ -1,8 +1,8 @@
 """The passes of a transformer layer that are not matrix products, as pure functions with hand-written gradients.
 
-On a CPU each of them makes as few passes over memory as eager torch allows: rows are taken in parts that stay in the
-second-level cache, intermediate values are kept in FP32 there, and no copy is made that a layout can avoid. On a GPU they
-call torch's fused kernels where torch has one. No megatron-core here: tensors in, tensors out.
+On a CPU each of them makes as few passes over memory as eager torch allows: rows are taken in parts that stay in
+the second-level cache, and no copy is made that a layout can avoid. On a GPU they call torch's fused kernels where
+torch has one. No megatron-core here: tensors in, tensors out.
 
 Shapes: s sequence, b batch, h hidden, g key/value groups, r query heads of a group, d head size, f feed-forward.
 """

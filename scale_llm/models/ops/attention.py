@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 BLOCK_ROWS = 256
-"""Query positions of one block of the backward pass: smaller blocks skip more of the hidden half, larger ones multiply
-faster. 256 was the best of 64, 128, 256 and 512 at sequence 512."""
+"""Query positions of one block of the backward pass: smaller blocks skip more of the hidden half, larger ones
+multiply faster. 256 was the best of 64, 128, 256 and 512 at sequence 512."""
 
 
 def attention(
@@ -27,10 +27,11 @@ def attention(
 ) -> torch.Tensor:
     """softmax(query key^T * scale) value.
 
-    query: [sq, b, g, r, d], or [sq, b, n, d] with n a multiple of g; key, value: [sk, b, g, d]. hidden: [b or 1, 1, sq, sk],
-    True where a query may not look; it replaces `causal`. offset: position of the first query among the keys, by default
-    sk - sq, so that the last query sees every key. scale: by default 1 / sqrt(d). Returns [sq, b, n * d]. A query that may
-    look nowhere gives 0.
+    query: [sq, b, g, r, d], or [sq, b, n, d] with n a multiple of g; key, value: [sk, b, g, d].
+    hidden: [b or 1, 1, sq, sk], True where a query may not look; it replaces `causal`.
+    offset: position of the first query among the keys, by default sk - sq, so that the last query sees every key.
+    scale: by default 1 / sqrt(d).
+    Returns [sq, b, n * d]. A query that may look nowhere gives 0.
     """
     sq, b = query.shape[:2]
     g, d = key.shape[2:]
@@ -97,7 +98,8 @@ class _Attention(torch.autograd.Function):
             seen = k.size(1) if end is None else min(k.size(1), end + stop)
             rows, keys = slice(start * r, stop * r), (slice(None), slice(0, seen))
             dy = grad_out[:, rows]
-            p = _probabilities(query[:, rows], k[keys], scale, _hidden_part(hidden, end, start, stop, seen, q))
+            mask = _hidden_part(hidden, end, start, stop, seen, q)
+            p = _probabilities(query[:, rows], k[keys], scale, mask, blind=end is None or end < 0)
             grad_value[keys] += torch.bmm(p.transpose(1, 2), dy)
             ds = torch.bmm(dy, v[keys].transpose(1, 2))
             torch.ops.aten._softmax_backward_data.out(ds, p, -1, p.dtype, grad_input=ds)
@@ -114,23 +116,26 @@ def _hidden_part(hidden, end, start, stop, seen, q):
         part = hidden[:, :, start:stop, :seen]
         part = part.expand(-1, n // part.size(0), -1, -1).flatten(0, 1)
         return 0, part.repeat_interleave(r, dim=1)
-    first = max(0, end + start + 1)  # every query of the block sees the keys before this one
-    if first >= seen:
+    if end + start + 1 >= seen:
         return None
+    first = max(0, end + start)  # every query of the block sees this key; from here, rows of the scores stay aligned
     part = torch.ones(stop - start, seen - first, dtype=torch.bool).triu(end + start + 1 - first)
     return first, part.repeat_interleave(r, dim=0)
 
 
-def _probabilities(q, k, scale, hidden):
-    """softmax(q k^T * scale) of one block of queries: q [n, rows, d], k [n, keys, d] -> [n, rows, keys]."""
+def _probabilities(q, k, scale, hidden, blind):
+    """softmax(q k^T * scale) of one block of queries: q [n, rows, d], k [n, keys, d] -> [n, rows, keys].
+
+    blind: some query may see no key at all; its row is 0, as in the forward pass.
+    """
     scores = _scaled_bmm(q, k.transpose(1, 2), scale)
     if hidden is not None:
         first, mask = hidden
         bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(mask, torch.finfo(q.dtype).min)
         scores[:, :, first:].add_(bias)
     p = torch.ops.aten._softmax.out(scores, -1, False, out=scores)
-    if hidden is not None and first == 0:
-        p.masked_fill_(mask, 0.0)  # a row with every key hidden
+    if blind:
+        p.masked_fill_(mask, 0.0)
     return p
 
 

@@ -15,7 +15,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """torch's own composite kernel takes 4.5 ms forward and backward for [2048, 512] BF16 on two cores; this takes 2."""
+    """For [2048, 512] BF16 on two cores, torch's own takes 4.5 ms forward and backward; this takes 2."""
 
     @staticmethod
     def forward(ctx, x, weight, eps):
