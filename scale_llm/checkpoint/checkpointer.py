@@ -179,7 +179,13 @@ def _check_shapes(path: Path, state: dict[str, Any]) -> None:
         if not isinstance(leaf, ShardedTensor):
             continue
         if leaf.key not in saved:
-            problems.append(f"{path}: holds no tensor {leaf.key}; the model of the checkpoint is another one")
+            remedy = (
+                "it was saved with another optimizer or precision; start a new run_dir with checkpoint.load and "
+                "checkpoint.no_load_optim=true"
+                if leaf.key.startswith("optimizer.")
+                else "the model of the checkpoint is another one"
+            )
+            problems.append(f"{path}: holds no tensor {leaf.key}; {remedy}")
         elif saved[leaf.key].global_shape != leaf.global_shape and not leaf.allow_shape_mismatch:
             problems.append(
                 f"{path}: {leaf.key} has shape {tuple(saved[leaf.key].global_shape)}, the model wants "

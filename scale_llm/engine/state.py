@@ -56,11 +56,14 @@ def plain_state(engine: Engine) -> dict[str, Any]:
     }
 
 
-def load_model_state(engine: Engine, state: dict[str, Any]) -> None:
-    """Weights; the optimizer's main weights follow."""
+def load_model_state(engine: Engine, state: dict[str, Any], *, main_weights: bool) -> None:
+    """Weights. main_weights: the optimizer's follow them, for they are not loaded themselves.
+
+    Loading fills tensors in place, so main weights that came from the checkpoint must not be touched here.
+    """
     for i, module in enumerate(engine.modules):
         module.load_state_dict(state["model" if len(engine.modules) == 1 else f"model{i}"])
-    if engine.optimizer is not None:
+    if main_weights:
         engine.optimizer.reload_model_params()
 
 

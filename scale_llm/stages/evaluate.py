@@ -26,7 +26,7 @@ def evaluate(run: RunContext) -> None:
         raise UserError(f"checkpoint.load={cfg.checkpoint.load}: no checkpoint there; name one that training has written")
     engine = Engine(cfg, run.mesh, run.device, vocab_size=run.vocab_size, trainable=False)
     loaded = load_sharded(found[1], engine_state.sharded_model_state(engine))
-    engine_state.load_model_state(engine, loaded)
+    engine_state.load_model_state(engine, loaded, main_weights=False)
     loss_fn = partial(language_model_loss, tp_group=run.mesh.groups.tp, vocab_size=run.vocab_size)
     loss, tokens = LanguageModelEvaluation(run, cfg.stage.split, loss_fn).totals(engine)
     if tokens == 0:

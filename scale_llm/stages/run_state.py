@@ -61,7 +61,7 @@ def restore(stage: Stage, path: Path, cfg: RunConfig, *, own: bool) -> Progress:
     if with_rng:
         wanted["rng_state"] = per_rank_object("rng_state", None)
     loaded = load_sharded(path, wanted)
-    engine_state.load_model_state(stage.engine, loaded)
+    engine_state.load_model_state(stage.engine, loaded, main_weights=not with_optimizer)
     if with_optimizer:
         engine_state.load_optimizer_state(stage.engine, loaded["optimizer"], plain["engine"])
     if finetune:
