@@ -2,6 +2,8 @@
 
 import dataclasses
 import difflib
+import functools
+import os
 import types
 import typing
 from enum import Enum
@@ -19,10 +21,10 @@ def parse(words: list[str]) -> list[Override]:
     """Overrides of known keys, groups and options; raises UsageError with every problem."""
     overrides: list[Override] = []
     problems: list[str] = []
-    keys = known_keys()
-    for word in words:
+    keys, parser = known_keys(), OverridesParser.create()
+    for word in map(expand_home, words):
         try:
-            override = OverridesParser.create().parse_override(word)
+            override = parser.parse_override(word)
         except (OverrideParseException, HydraException) as error:
             problems.append(_syntax(word, error))
             continue
@@ -34,6 +36,13 @@ def parse(words: list[str]) -> list[Override]:
     return overrides
 
 
+def expand_home(word: str) -> str:
+    """key=~/x with the home directory: a shell leaves it as it is after a =, and Hydra's grammar refuses it."""
+    key, _, value = word.partition("=")
+    return f"{key}={os.path.expanduser(value)}" if value.startswith("~/") else word
+
+
+@functools.cache
 def known_keys() -> dict[str, Any]:
     """Every key a user may set, dotted, and its type."""
     keys: dict[str, Any] = {"run_dir": str}

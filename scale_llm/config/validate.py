@@ -43,9 +43,7 @@ def machine_problems(cfg: RunConfig, machine: Machine) -> list[str]:
     if cfg.cluster.device is not Device.cuda:
         return []
     if machine.gpus == 0:
-        return [
-            "cluster.device=cuda: no NVIDIA GPU that torch can use is visible here; set cluster.device=cpu"
-        ]
+        return ["cluster.device=cuda: no NVIDIA GPU that torch can use is visible here; set cluster.device=cpu"]
     if (cfg.cluster.nproc_per_node or 1) > machine.gpus:
         return [
             f"cluster.nproc_per_node={cfg.cluster.nproc_per_node}: this machine has {machine.gpus} GPUs; "

@@ -20,13 +20,9 @@ def _rampup_form(train: TrainConfig) -> list[str]:
         return [f"{key}: {len(ramp)} numbers; give [start, increment, samples], such as [8,8,1000]"]
     start, increment, samples = ramp
     if start <= 0 or increment <= 0 or samples < 0:
-        return [
-            f"{key}: start and increment must be larger than 0 and samples 0 or larger; give such numbers"
-        ]
+        return [f"{key}: start and increment must be larger than 0 and samples 0 or larger; give such numbers"]
     if start > train.global_batch_size:
-        return [
-            f"{key}: starts above train.global_batch_size={train.global_batch_size}; give a smaller start"
-        ]
+        return [f"{key}: starts above train.global_batch_size={train.global_batch_size}; give a smaller start"]
     if (train.global_batch_size - start) % increment:
         return [
             f"{key}: steps of {increment} from {start} do not meet train.global_batch_size={train.global_batch_size}; "
@@ -37,9 +33,7 @@ def _rampup_form(train: TrainConfig) -> list[str]:
 
 def _divides(cfg: RunConfig, with_rampup: bool) -> list[str]:
     layout, train = cfg.parallel, cfg.train
-    model = (
-        layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size * layout.context_parallel_size
-    )
+    model = layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size * layout.context_parallel_size
     if world_size(cfg) % model:
         return []  # the layout itself does not fit: there is no data-parallel size to speak of
     dp = world_size(cfg) // model
@@ -48,9 +42,7 @@ def _divides(cfg: RunConfig, with_rampup: bool) -> list[str]:
     reason = f"train.micro_batch_size={train.micro_batch_size} x data parallel {dp} = {at_once}"
     if (layout.virtual_pipeline_model_parallel_size or 1) > 1:
         unit *= layout.pipeline_model_parallel_size
-        reason += (
-            f", times pipeline {layout.pipeline_model_parallel_size} for the interleaved schedule = {unit}"
-        )
+        reason += f", times pipeline {layout.pipeline_model_parallel_size} for the interleaved schedule = {unit}"
     sizes = {"train.global_batch_size": train.global_batch_size}
     if with_rampup and train.rampup_batch_size:
         sizes["train.rampup_batch_size[0]"], sizes["train.rampup_batch_size[1]"], _ = train.rampup_batch_size

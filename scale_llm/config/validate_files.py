@@ -1,4 +1,4 @@
-"""What is on disk: a run directory that can be written and holds no other model, a checkpoint that is there and fits."""
+"""What is on disk: a run directory that can be written and holds no other model, a checkpoint that fits."""
 
 import os
 from pathlib import Path
@@ -10,10 +10,19 @@ from scale_llm.config.errors import UserError
 from scale_llm.config.io import CONFIG_FILE, load_raw
 from scale_llm.config.run import RunConfig
 
-ANY_MODEL = {"name", "backend", "hidden_dropout", "attention_dropout", "moe_aux_loss_coeff", "seq_length",
-             "moe_router_load_balancing_type", "init_method_std", "make_vocab_size_divisible_by",
-             "max_position_embeddings"}  # fmt: skip
-"""Keys of the model that a checkpoint does not fix. A learned position table does fix its length: see _fixed."""
+FREE = {
+    "name",
+    "backend",
+    "seq_length",
+    "max_position_embeddings",
+    "hidden_dropout",
+    "attention_dropout",
+    "moe_aux_loss_coeff",
+    "moe_router_load_balancing_type",
+    "init_method_std",
+    "make_vocab_size_divisible_by",
+}
+"""Keys of the model that a checkpoint does not fix."""
 
 LATEST = "latest_checkpointed_iteration.txt"
 
@@ -41,28 +50,26 @@ def _writable_elsewhere(cfg: RunConfig) -> list[str]:
     """Directories outside run_dir that the run writes."""
     places = {"checkpoint.save": cfg.checkpoint.save, "data.cache_dir": cfg.data.cache_dir}
     inside = os.path.abspath(cfg.run_dir)
-    outside = {
-        key: path for key, path in places.items() if path and not os.path.abspath(path).startswith(inside)
-    }
+    outside = {key: path for key, path in places.items() if path and not os.path.abspath(path).startswith(inside)}
     return [problem for key, path in outside.items() for problem in _writable(key, path)]
 
 
 def _same_run(cfg: RunConfig) -> list[str]:
-    path = Path(cfg.run_dir) / CONFIG_FILE
-    if not path.is_file():
+    """A directory where another model has trained; one whose run never got to a step may be used again."""
+    run_dir = Path(cfg.run_dir)
+    path = run_dir / CONFIG_FILE
+    started = (run_dir / "metrics.jsonl").is_file() or (Path(cfg.checkpoint.save or "") / LATEST).is_file()
+    if not (path.is_file() and started):
         return []
     try:
         former = load_raw(path)
     except UserError as error:
         return error.problems
+    what = f"run_dir={cfg.run_dir}: holds a run of"
     stage = (former.get("stage") or {}).get("name")
     if stage != cfg.stage.name:
-        return [
-            f"run_dir={cfg.run_dir}: holds a run of stage {stage}, this one is {cfg.stage.name}; give another run_dir"
-        ]
-    return _other_model(
-        cfg, former, f"run_dir={cfg.run_dir}: holds a run of another model", "give another run_dir"
-    )
+        return [f"{what} stage {stage}, this one is {cfg.stage.name}; give another run_dir"]
+    return _other_model(cfg, former, f"{what} another model", "give another run_dir, or the model it holds")
 
 
 def _load(cfg: RunConfig) -> list[str]:
@@ -72,25 +79,29 @@ def _load(cfg: RunConfig) -> list[str]:
     path = Path(load)
     if not path.is_dir():
         return [f"checkpoint.load={load}: no such directory; give the checkpoints directory of a run"]
-    if not (path / LATEST).is_file():
-        hint = (
-            f"; give checkpoint.load={path / 'checkpoints'}"
-            if (path / "checkpoints" / LATEST).is_file()
-            else ""
-        )
-        return [
-            f"checkpoint.load={load}: holds no {LATEST}{hint or '; give the checkpoints directory of a run'}"
-        ]
-    config = path.parent / CONFIG_FILE
-    if not config.is_file():
+    one = _one_checkpoint(path)
+    if one is None:
+        inside = path / "checkpoints"
+        hint = str(inside) if (inside / LATEST).is_file() else "the checkpoints directory of a run"
+        return [f"checkpoint.load={load}: holds no {LATEST}; give {hint}"]
+    if not one.is_dir():
+        return [f"checkpoint.load={load}: {LATEST} names {one.name}, which is not there; write one that is into it"]
+    if not (one / CONFIG_FILE).is_file():
         return []  # written elsewhere (Megatron-LM): its shapes are compared when it is read
     try:
-        former = load_raw(config)
-    except UserError:
-        return []
-    return _other_model(
-        cfg, former, f"checkpoint.load={load}: holds another model", "choose the model it was trained with"
-    )
+        former = load_raw(one / CONFIG_FILE)
+    except UserError as error:
+        return error.problems
+    return _other_model(cfg, former, f"checkpoint.load={load}: holds another model", "choose that model")
+
+
+def _one_checkpoint(path: Path) -> Path | None:
+    """The checkpoint that a directory's tracker names, or the directory itself where it is one (iter_0000100)."""
+    try:
+        name = (path / LATEST).read_text(encoding="utf-8").strip()
+    except OSError:
+        return path if path.name.startswith("iter_") else None
+    return path / (f"iter_{int(name):07d}" if name.isdigit() else name)
 
 
 def _other_model(cfg: RunConfig, former: dict[str, Any], what: str, remedy: str) -> list[str]:
@@ -105,8 +116,6 @@ def _other_model(cfg: RunConfig, former: dict[str, Any], what: str, remedy: str)
 
 
 def _free(model: dict[str, Any]) -> set[str]:
-    return (
-        ANY_MODEL - {"max_position_embeddings"}
-        if model["position_embedding_type"] == "learned_absolute"
-        else ANY_MODEL
-    )
+    """Keys that may differ; the length of a learned position table may not."""
+    learned = model["position_embedding_type"] == "learned_absolute"
+    return FREE - {"max_position_embeddings"} if learned else FREE

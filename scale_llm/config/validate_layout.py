@@ -84,9 +84,7 @@ def _heads(cfg: RunConfig) -> list[str]:
         tp = expert_tp
     for key, width in widths.items():
         if width % tp:
-            found.append(
-                f"{key}={width}: not divisible by {tp} tensor-parallel ranks; give a multiple of {tp}"
-            )
+            found.append(f"{key}={width}: not divisible by {tp} tensor-parallel ranks; give a multiple of {tp}")
     return found
 
 
@@ -133,12 +131,8 @@ def _overlap(cfg: RunConfig) -> list[str]:
     layout = cfg.parallel
     if not layout.overlap_param_gather:
         return []
-    lacking = [
-        key for key in ("use_distributed_optimizer", "overlap_grad_reduce") if not getattr(layout, key)
-    ]
+    lacking = [key for key in ("use_distributed_optimizer", "overlap_grad_reduce") if not getattr(layout, key)]
     if not lacking:
         return []
     remedy = " ".join(f"parallel.{key}=true" for key in lacking)
-    return [
-        f"parallel.overlap_param_gather=true: works only together with {' and '.join(lacking)}; set {remedy}"
-    ]
+    return [f"parallel.overlap_param_gather=true: works only together with {' and '.join(lacking)}; set {remedy}"]

@@ -90,9 +90,7 @@ def _shares(cfg: RunConfig) -> list[str]:
 def precision_problems(precision: PrecisionConfig) -> list[str]:
     """Formats that exclude each other."""
     if precision.bf16 and precision.fp16:
-        return [
-            "precision.bf16=true, precision.fp16=true: one format at a time; set precision=bf16 or precision=fp16"
-        ]
+        return ["precision.bf16=true, precision.fp16=true: one format at a time; set precision=bf16 or precision=fp16"]
     if precision.min_loss_scale > precision.initial_loss_scale:
         return [
             f"precision.min_loss_scale={precision.min_loss_scale}: above "
@@ -107,12 +105,8 @@ def optim_problems(optim: OptimConfig) -> list[str]:
     if optim.min_lr > optim.lr:
         found.append(f"optim.min_lr={optim.min_lr}: above optim.lr={optim.lr}; give a lower min_lr")
     if optim.lr_warmup_init > optim.lr:
-        found.append(
-            f"optim.lr_warmup_init={optim.lr_warmup_init}: above optim.lr={optim.lr}; give a lower start"
-        )
-    warmups = [
-        key for key in ("lr_warmup_iters", "lr_warmup_samples", "lr_warmup_fraction") if getattr(optim, key)
-    ]
+        found.append(f"optim.lr_warmup_init={optim.lr_warmup_init}: above optim.lr={optim.lr}; give a lower start")
+    warmups = [key for key in ("lr_warmup_iters", "lr_warmup_samples", "lr_warmup_fraction") if getattr(optim, key)]
     found += _only_one(optim, warmups)
     for ends in (("lr_decay_iters", "lr_decay_samples"), ("lr_wsd_decay_iters", "lr_wsd_decay_samples")):
         found += _only_one(optim, [key for key in ends if getattr(optim, key) is not None])
@@ -133,11 +127,7 @@ def split_problems(data: DataConfig) -> list[str]:
         shares = [float(part) for part in data.split.split(",")]
     except ValueError:
         return [f"data.split={data.split}: not numbers separated by commas; {form}"]
-    if (
-        len(shares) != 3
-        or not all(math.isfinite(share) and share >= 0 for share in shares)
-        or sum(shares) == 0
-    ):
+    if len(shares) != 3 or not all(math.isfinite(share) and share >= 0 for share in shares) or sum(shares) == 0:
         return [f"data.split={data.split}: not three shares of 0 or more; {form}"]
     return []
 
@@ -148,9 +138,7 @@ def stage_problems(cfg: RunConfig) -> list[str]:
         return _evaluate_problems(cfg, cfg.stage)
     train = cfg.train
     if train.train_iters is None and train.train_samples is None:
-        return [
-            "train.train_iters=null, train.train_samples=null: no length given; set train.train_iters=1000"
-        ]
+        return ["train.train_iters=null, train.train_samples=null: no length given; set train.train_iters=1000"]
     if train.train_iters is not None and train.train_samples is not None:
         return [
             f"train.train_iters={train.train_iters}, train.train_samples={train.train_samples}: two lengths; "
@@ -164,9 +152,7 @@ def _evaluate_problems(cfg: RunConfig, stage: EvaluateConfig) -> list[str]:
     if stage.split not in ("train", "validation", "test"):
         found.append(f"stage.split={stage.split}: no such split; one of train, validation, test")
     if cfg.checkpoint.load is None:
-        found.append(
-            "checkpoint.load=null: nothing to evaluate; give checkpoint.load=<a run_dir>/checkpoints"
-        )
+        found.append("checkpoint.load=null: nothing to evaluate; give checkpoint.load=<a run_dir>/checkpoints")
     if cfg.train.eval_iters == 0:
         found.append("train.eval_iters=0: an evaluation of no batches; give the number of global batches")
     return found

@@ -35,9 +35,7 @@ def parse_command(arguments: list[str]) -> Command:
         elif word in ("-c", "--cfg"):
             show_config = True
             if (what := next(rest, None)) != "job":
-                problems.append(
-                    f"{word} {what or ''}: only '{word} job' is known: it prints the configuration"
-                )
+                problems.append(f"{word} {what or ''}: only '{word} job' is known: it prints the configuration")
         elif word.startswith("-"):
             problems.append(f"{word}: unknown flag; one of {', '.join([*FLAGS, '--cfg job'])}")
         else:

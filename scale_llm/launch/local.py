@@ -6,17 +6,18 @@ the ranks to save.
 
 import logging
 import os
+import re
 import signal
 import socket
 import sys
 from dataclasses import fields
-from pathlib import Path
+from typing import Any
 
+from scale_llm.config.errors import UserError, numbered
 from scale_llm.config.run import RunConfig
-from scale_llm.launch.rank import log_path
+from scale_llm.launch.rank import failure_text
 
 SECONDS_TO_SAVE = 60
-LINES_SHOWN = 15
 
 
 def launch(cfg: RunConfig) -> int:
@@ -32,8 +33,7 @@ def launch(cfg: RunConfig) -> int:
     try:
         elastic_launch(_launch_config(cfg), sys.executable)(*command)
     except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        return _report(cfg, rank, failure)
+        return _report(cfg, error.failures)
     except (SignalException, KeyboardInterrupt) as error:
         number = int(getattr(error, "sigval", signal.SIGINT))
         print(
@@ -70,11 +70,7 @@ def _launch_config(cfg: RunConfig):
         local_addr="127.0.0.1",
         max_restarts=0,
         monitor_interval=0.1,
-        **(
-            {"signals_to_handle": "SIGTERM,SIGINT,SIGHUP"}
-            if _has_field(LaunchConfig, "signals_to_handle")
-            else {}
-        ),
+        **({"signals_to_handle": "SIGTERM,SIGINT,SIGHUP"} if _has_field(LaunchConfig, "signals_to_handle") else {}),
     )
 
 
@@ -90,24 +86,38 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _report(cfg: RunConfig, rank: int, failure) -> int:
-    """Say which rank failed first and show the end of its log."""
-    path = log_path(cfg.run_dir, rank)
+def _report(cfg: RunConfig, failures: dict[int, Any]) -> int:
+    """Say what failed first; a UserError as its problems, anything else with the end of that rank's log."""
+    rank, failure = first_failure(failures)
+    problems = user_problems(failure.message)
+    if problems:
+        print(numbered(problems), file=sys.stderr)
+        return 1
     status = failure.exitcode
     how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"failed with status {status}"
-    on_terminal = rank == (cfg.cluster.nproc_per_node or 1) - 1
-    print(f"\nrank {rank} {how}; its log is {path}", file=sys.stderr)
-    if not on_terminal or status < 0:
-        print(_tail(path), file=sys.stderr)
+    print(f"\nrank {rank} {how}; {failure_text(cfg.run_dir, rank)}", file=sys.stderr)
     if status == -signal.SIGKILL:
-        print("SIGKILL from outside is most often the machine running out of memory", file=sys.stderr)
+        print("a SIGKILL from outside is most often the machine running out of memory", file=sys.stderr)
     print("the same command resumes from the last checkpoint", file=sys.stderr)
     return status if status > 0 else 1
 
 
-def _tail(path: Path) -> str:
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return ""
-    return "\n".join(f"  {line}" for line in lines[-LINES_SHOWN:])
+LOST_PEER = re.compile(r"closed by peer|reset by peer|broken pipe|remote process exited|remote worker", re.IGNORECASE)
+
+
+def first_failure(failures: dict[int, Any]) -> tuple[int, Any]:
+    """The cause, not its effects: peers lose their connection, and the agent ends the rest with SIGTERM."""
+
+    def order(item: tuple[int, Any]) -> tuple[bool, bool, int]:
+        failure = item[1]
+        ended = failure.exitcode == -signal.SIGTERM
+        return ended, bool(LOST_PEER.search(str(failure.message))), failure.timestamp
+
+    return min(failures.items(), key=order)
+
+
+def user_problems(message: Any) -> list[str]:
+    """The problems of a UserError in a rank's error file; none where it failed otherwise."""
+    text = message.get("message", "") if isinstance(message, dict) else str(message)
+    name = f"{UserError.__name__}: "
+    return text[len(name) :].splitlines() if text.startswith(name) else []

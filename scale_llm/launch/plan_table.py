@@ -24,9 +24,9 @@ Rows = list[tuple[str, str]]
 
 def _run(cfg: RunConfig) -> Rows:
     precision = "bf16" if cfg.precision.bf16 else "fp16" if cfg.precision.fp16 else "fp32"
-    threads = f", {cfg.cluster.omp_num_threads} threads a rank" if cfg.cluster.device.value == "cpu" else ""
+    threads = f", OMP_NUM_THREADS={cfg.cluster.omp_num_threads}" if cfg.cluster.device.value == "cpu" else ""
     return [
-        ("stage", f"{cfg.stage.name} of {cfg.model.name}: would be {greeting(cfg)}"),
+        ("stage", f"{cfg.stage.name} of {cfg.model.name}; {greeting(cfg)}"),
         ("device", f"{cfg.cluster.device.value}, {precision}{threads}"),
         ("data", "the standard library of Python" if cfg.data.path is None else str(cfg.data.path)),
     ]

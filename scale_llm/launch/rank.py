@@ -1,12 +1,13 @@
 """One rank: python -m scale_llm.launch.rank RUN_DIR [--joined]. Reads config.yaml and runs its stage.
 
-Every rank but the last writes its output to RUN_DIR/logs/rank_<n>.log. The last keeps the terminal, which its log
-line and progress bar need, and copies to its log file.
+Every rank but the last writes its output to RUN_DIR/logs/rank_<n>.log. The last keeps the terminal, which its
+log line and progress bar need, and copies to its log file.
 """
 
 import os
 import re
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import IO, Any
@@ -22,48 +23,54 @@ def log_path(run_dir: Path | str, rank: int) -> Path:
     return Path(run_dir) / "logs" / f"rank_{rank}.log"
 
 
+def start_mark() -> str:
+    """First line of one start in a log file that many starts append to."""
+    return f"=== started {time.strftime('%Y-%m-%d %H:%M:%S')} pid {os.getpid()}\n"
+
+
 class Copied:
-    """A text stream that also writes whole lines to a log file, without the terminal's control codes."""
+    """A text stream that also writes to a log file, without the terminal's control codes."""
 
     def __init__(self, stream: IO[str], log: IO[str]):
-        self._stream, self._log = stream, log
+        self._stream, self.log = stream, log
 
     def write(self, text: str) -> int:
         if "\x1b" not in text:
-            self._log.write(text)
+            self.log.write(text)
         elif not text.startswith(("\x1b", "\r")):  # frames of a progress bar start with cursor movements
-            self._log.write(ESCAPES.sub("", text))
+            self.log.write(ESCAPES.sub("", text))
         return self._stream.write(text)
 
     def flush(self) -> None:
-        self._log.flush()
+        self.log.flush()
         self._stream.flush()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
 
-def redirect(run_dir: Path, rank: int, world_size: int) -> int | None:
-    """Send this rank's output to its log file; the last rank's also to where it went.
-
-    Returns a descriptor of the standard error there was before, None on the last rank.
-    """
+def redirect(run_dir: Path, rank: int, world_size: int) -> IO[str]:
+    """Send this rank's output to its log file, the last rank's also to where it went; returns the log."""
     path = log_path(run_dir, rank)
     path.parent.mkdir(parents=True, exist_ok=True)
-    log = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - open as long as the process
-    if rank == world_size - 1:
-        sys.stdout, sys.stderr = Copied(sys.stdout, log), Copied(sys.stderr, log)  # type: ignore[assignment]
-        return None
-    before = os.dup(2)
+    log = open(path, "a", buffering=1, encoding="utf-8")  # open as long as the process
+    log.write(start_mark())
     sys.stdout.flush()
     sys.stderr.flush()
-    os.dup2(log.fileno(), 1)
-    os.dup2(log.fileno(), 2)
-    return before
+    if rank == world_size - 1:
+        sys.stdout, sys.stderr = Copied(sys.stdout, log), Copied(sys.stderr, log)  # type: ignore[assignment]
+    else:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    return log
 
 
-def run(run_dir: Path) -> int:
-    """Run the stage of this run directory on this rank; returns the exit status."""
+def run(run_dir: Path, log: IO[str]) -> int:
+    """Run the stage of this run directory on this rank; returns the exit status.
+
+    Errors go to the log alone, and to the error file that the elastic agent reads: the launcher shows the first
+    rank's that failed, once, instead of every rank's at a time.
+    """
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
     errors = get_error_handler()
@@ -76,24 +83,44 @@ def run(run_dir: Path) -> int:
         return 0
     except UserError as error:
         errors.record_exception(error)
-        print(numbered(error.problems), file=sys.stderr, flush=True)
+        log.write(numbered(error.problems) + "\n")
         return error.exit_status
-    except SystemExit:
-        raise
+    except SystemExit as error:
+        if not error.code:
+            return 0
+        errors.record_exception(error)
+        return error.code if isinstance(error.code, int) else 1
     except BaseException as error:
         errors.record_exception(error)
-        traceback.print_exc()
-        sys.stderr.flush()
+        traceback.print_exc(file=log)
         return 1
 
 
 def main() -> None:
+    """Entry point; --joined says that no launcher of ours will point to the log."""
     run_dir, rank = Path(sys.argv[1]), int(os.environ["RANK"])
-    before = redirect(run_dir, rank, int(os.environ["WORLD_SIZE"]))
-    status = run(run_dir)
-    if status and before is not None and "--joined" in sys.argv:  # no launcher of ours points to the log
-        os.write(before, f"rank {rank} failed; its log is {log_path(run_dir, rank)}\n".encode())
-    sys.exit(status)
+    terminal = os.dup(2)
+    log = redirect(run_dir, rank, int(os.environ["WORLD_SIZE"]))
+    status = run(run_dir, log)
+    if not status:
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if "--joined" in sys.argv:
+        os.write(terminal, f"{failure_text(run_dir, rank)}\n".encode())
+    os._exit(status)  # tearing gloo down while peers are gone aborts, which would hide the status
+
+
+def failure_text(run_dir: Path | str, rank: int, lines_shown: int = 15) -> str:
+    """Where a rank's log is, and the end of what its last start wrote there."""
+    path = log_path(run_dir, rank)
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    starts = [number for number, line in enumerate(lines) if line.startswith("=== started ")]
+    lines = lines[starts[-1] + 1 :] if starts else lines
+    return "\n".join([f"the log of rank {rank} is {path}", *(f"  {line}" for line in lines[-lines_shown:])])
 
 
 if __name__ == "__main__":

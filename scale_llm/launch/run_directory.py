@@ -7,26 +7,28 @@ from importlib import metadata
 from pathlib import Path
 
 from scale_llm import __version__
+from scale_llm.checkpoint.latest import latest_checkpoint
 from scale_llm.config.io import save_config, write_text
 from scale_llm.config.run import RunConfig
+from scale_llm.config.stage import EvaluateConfig
 
-LATEST = "latest_checkpointed_iteration.txt"
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "numpy", "tokenizers", "hydra-core")
 
 
-def latest_iteration(checkpoints: Path) -> int | None:
-    """Iteration of the last whole checkpoint; None where there is none."""
+def tracker_problems(cfg: RunConfig) -> list[str]:
+    """A damaged latest_checkpointed_iteration.txt of the run itself."""
     try:
-        return int((checkpoints / LATEST).read_text(encoding="utf-8").strip())
-    except (OSError, ValueError):
-        return None
+        latest_checkpoint(cfg.checkpoint.save or "")
+    except (ValueError, OSError) as error:
+        return [f"checkpoint.save={cfg.checkpoint.save}: {error}; write the number of its last iter_ directory there"]
+    return []
 
 
 def greeting(cfg: RunConfig) -> str:
     """The first line of a run."""
-    iteration = latest_iteration(Path(cfg.checkpoint.save or ""))
-    if iteration is not None:
-        return f"resuming {cfg.run_dir} at iteration {iteration}"
+    latest = latest_checkpoint(cfg.checkpoint.save or "")
+    if latest is not None and not isinstance(cfg.stage, EvaluateConfig):
+        return f"resuming {cfg.run_dir} at iteration {latest[0]}"
     return f"starting {cfg.run_dir}"
 
 

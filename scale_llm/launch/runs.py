@@ -11,7 +11,7 @@ from scale_llm.config.resolve import resolve
 from scale_llm.config.run import RunConfig
 from scale_llm.config.validate import problems_of
 from scale_llm.launch.environment import Joined, joined
-from scale_llm.launch.run_directory import greeting, prepare_run_dir
+from scale_llm.launch.run_directory import greeting, prepare_run_dir, tracker_problems
 
 
 @dataclass(kw_only=True, slots=True)
@@ -33,14 +33,16 @@ def compose_run(words: list[str], point: str | None = None) -> Planned:
     if join is not None:
         cfg.cluster.nnodes, cfg.cluster.nproc_per_node = join.nnodes, join.local_world_size
     if point is not None:
-        cfg.run_dir = str(Path(resolve(cfg, machine).run_dir) / point)
+        base = Path(resolve(cfg, machine).run_dir)
+        cfg.run_dir = str(base / point)
+        cfg.data.cache_dir = cfg.data.cache_dir or str(base / "data")  # text is indexed once for all points
     identity = hashlib.sha256(to_yaml(cfg).encode()).hexdigest()
     return Planned(cfg=resolve(cfg, machine), machine=machine, join=join, identity=identity)
 
 
 def problems(plan: Planned) -> list[str]:
     """Everything wrong with a run that can be known before its data are read."""
-    found = problems_of(plan.cfg, plan.machine)
+    found = problems_of(plan.cfg, plan.machine) + tracker_problems(plan.cfg)
     if plan.join is None and plan.cfg.cluster.nnodes > 1:
         found.append(
             f"cluster.nnodes={plan.cfg.cluster.nnodes}: ranks are started on this machine alone; "

@@ -84,14 +84,14 @@ def print_outcomes(outcomes: list[Outcome]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="sweep")
-    for column in ("point", "state", "iteration", "lm loss", "validation", "seconds", "run_dir"):
+    table = Table(title=f"sweep in {Path(outcomes[0].run_dir).parent}", title_justify="left")
+    for column in ("point", "state", "iteration", "lm loss", "validation", "seconds"):
         table.add_column(column, overflow="fold")
     for outcome in outcomes:
         row = last_row(outcome.run_dir)
         state = "done" if outcome.status == 0 else f"failed ({outcome.status})"
         values = [_number(row.get(key)) for key in ("iteration", "lm loss", "lm loss validation")]
-        table.add_row(outcome.point, state, *values, f"{outcome.seconds:.0f}", outcome.run_dir)
+        table.add_row(outcome.point, state, *values, f"{outcome.seconds:.0f}")
     Console().print(table)
 
 

@@ -1,0 +1,166 @@
+"""Every problem a configuration can have, each named by key, value and remedy."""
+
+import os
+
+import pytest
+
+from scale_llm.config.compose import compose
+from scale_llm.config.io import save_config
+from scale_llm.config.machine import Machine
+from scale_llm.config.resolve import resolve
+from scale_llm.config.validate import problems_of
+
+MACHINE = Machine(cores=2, gpus=0, fast_bf16_cpu=False)
+
+
+def problems(*words: str) -> list[str]:
+    """Problems of a run that would be valid without these words."""
+    return problems_of(resolve(compose(["train.train_iters=10", *words]), MACHINE), MACHINE)
+
+
+CASES = {
+    "cluster.nproc_per_node=3": ["parallel=tp2", "cluster.nproc_per_node=3", "train.global_batch_size=3"],
+    "model.num_attention_heads=6": ["parallel.tensor_model_parallel_size=4", "model.num_attention_heads=6",
+                                    "model.hidden_size=240", "model.num_query_groups=2"],
+    "model.num_query_groups=3": ["parallel=tp2", "model.num_attention_heads=6", "model.hidden_size=240",
+                                 "model.num_query_groups=3"],
+    "model.ffn_hidden_size=201": ["parallel=tp2", "model.ffn_hidden_size=201"],
+    "model.num_layers=5": ["parallel=pp2", "model.num_layers=5"],
+    "model.num_layers=6": ["parallel=pp2_vpp2", "model.num_layers=6"],
+    "parallel.virtual_pipeline_model_parallel_size=2": ["parallel.virtual_pipeline_model_parallel_size=2"],
+    "parallel.sequence_parallel=true": ["parallel.sequence_parallel=true"],
+    "model.seq_length=510": ["parallel=cp2", "model.seq_length=510"],
+    "model.seq_length=511": ["parallel=tp2_sp", "model.seq_length=511"],
+    "parallel.overlap_param_gather=true": ["parallel.overlap_param_gather=true"],
+    "parallel.expert_model_parallel_size=2": ["parallel=ep2", "cluster.nproc_per_node=2"],
+    "model.num_experts=3": ["model=tiny_moe", "parallel=ep2", "model.num_experts=3"],
+    "parallel.expert_model_parallel_size=4": ["model=tiny_moe", "parallel.expert_model_parallel_size=4",
+                                              "cluster.nproc_per_node=2"],
+    "parallel.sequence_parallel=false": ["model=tiny_moe", "parallel=tp2"],
+    "model.moe_router_topk=5": ["model=tiny_moe", "model.moe_router_topk=5"],
+    "model.hidden_size=250": ["model.hidden_size=250"],
+    "model.num_attention_heads=4": ["model.num_query_groups=3"],
+    "model.kv_channels=33": ["model.kv_channels=33"],
+    "model.max_position_embeddings=64": ["model.position_embedding_type=learned_absolute",
+                                         "model.max_position_embeddings=64"],
+    "model.vocab_size=100": ["model.vocab_size=100"],
+    "tokenizer.path=/nowhere": ["tokenizer.path=/nowhere"],
+    "train.recompute_num_layers=9": ["train.recompute_granularity=full", "train.recompute_num_layers=9"],
+    "train.global_batch_size=10": ["train.global_batch_size=10", "train.micro_batch_size=4"],
+    "train.global_batch_size=3": ["parallel=pp2_vpp2", "train.global_batch_size=3"],
+    "train.rampup_batch_size=[4, 2]": ["train.rampup_batch_size=[4,2]"],
+    "train.rampup_batch_size=[2, 4, 100]": ["train.rampup_batch_size=[2,4,100]"],
+    "train.rampup_batch_size=[16, 4, 100]": ["train.rampup_batch_size=[16,4,100]"],
+    "train.rampup_batch_size[0]=3": ["train.rampup_batch_size=[3,5,100]", "train.micro_batch_size=4"],
+    "train.train_iters=null": ["train.train_iters=null"],
+    "train.train_iters=10, train.train_samples=10": ["train.train_samples=10"],
+    "train.train_iters=0": ["train.train_iters=0"],
+    "train.micro_batch_size=-1": ["train.micro_batch_size=-1"],
+    "train.eval_iters=-1": ["train.eval_iters=-1"],
+    "optim.lr=nan": ["optim.lr=nan"],
+    "optim.min_lr=1.0": ["optim.min_lr=1"],
+    "optim.adam_beta2=1.0": ["optim.adam_beta2=1"],
+    "model.rotary_percent=0.0": ["model.rotary_percent=0"],
+    "optim.lr_warmup_iters=3, optim.lr_warmup_fraction=0.1": ["optim.lr_warmup_iters=3",
+                                                               "optim.lr_warmup_fraction=0.1"],
+    "optim.lr_decay_iters=3, optim.lr_decay_samples=3": ["optim.lr_decay_iters=3", "optim.lr_decay_samples=3"],
+    "precision.bf16=true, precision.fp16=true": ["precision=bf16", "precision.fp16=true"],
+    "precision.min_loss_scale=8.0": ["precision.min_loss_scale=8", "precision.initial_loss_scale=4"],
+    "data.split=90,10": ["data.split='90,10'"],
+    "data.split=a,b,c": ["data.split='a,b,c'"],
+    "data.split=0,0,0": ["data.split='0,0,0'"],
+    "stage.split=dev": ["stage=evaluate", "stage.split=dev", "checkpoint.load=/"],
+    "checkpoint.load=null": ["stage=evaluate"],
+    "checkpoint.load=/nowhere": ["checkpoint.load=/nowhere"],
+    "checkpoint.load=/usr": ["checkpoint.load=/usr"],
+    "cluster.device=cuda": ["cluster.device=cuda"],
+    "run_dir=/etc/passwd": ["run_dir=/etc/passwd"],
+    "run_dir=/etc/passwd/x": ["run_dir=/etc/passwd/x"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("start", CASES)
+def test_problem_is_named(start):
+    """The problem starts with key=value and ends with a remedy after a semicolon."""
+    found = problems(*CASES[start])
+    matching = [problem for problem in found if problem.startswith((f"{start}:", f"{start},", f"{start} ("))]
+    assert len(matching) == 1, found
+    assert "; " in matching[0]
+
+
+def test_valid_runs_have_no_problems():
+    layouts = ["single", "tp2", "tp2_sp", "pp2", "pp2_vpp2", "cp2", "tp2_pp2", "distopt"]
+    assert [problems(f"parallel={layout}") for layout in layouts] == [[]] * len(layouts)
+    assert problems("model=tiny_moe", "parallel=ep2") == []
+    assert problems("model=tiny_moe", "parallel=tp2_sp") == []
+    assert problems("train.rampup_batch_size=[4,2,100]") == []
+
+
+def test_several_at_once():
+    found = problems(
+        "parallel=tp2_sp", "model.num_attention_heads=3", "train.train_samples=5", "optim.lr_warmup_iters=1",
+        "optim.lr_warmup_samples=2", "checkpoint.load=/nowhere", "precision=bf16", "precision.fp16=true",
+    )  # fmt: skip
+    keys = ["train.train_iters", "precision.bf16", "optim.lr_warmup_iters", "model.num_attention_heads",
+            "checkpoint.load"]  # fmt: skip
+    for key in keys:
+        assert any(problem.startswith(key) for problem in found), key
+
+
+def test_a_zero_size_does_not_bury_the_rest():
+    found = problems("train.micro_batch_size=0", "data.split='1,2'", "checkpoint.load=/nowhere")
+    assert [problem.split("=")[0] for problem in found] == [
+        "train.micro_batch_size", "data.split", "checkpoint.load",
+    ]  # fmt: skip
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_run_dir_not_writable():
+    assert problems("run_dir=/etc/scale")[0].startswith("run_dir=/etc/scale: /etc is not writable")
+
+
+def started(tmp_path, *words):
+    """A run directory in which a run has got to a checkpoint."""
+    cfg = resolve(compose(["train.train_iters=10", f"run_dir={tmp_path}", *words]), MACHINE)
+    save_config(cfg, tmp_path)
+    checkpoint = tmp_path / "checkpoints" / "iter_0000005"
+    checkpoint.mkdir(parents=True)
+    save_config(cfg, checkpoint)
+    (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("5")
+
+
+def test_another_model_in_run_dir(tmp_path):
+    started(tmp_path, "model=tiny")
+    assert problems(f"run_dir={tmp_path}", "model=tiny") == []
+    (problem,) = problems(f"run_dir={tmp_path}", "model=demo")
+    assert problem.startswith(f"run_dir={tmp_path}") and "model.num_layers=6 (there 4)" in problem
+    assert "stage pretrain" in problems(
+        f"run_dir={tmp_path}", "stage=evaluate", f"checkpoint.load={tmp_path}/checkpoints"
+    )[0]  # fmt: skip
+
+
+def test_what_may_change_on_resume(tmp_path):
+    started(tmp_path)
+    assert problems(
+        f"run_dir={tmp_path}", "train.train_iters=99", "optim.lr=1", "parallel=tp2", "model.seq_length=64",
+        "precision=bf16", "model.attention_dropout=0.1",
+    ) == []  # fmt: skip
+
+
+def test_a_run_that_never_started_may_be_replaced(tmp_path):
+    save_config(resolve(compose(["model=demo"]), MACHINE), tmp_path)
+    assert problems(f"run_dir={tmp_path}", "model=tiny") == []
+
+
+def test_checkpoint_of_another_model(tmp_path):
+    (tmp_path / "a").mkdir()
+    started(tmp_path / "a", "model=tiny")
+    load, other = f"checkpoint.load={tmp_path}/a/checkpoints", f"run_dir={tmp_path}/b"
+    assert problems(load, other) == []
+    assert problems(f"{load}/iter_0000005", other) == []
+    (problem,) = problems(load, other, "model.hidden_size=512")
+    assert problem.startswith("checkpoint.load=") and "model.hidden_size=512 (there 256)" in problem
+    (problem,) = problems(f"checkpoint.load={tmp_path}/a", other)
+    assert f"give {tmp_path}/a/checkpoints" in problem
+    (tmp_path / "a/checkpoints/latest_checkpointed_iteration.txt").write_text("7")
+    assert "iter_0000007" in problems(load, other)[0]

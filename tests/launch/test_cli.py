@@ -1,0 +1,86 @@
+"""What the command prints and returns without starting ranks. The light path imports no torch."""
+
+import subprocess
+import sys
+
+import pytest
+
+from scale_llm import __version__
+from scale_llm.launch.cli import main, run_command
+
+LIGHT = """
+import sys
+from scale_llm.launch.cli import run_command
+status = run_command(sys.argv[1:])
+heavy = [name for name in ("torch", "megatron", "numpy", "pyarrow", "tokenizers") if name in sys.modules]
+assert not heavy, heavy
+sys.exit(status)
+"""
+
+
+def python(script: str, *arguments: str, cwd=None) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, cwd=cwd)
+
+
+def failing(capsys, *arguments: str) -> tuple[int, str]:
+    with pytest.raises(SystemExit) as exit_:
+        main(list(arguments))
+    return exit_.value.code, capsys.readouterr().err
+
+
+def test_help_is_light():
+    result = python(LIGHT.replace('"torch"', '"hydra", "torch"'), "--help")
+    assert result.returncode == 0, result.stderr
+    for word in ("experiment=demo_pretrain", "--check", "tp2_sp", "mixtral_8x7b", "tiny*"):
+        assert word in result.stdout
+
+
+def test_check_is_light_and_writes_nothing(tmp_path):
+    result = python(LIGHT, "--check", "experiment=demo_pretrain", "run_dir=new", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    for fact in ("2 = tensor 2 x pipeline 1", "4,096 tokens", "9,629,760", "starting new"):
+        assert fact in result.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_version(capsys):
+    assert run_command(["--version"]) == 0
+    assert capsys.readouterr().out == f"scale-llm {__version__}\n"
+
+
+def test_cfg_prints_what_would_run(capsys):
+    assert run_command(["--cfg", "job", "experiment=demo_pretrain", "run_dir=x", "train.seed=7"]) == 0
+    out = capsys.readouterr().out
+    assert "seed: 7" in out and "run_dir: x" in out and "auto: false" in out
+
+
+def test_misspelt_words_end_with_status_2(capsys):
+    status, text = failing(capsys, "--check", "modle=tiny", "train.train_iter=3", "model=tinny")
+    assert status == 2
+    assert text.splitlines()[0] == "3 errors:" and "model=tiny" in text and "Traceback" not in text
+
+
+def test_problems_end_with_status_1(capsys):
+    status, text = failing(capsys, "--check", "parallel=tp2", "cluster.nproc_per_node=3")
+    assert status == 1
+    assert text.startswith("2 errors:\n  1. train.train_iters=null") and "\n  2. cluster.nproc_per_node=3" in text
+
+
+def test_unknown_flag(capsys):
+    status, text = failing(capsys, "--chekc")
+    assert status == 2 and "--check" in text
+
+
+def test_data_that_are_not_there_are_found_by_check(capsys, tmp_path):
+    status, text = failing(capsys, "--check", "train.train_iters=1", f"data.path={tmp_path}/none.txt")
+    assert status == 1 and "none.txt" in text
+
+
+def test_several_nodes_need_a_starter(capsys):
+    status, text = failing(capsys, "--check", "train.train_iters=1", "cluster.nnodes=2", "parallel=tp2")
+    assert status == 1 and "cluster.nnodes=2" in text and "srun" in text
+
+
+def test_sweep_names_the_points_with_problems(capsys):
+    status, text = failing(capsys, "-m", "--check", "train.train_iters=1", "model.num_layers=4,5", "parallel=pp2")
+    assert status == 1 and "[model.num_layers=5]" in text and "[model.num_layers=4]" not in text

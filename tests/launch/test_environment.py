@@ -1,0 +1,61 @@
+"""Under torchrun and srun a process is a rank already."""
+
+import pytest
+
+from scale_llm.launch.environment import expand_hostlist, joined, tasks_per_node
+
+SLURM = {
+    "SLURM_JOB_ID": "40001",
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "5",
+    "SLURM_STEP_NUM_TASKS": "6",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "2",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x3)",
+    "SLURM_STEP_NODELIST": "gpu[09-11]",
+}
+
+
+def test_alone():
+    assert joined({}) is None
+    assert joined({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}) is None, "a batch script is no task of a step"
+    assert joined({**SLURM, "SLURM_STEP_NUM_TASKS": "1"}) is None, "one task starts its ranks itself"
+
+
+def test_torchrun():
+    env = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "h",
+           "MASTER_PORT": "1"}  # fmt: skip
+    rank = joined(env)
+    assert rank is not None and rank.variables() == env and rank.nnodes == 2
+
+
+def test_srun():
+    rank = joined(SLURM)
+    assert rank is not None and rank.nnodes == 3
+    assert rank.variables() == {
+        "RANK": "5", "WORLD_SIZE": "6", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "gpu09", "MASTER_PORT": "20001",
+    }  # fmt: skip
+
+
+def test_the_batch_script_may_choose_the_rendezvous():
+    rank = joined({**SLURM, "MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "29501"})
+    assert rank is not None and (rank.master_addr, rank.master_port) == ("10.0.0.7", 29501)
+
+
+@pytest.mark.parametrize(
+    ("text", "hosts"),
+    [
+        ("n1", ["n1"]),
+        ("n[1-3]", ["n1", "n2", "n3"]),
+        ("n[1-2,05],m7", ["n1", "n2", "n05", "m7"]),
+        ("r[1-2]n[08-09]x", ["r1n08x", "r1n09x", "r2n08x", "r2n09x"]),
+    ],
+)
+def test_host_lists(text, hosts):
+    assert expand_hostlist(text) == hosts
+
+
+def test_tasks_per_node():
+    assert tasks_per_node("2(x3),1") == [2, 2, 2, 1]
+    assert tasks_per_node("") == []

@@ -1,0 +1,114 @@
+"""Real ranks with a stand-in for the stage: starting, joining, failing, stopping. Training itself is tested above."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from scale_llm.launch.local import first_failure, user_problems
+
+STAND_IN = Path(__file__).parent / "stand_in"
+CLI = ["-m", "scale_llm.launch.cli"]
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory) -> list[str]:
+    """A small run on 2 ranks; its data are prepared once."""
+    top = tmp_path_factory.mktemp("data")
+    lines = [" ".join(f"word{(i * j) % 97}" for j in range(80)) for i in range(200)]
+    (top / "text.jsonl").write_text("".join(f'{{"text": "{line}"}}\n' for line in lines))
+    return [
+        f"data.path={top}/text.jsonl", f"data.cache_dir={top}/cache", "data.split='90,10,0'", "cluster=local_cpu",
+        "tokenizer.vocab_size=300", "model.seq_length=32", "parallel=tp2", "train.train_iters=20",
+    ]  # fmt: skip
+
+
+def environment(how: str = "") -> dict[str, str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "RANK", "WORLD"))}
+    return {**clean, "PYTHONPATH": str(STAND_IN), "HOW": how}
+
+
+def start(words: list[str], run_dir: Path, how: str = "", before: tuple[str, ...] = ()) -> subprocess.Popen:
+    command = [sys.executable, *before, *CLI, *words, f"run_dir={run_dir}"]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=environment(how), stdout=pipe, stderr=pipe, text=True)
+
+
+def run(words: list[str], run_dir: Path, how: str = "", before: tuple[str, ...] = ()) -> tuple[int, str, str]:
+    process = start(words, run_dir, how, before)
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def test_start_then_resume(words, tmp_path):
+    status, out, err = run(words, tmp_path)
+    assert status == 0, err
+    lines = out.splitlines()
+    assert lines[0] == f"starting {tmp_path}"
+    assert any(line.startswith("rank 1 of 2") for line in lines), "the last rank keeps the terminal"
+    assert not any(line.startswith("rank 0") for line in lines)
+    for rank in (0, 1):
+        assert f"rank {rank} of 2" in (tmp_path / f"logs/rank_{rank}.log").read_text()
+    status, out, err = run([*words, "optim.lr=0.1"], tmp_path)
+    assert status == 0, err
+    assert out.splitlines()[0] == f"resuming {tmp_path} at iteration 20"
+    assert "config.1.yaml" in out and (tmp_path / "config.1.yaml").is_file()
+    assert not list(tmp_path.glob("outputs")) and not Path("outputs").exists(), "Hydra leaves no directory of its own"
+
+
+@pytest.mark.parametrize(
+    ("how", "expected_status", "message"),
+    [
+        ("error", 1, "rank 0 failed with status 1; the log of rank 0 is"),
+        ("exit", 7, "rank 0 failed with status 7"),
+        ("kill", 1, "rank 0 was killed by SIGKILL"),
+        ("user_error", 1, "2 errors:\n  1. a=1: too few; give a=2\n  2. b=1"),
+    ],
+)
+def test_a_failing_rank_is_shown_once(words, tmp_path, how, expected_status, message):
+    status, out, err = run(words, tmp_path, how)
+    assert status == expected_status, err
+    assert message in err
+    assert ("RuntimeError: boom" in err) == (how == "error")
+    assert "elastic" not in err and "peer" not in err and len(err.splitlines()) < 20, err
+
+
+def test_ctrl_c_lets_ranks_save(words, tmp_path):
+    process = start(words, tmp_path, "wait")
+    deadline = time.monotonic() + 100
+    while not all((tmp_path / f"ready_{rank}").exists() for rank in (0, 1)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 130, err
+    assert err.strip().splitlines()[-1] == f"stopped by SIGINT; the same command resumes {tmp_path}"
+    for rank in (0, 1):
+        assert "saved after [2]" in (tmp_path / f"logs/rank_{rank}.log").read_text(), "one signal, and time to save"
+
+
+def test_under_torchrun_it_joins(words, tmp_path):
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    status, out, err = run(words, tmp_path, before=torchrun)
+    assert status == 0, err
+    assert out.splitlines()[0] == f"starting {tmp_path}" and out.count("starting") == 1
+    assert "rank 1 of 2" in out
+
+
+class Failure:
+    def __init__(self, exitcode: int, message, timestamp: int):
+        self.exitcode, self.message, self.timestamp = exitcode, message, timestamp
+
+
+def test_the_cause_comes_before_its_effects():
+    failures = {
+        0: Failure(1, {"message": "RuntimeError: Connection closed by peer"}, 10),
+        1: Failure(-signal.SIGTERM, "Signal 15 received", 9),
+        2: Failure(1, {"message": "UserError: a=1: x; y\nb=2: x; y"}, 11),
+    }
+    rank, failure = first_failure(failures)
+    assert rank == 2 and user_problems(failure.message) == ["a=1: x; y", "b=2: x; y"]
+    assert user_problems(failures[0].message) == []

@@ -1,0 +1,36 @@
+"""What lies in a run directory before ranks start."""
+
+import json
+
+from scale_llm.config.compose import compose
+from scale_llm.config.io import load_config
+from scale_llm.config.machine import Machine
+from scale_llm.config.resolve import resolve
+from scale_llm.launch.run_directory import greeting, prepare_run_dir, tracker_problems
+
+MACHINE = Machine(cores=2, gpus=0, fast_bf16_cpu=False)
+
+
+def config(tmp_path, *words: str):
+    return resolve(compose([f"run_dir={tmp_path}/run", "train.train_iters=3", *words]), MACHINE)
+
+
+def test_contents(tmp_path):
+    cfg = config(tmp_path)
+    prepare_run_dir(cfg)
+    names = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert names == ["checkpoints", "commit", "config.yaml", "logs", "tensorboard"]
+    assert load_config(tmp_path / "run") == cfg
+    facts = json.loads((tmp_path / "run" / "commit").read_text())
+    assert facts["torch"] and facts["scale_llm"]
+
+
+def test_first_line(tmp_path):
+    cfg = config(tmp_path)
+    assert greeting(cfg) == f"starting {tmp_path}/run"
+    prepare_run_dir(cfg)
+    tracker = tmp_path / "run/checkpoints/latest_checkpointed_iteration.txt"
+    tracker.write_text("40")
+    assert greeting(cfg) == f"resuming {tmp_path}/run at iteration 40"
+    tracker.write_text("forty")
+    assert "forty" in tracker_problems(cfg)[0]
