@@ -1,0 +1,88 @@
+"""Contestants in processes of their own that take turns, so that a change in the machine's load meets all."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+
+_TOOLS = Path(__file__).resolve().parents[1]
+
+
+@dataclass(kw_only=True)
+class Contestant:
+    """build: "module:function" of a builder of steps, called with `arguments` in a new process.
+
+    steps: steps of one round. seconds: of each round, for one step.
+    """
+
+    name: str
+    build: str
+    arguments: dict = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+    steps: int = 1
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def median_seconds(self) -> float:
+        return median(self.seconds)
+
+
+class _Process:
+    """A running worker: one line in, one line out."""
+
+    def __init__(self, contestant: Contestant, threads: int):
+        self.contestant = contestant
+        self._errors = tempfile.TemporaryFile("w+")
+        path = os.pathsep.join([str(_TOOLS), str(_TOOLS.parent), os.environ.get("PYTHONPATH", "")])
+        environment = {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": path, **contestant.environment}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.worker", contestant.build, json.dumps(contestant.arguments)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            env={**os.environ, **environment},
+            text=True,
+        )
+        self._read()
+
+    def round(self) -> None:
+        self._process.stdin.write(f"{self.contestant.steps}\n")
+        self._process.stdin.flush()
+        self.contestant.seconds.append(self._read()["seconds"] / self.contestant.steps)
+
+    def _read(self) -> dict:
+        line = self._process.stdout.readline()
+        if not line:
+            self._errors.seek(0)
+            raise RuntimeError(f"{self.contestant.name} failed:\n{self._errors.read()[-3000:]}")
+        return json.loads(line)
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        try:
+            self._process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._errors.close()
+
+
+def alternate(contestants: list[Contestant], *, rounds: int, threads: int, say=print) -> None:
+    """Starts all, then lets each run its steps once a round. Fills `seconds` of every contestant."""
+    processes: list[_Process] = []
+    try:
+        for contestant in contestants:
+            say(f"starting {contestant.name}")
+            processes.append(_Process(contestant, threads))
+        for index in range(rounds):
+            for process in processes:
+                process.round()
+            latest = ", ".join(f"{p.contestant.name} {p.contestant.seconds[-1]:.3f} s" for p in processes)
+            say(f"round {index + 1}/{rounds}: {latest}")
+    finally:
+        for process in processes:
+            process.close()
