@@ -10,7 +10,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from scale_llm.config.errors import UserError
 from scale_llm.config.model import Backend
-from scale_llm.models.torch_layers import TorchAttention, TorchLayerNorm, TorchRMSNorm
+from scale_llm.models.torch_layers import (
+    Activation,
+    TorchAttention,
+    TorchLayerNorm,
+    TorchRMSNorm,
+    TorchSelfAttention,
+)
 
 
 def choose_backend(backend: Backend, *, on_cuda: bool) -> Backend:
@@ -52,13 +58,16 @@ def block_spec(config: TransformerConfig, backend: Backend, *, vp_stage: int | N
 
 
 def _use_torch_layers(layer, norm, config: TransformerConfig) -> None:
-    """Replaces norms and core attention of megatron-core's local layer spec."""
+    """Replaces norms, attention and activation of megatron-core's local layer spec."""
     layer.input_layernorm = norm
     layer.pre_mlp_layernorm = norm
+    layer.self_attention.module = TorchSelfAttention
     attention = layer.self_attention.submodules
     attention.core_attention = TorchAttention
-    if config.qk_layernorm:
-        attention.q_layernorm = norm
-        attention.k_layernorm = norm
-
-
+    # An identity is megatron-core's way to say no norm.
+    attention.q_layernorm = attention.k_layernorm = norm if config.qk_layernorm else None
+    config.use_te_activation_func = True  # its way to say that the MLP's spec brings an activation module
+    mlp = layer.mlp.submodules
+    for spec in [mlp.experts.submodules, getattr(mlp, "shared_experts", None)] if config.num_moe_experts else [mlp]:
+        if spec is not None:
+            spec.activation_func = Activation

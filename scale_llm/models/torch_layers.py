@@ -1,15 +1,17 @@
-"""Layers for megatron-core's specs from torch's fused kernels, where Transformer Engine is absent.
+"""Layers for megatron-core's specs from the operations of `models.ops`, where Transformer Engine is absent.
 
-Shapes: s sequence, b batch, h hidden, n heads and g key/value groups on this tensor-parallel rank, d head size, c ranks
-of context parallelism. Activations are [s/c, b, ...].
+Shapes: s sequence, b batch, h hidden, n query heads and g key/value groups on this tensor-parallel rank, r = n/g, d head
+size, c ranks of context parallelism. Activations are [s/c, b, ...].
 """
 
 import math
 
 import torch
 import torch.nn.functional as F
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 
+from scale_llm.models.ops import attention, rms_norm, rotary, rotary_tables, split_rotary, swiglu
 from scale_llm.parallel.context import gather_sequence, sequence_chunks
 
 
@@ -19,6 +21,9 @@ class TorchRMSNorm(torch.nn.RMSNorm):
     def __init__(self, config, hidden_size: int, eps: float = 1e-5, **_):
         super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, self.weight, self.eps)
 
 
 class TorchLayerNorm(torch.nn.LayerNorm):
@@ -30,8 +35,62 @@ class TorchLayerNorm(torch.nn.LayerNorm):
         self.bias.sequence_parallel = config.sequence_parallel
 
 
+class Activation:
+    """The MLP's activation: SwiGLU over [gate, up], or what the configuration names. No module: it has no state."""
+
+    def __init__(self, config):
+        self.function = swiglu if config.gated_linear_unit else config.activation_func
+        assert not config.gated_linear_unit or config.activation_func is F.silu
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(x)
+
+
+class TorchSelfAttention(SelfAttention):
+    """megatron-core's self-attention, whose training pass splits, turns and attends without copies between.
+
+    Parameters and their names are megatron-core's; so is the pass with an inference context.
+    """
+
+    _tables: tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]] | None = None
+
+    def forward(
+        self, hidden_states, attention_mask, key_value_states=None, inference_context=None, rotary_pos_emb=None, **kwargs
+    ):
+        """hidden_states [s/c, b, h], mask [b, 1, s/c, s] True where hidden, rotary angles [s/c, 1, 1, rot]
+        -> (output [s/c, b, h], bias or None)."""
+        if inference_context is not None or kwargs.get("packed_seq_params") is not None:
+            return super().forward(
+                hidden_states, attention_mask, key_value_states, inference_context, rotary_pos_emb, **kwargs
+            )
+        mixed, _ = self.linear_qkv(hidden_states)
+        groups, size = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
+        tables = None if rotary_pos_emb is None else self._tables_of(rotary_pos_emb, mixed.dtype)
+        if self.q_layernorm is None and self.k_layernorm is None:
+            query, key, value = split_rotary(mixed, tables, groups=groups, head_size=size)
+        else:
+            query, key, value = split_rotary(mixed, None, groups=groups, head_size=size)
+            query, key = self.q_layernorm(query.flatten(2, 3)), self.k_layernorm(key)
+            if tables is not None:
+                query, key = rotary(query, tables), rotary(key, tables)
+        attend = self._checkpointed_attention_forward if self._recomputes() else self.core_attention
+        context = attend(query, key, value, attention_mask, attn_mask_type=self.attn_mask_type)
+        return self.linear_proj(context)
+
+    def _recomputes(self) -> bool:
+        return self.checkpoint_core_attention and self.training
+
+    def _tables_of(self, angles, dtype):
+        """Cosines and sines; megatron-core hands the same angles to every layer and step."""
+        if isinstance(angles, tuple):
+            angles = angles[0]
+        if self._tables is None or self._tables[0] is not angles:
+            self._tables = (angles, rotary_tables(angles, dtype))
+        return self._tables[1]
+
+
 class TorchAttention(torch.nn.Module):
-    """Causal attention by scaled_dot_product_attention, grouped queries and context parallelism included.
+    """Causal attention, grouped queries and context parallelism included.
 
     With context parallelism every rank holds two chunks of the sequence, r and 2c-1-r, so that causal work is even; keys
     and values are gathered over the ranks, and each chunk of queries sees the keys up to its own end.
@@ -42,7 +101,6 @@ class TorchAttention(torch.nn.Module):
         cp_comm_type=None, pg_collection=None,
     ):  # fmt: skip
         super().__init__()
-        self.config = config
         self.cp_group = pg_collection.cp
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
@@ -50,41 +108,24 @@ class TorchAttention(torch.nn.Module):
     def forward(
         self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None, packed_seq_params=None
     ):
-        """query [s/c, b, n, d], key and value [s/c, b, g, d], mask [b, 1, s/c, s] True where hidden -> [s/c, b, n*d]."""
+        """query [s/c, b, n, d] or [s/c, b, g, r, d]; key, value [s/c, b, g, d]; mask [b, 1, s/c, s] True where hidden
+        -> [s/c, b, n*d]."""
         assert packed_seq_params is None and attention_bias is None
-        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, n, s/c, d]
-        causal = attn_mask_type is not AttnMaskType.no_mask
         if self.cp_group is not None and self.cp_group.size() > 1:
-            out = self._context_parallel(q, key, value, attention_mask)
-        elif attention_mask is not None:
-            out = self._attend(q, k, v, mask=~attention_mask)
-        elif causal and q.size(2) != k.size(2):
-            out = self._attend(q, k, v, mask=_causal_tail(q.size(2), k.size(2), q.device))
-        else:
-            out = self._attend(q, k, v, causal=causal)
-        return out.permute(2, 0, 1, 3).reshape(query.size(0), query.size(1), -1)
+            return self._context_parallel(query, key, value, attention_mask)
+        causal = attn_mask_type is not AttnMaskType.no_mask
+        return self._attend(query, key, value, hidden=attention_mask, causal=causal)
 
-    def _attend(self, q, k, v, *, mask=None, causal=False):
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal, scale=self.scale, enable_gqa=q.size(1) != k.size(1),
-            dropout_p=self.dropout if self.training else 0.0,
-        )  # fmt: skip
+    def _attend(self, query, key, value, **where):
+        dropout = self.dropout if self.training else 0.0
+        return attention(query, key, value, scale=self.scale, dropout_p=dropout, **where)
 
-    def _context_parallel(self, q, key, value, attention_mask):
-        keys, values = (gather_sequence(x, self.cp_group).permute(1, 2, 0, 3) for x in (key, value))  # [b, g, s, d]
-        chunk = q.size(2) // 2
+    def _context_parallel(self, query, key, value, attention_mask):
+        keys, values = gather_sequence(key, self.cp_group), gather_sequence(value, self.cp_group)  # [s, b, g, d]
+        chunk = query.size(0) // 2
         outs = []
         for half, index in enumerate(sequence_chunks(self.cp_group)):
-            rows = slice(half * chunk, (half + 1) * chunk)
-            end = (index + 1) * chunk
-            if attention_mask is not None:
-                mask = ~attention_mask[:, :, rows, :end]
-            else:
-                mask = _causal_tail(chunk, end, q.device)
-            outs.append(self._attend(q[:, :, rows], keys[:, :, :end], values[:, :, :end], mask=mask))
-        return torch.cat(outs, dim=2)
-
-
-def _causal_tail(queries: int, keys: int, device) -> torch.Tensor:
-    """[queries, keys] True where the last `queries` positions of `keys` may look."""
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+            rows, end = slice(half * chunk, (half + 1) * chunk), (index + 1) * chunk
+            hidden = None if attention_mask is None else attention_mask[:, :, rows, :end]
+            outs.append(self._attend(query[rows], keys[:end], values[:end], hidden=hidden))
+        return torch.cat(outs)
