@@ -1,0 +1,1 @@
+"""Shared by the tests: ranks in processes of their own, and what runs in them."""

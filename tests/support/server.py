@@ -1,0 +1,93 @@
+"""python -m support.server: reads requests, one JSON object a line, and forks ranks for each. See support/ranks.py."""
+
+import importlib
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+
+def preload() -> None:
+    """Everything a rank imports, in the order that a rank of the program does: megatron-core is adapted first."""
+    from scale_llm.parallel import cpu
+
+    cpu.adapt()
+    import torch
+
+    torch.set_num_threads(1)
+    for name in ("support.training", "scale_llm.stages.loop", "scale_llm.stages.pretrain", "scale_llm.stages.evaluate",
+                 "torch.utils.tensorboard", "megatron.core.dist_checkpointing"):  # fmt: skip
+        importlib.import_module(name)
+
+
+def rank_main(request: dict, rank: int) -> int:
+    """One rank's life; returns its exit status."""
+    directory = Path(request["directory"])
+    log = os.open(directory / f"rank_{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(request["world_size"]),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(request["port"]),
+    )
+    try:
+        import torch
+
+        module, name = request["function"].split(":")
+        result = getattr(importlib.import_module(module), name)(**request["arguments"])
+        torch.save(result, directory / f"rank_{rank}.pt")
+        return 0
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+def run_ranks(request: dict) -> dict | None:
+    """Forks the ranks and waits; None, or which rank failed first and how. No rank is left running."""
+    running: dict[int, int] = {}
+    for rank in range(request["world_size"]):
+        pid = os.fork()
+        if pid == 0:
+            os._exit(rank_main(request, rank))
+        running[pid] = rank
+    failure = None
+    deadline = time.monotonic() + request["timeout_seconds"]
+    while running:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid in running:
+            rank = running.pop(pid)
+            if status and failure is None:
+                failure = {"rank": rank, "how": f"rank {rank} ended with status {os.waitstatus_to_exitcode(status)}"}
+                deadline = time.monotonic() + 2  # the others may say why, too
+        elif time.monotonic() > deadline:
+            if failure is None:
+                rank = min(running.values())
+                failure = {"rank": rank, "how": f"no end after {request['timeout_seconds']} s"}
+            for other in running:
+                os.kill(other, signal.SIGKILL)
+            deadline = time.monotonic() + 5
+        else:
+            time.sleep(0.005)
+    return failure
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    preload()
+    for line in sys.stdin:
+        answers.write(json.dumps(run_ranks(json.loads(line))) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()
