@@ -4,6 +4,7 @@ A file conf/<group>/<option>.yaml begins with `defaults: [/schema/<group>@_here_
 their keys, `/schema/stage/<name>@_here_`), so defaults live in the dataclasses alone and the YAML says what differs.
 """
 
+import functools
 import importlib.util
 from pathlib import Path
 
@@ -41,6 +42,7 @@ GROUPS = ["stage", *SCHEMAS, "experiment"]
 """The groups a user chooses from, in the order of the help text."""
 
 
+@functools.cache
 def register() -> None:
     """Put every schema into Hydra's store; calling it again changes nothing."""
     from hydra.core.config_store import ConfigStore

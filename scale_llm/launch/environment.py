@@ -5,6 +5,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from scale_llm.config.cluster import Device
+from scale_llm.config.run import RunConfig
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Joined:
@@ -33,6 +36,15 @@ class Joined:
             "MASTER_ADDR": self.master_addr,
             "MASTER_PORT": str(self.master_port),
         }
+
+
+def rank_variables(cfg: RunConfig) -> dict[str, str]:
+    """What a rank must find in its environment before it imports torch."""
+    variables = {"OMP_NUM_THREADS": str(cfg.cluster.omp_num_threads)}
+    if cfg.cluster.device is Device.cuda and "CUDA_DEVICE_MAX_CONNECTIONS" not in os.environ:
+        # One hardware queue keeps collectives of tensor parallelism ahead of the kernels they overlap with
+        variables["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    return variables
 
 
 def joined(env: Mapping[str, str] | None = None) -> Joined | None:

@@ -9,7 +9,7 @@ from typing import NoReturn
 from scale_llm.config.errors import UserError
 from scale_llm.config.io import write_text
 from scale_llm.config.run import RunConfig
-from scale_llm.launch.environment import Joined
+from scale_llm.launch.environment import Joined, rank_variables
 
 MINUTES_TO_PREPARE = 120
 READY = ".ready"
@@ -25,7 +25,7 @@ def join_ranks(cfg: RunConfig, join: Joined, identity: str) -> NoReturn:
         write_text(ready, identity)
     else:
         wait_until_ready(ready, identity, join)
-    environment = {**os.environ, **join.variables(), "OMP_NUM_THREADS": str(cfg.cluster.omp_num_threads)}
+    environment = {**os.environ, **join.variables(), **rank_variables(cfg)}
     command = [sys.executable, "-u", "-m", "scale_llm.launch.rank", cfg.run_dir, "--joined"]
     os.execve(sys.executable, command, environment)
 

@@ -13,8 +13,10 @@ import sys
 from dataclasses import fields
 from typing import Any
 
+from scale_llm.config.cluster import Device
 from scale_llm.config.errors import UserError, numbered
 from scale_llm.config.run import RunConfig
+from scale_llm.launch.environment import rank_variables
 from scale_llm.launch.rank import failure_text
 
 SECONDS_TO_SAVE = 60
@@ -45,14 +47,14 @@ def launch(cfg: RunConfig) -> int:
 
 
 def _environment(cfg: RunConfig) -> None:
-    """Variables that ranks inherit and must have before they import torch."""
-    os.environ["OMP_NUM_THREADS"] = str(cfg.cluster.omp_num_threads)
+    """Variables of the agent and its ranks."""
+    os.environ.update(rank_variables(cfg))
     # torch 2.13's shared store keeps the addresses of a dead attempt: half of all restarts over gloo then fail
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(SECONDS_TO_SAVE)
-    if cfg.cluster.device.value == "cpu":
+    if cfg.cluster.device is Device.cpu:
         # gloo else takes the host name's address, which containers and laptops often cannot reach
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
 
 
 def _launch_config(cfg: RunConfig):

@@ -4,11 +4,14 @@ Every rank but the last writes its output to RUN_DIR/logs/rank_<n>.log. The last
 log line and progress bar need, and copies to its log file.
 """
 
+import ctypes
 import os
 import re
+import signal
 import sys
 import time
 import traceback
+import warnings
 from pathlib import Path
 from typing import IO, Any
 
@@ -96,11 +99,23 @@ def run(run_dir: Path, log: IO[str]) -> int:
         return 1
 
 
+def die_with_parent() -> None:
+    """Have the kernel kill this rank if its launcher is killed: an orphan would train on beside the next start."""
+    if sys.platform == "linux":
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
+        ctypes.CDLL(None).prctl(set_parent_death_signal, int(signal.SIGKILL))
+
+
 def main() -> None:
     """Entry point; --joined says that no launcher of ours will point to the log."""
     run_dir, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    if "--joined" not in sys.argv:
+        die_with_parent()
     terminal = os.dup(2)
     log = redirect(run_dir, rank, int(os.environ["WORLD_SIZE"]))
+    # Advice to the libraries' own developers would bury what the run prints
+    warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"megatron|torch\.distributed")
     status = run(run_dir, log)
     if not status:
         return

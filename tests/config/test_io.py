@@ -15,7 +15,8 @@ MACHINE = Machine(cores=2, gpus=0, fast_bf16_cpu=True)
 @pytest.mark.parametrize("experiment", options("experiment"))
 def test_round_trip(tmp_path, experiment):
     words = [
-        f"experiment={experiment}", "optim.lr_decay_style=WSD", "optim.adam_eps=1e-17", "optim.lr=0.1234567890123456789",
+        f"experiment={experiment}", "optim.lr_decay_style=WSD", "optim.adam_eps=1e-17",
+        "optim.lr=0.1234567890123456789",
         "data.path=[0.3,a.txt,0.7,b]", "train.rampup_batch_size=[2,2,8]", "tokenizer.eod_token='<a: #b>'",
     ]  # fmt: skip
     cfg = resolve(compose(words), MACHINE)

@@ -1,5 +1,11 @@
 """Parameters, operations, batches and bytes."""
 
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from scale_llm.config.compose import compose
@@ -27,6 +33,49 @@ def test_totals_are_the_published_ones(words, total, active):
     counts = count_parameters(config(*words).model)
     assert counts.total == total
     assert counts.active == (active or total)
+
+
+AGAINST_MODEL = """
+from scale_llm.config.parameters import count_parameters, parameters_of_stage
+from scale_llm.parallel.device import seed_everything, start
+from scale_llm.parallel.mesh import MeshSizes, build_mesh
+from tests.config.test_plan import SHAPES, config
+
+device = start("cpu", threads=1)
+mesh = build_mesh(MeshSizes(), device.backend)
+seed_everything(1, tp_rank=0, pp_rank=0, ep_rank=0, etp_rank=0)
+
+from scale_llm.models.gpt import build_gpt
+from scale_llm.models.transformer_config import transformer_config
+
+for words in SHAPES:
+    cfg = config(*words)
+    model = transformer_config(cfg.model, cfg.parallel, cfg.precision, cfg.train, on_cuda=False)
+    chunks = build_gpt(cfg.model, model, mesh, vocab_size=cfg.model.vocab_size, seed=1, on_cuda=False)
+    real = sum(parameter.numel() for chunk in chunks for parameter in chunk.parameters())
+    assert real == count_parameters(cfg.model).total, (words, real, count_parameters(cfg.model))
+    assert real == parameters_of_stage(cfg.model, cfg.parallel, 0).total, words
+"""
+
+SHAPES = [
+    ["model=tiny"],
+    ["model=tiny_moe"],
+    ["model=gpt2_small", "model.num_layers=2"],
+    ["model.qk_layernorm=true", "model.add_qkv_bias=true", "model.untie_embeddings_and_output_weights=true"],
+    ["model.qk_layernorm=true", "model.normalization=LayerNorm", "model.kv_channels=32"],
+]
+
+
+def test_counts_are_those_of_the_built_model():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    one_rank = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    root = Path(__file__).resolve().parents[2]
+    result = subprocess.run(
+        [sys.executable, "-c", AGAINST_MODEL], env={**os.environ, **one_rank}, cwd=root, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
 
 
 @pytest.mark.parametrize("tied", [True, False])

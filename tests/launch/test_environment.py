@@ -2,8 +2,13 @@
 
 import pytest
 
-from scale_llm.launch.environment import expand_hostlist, joined, tasks_per_node
+from scale_llm.config.compose import compose
+from scale_llm.config.machine import Machine
+from scale_llm.config.resolve import resolve
+from scale_llm.launch.environment import expand_hostlist, joined, rank_variables, tasks_per_node
 
+MACHINE = Machine(cores=4, gpus=1, fast_bf16_cpu=False)
+QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"
 SLURM = {
     "SLURM_JOB_ID": "40001",
     "SLURM_STEP_ID": "0",
@@ -59,3 +64,10 @@ def test_host_lists(text, hosts):
 def test_tasks_per_node():
     assert tasks_per_node("2(x3),1") == [2, 2, 2, 1]
     assert tasks_per_node("") == []
+
+
+@pytest.mark.parametrize(("device", "names"), [("cpu", {"OMP_NUM_THREADS"}), ("cuda", {"OMP_NUM_THREADS", QUEUES})])
+def test_what_ranks_find_in_their_environment(device, names, monkeypatch):
+    monkeypatch.delenv(QUEUES, raising=False)
+    cfg = resolve(compose([f"cluster.device={device}", "cluster.omp_num_threads=3"]), MACHINE)
+    assert set(rank_variables(cfg)) == names and rank_variables(cfg)["OMP_NUM_THREADS"] == "3"

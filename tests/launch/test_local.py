@@ -77,11 +77,39 @@ def test_a_failing_rank_is_shown_once(words, tmp_path, how, expected_status, mes
     assert "elastic" not in err and "peer" not in err and len(err.splitlines()) < 20, err
 
 
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + 100
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def both_ready(run_dir: Path) -> bool:
+    return all((run_dir / f"ready_{rank}").exists() for rank in (0, 1))
+
+
+def alive(pid: str) -> bool:
+    """Running, and not a zombie that nobody has asked for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the Linux kernel")
+def test_ranks_die_with_a_killed_launcher(words, tmp_path):
+    process = start(words, tmp_path, "wait")
+    wait_for(lambda: both_ready(tmp_path))
+    pids = [(tmp_path / f"logs/rank_{rank}.log").read_text().split("pid ")[1].split()[0] for rank in (0, 1)]
+    assert all(alive(pid) for pid in pids)
+    process.kill()
+    process.communicate(timeout=60)
+    wait_for(lambda: not any(alive(pid) for pid in pids))
+
+
 def test_ctrl_c_lets_ranks_save(words, tmp_path):
     process = start(words, tmp_path, "wait")
-    deadline = time.monotonic() + 100
-    while not all((tmp_path / f"ready_{rank}").exists() for rank in (0, 1)) and time.monotonic() < deadline:
-        time.sleep(0.1)
+    wait_for(lambda: both_ready(tmp_path))
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=100)
     assert process.returncode == 130, err
