@@ -71,7 +71,8 @@ def transformer_config(
         batch_p2p_comm=on_cuda,
         deallocate_pipeline_outputs=True,
         calculate_per_token_loss=True,
-        gradient_accumulation_fusion=False,
+        # On a CPU `parallel.cpu` brings the kernel; on a GPU it is Apex's or Transformer Engine's.
+        gradient_accumulation_fusion=not on_cuda and precision.accumulate_allreduce_grads_in_fp32,
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
         apply_rope_fusion=False,

@@ -231,6 +231,24 @@ def _adapt_moe():
     token_dispatcher.all_to_all = all_to_all
 
 
+def _adapt_linear():
+    """Gives linear layers the fused weight gradient that Apex has for GPUs: added to the FP32 buffer in one pass."""
+    from megatron.core.tensor_parallel import layers
+
+    layers.fused_weight_gradient_mlp_cuda = types.SimpleNamespace(
+        wgrad_gemm_accum_fp32=_accumulate_weight_gradient, wgrad_gemm_accum_fp16=_accumulate_weight_gradient
+    )
+    layers._grad_accum_fusion_available = True
+
+
+def _accumulate_weight_gradient(total_input, grad_output, main_grad):
+    """main_grad [out, in] += grad_output^T total_input, for [n, in] and [n, out]."""
+    if main_grad.dtype == grad_output.dtype:
+        main_grad.addmm_(grad_output.t(), total_input)
+    else:
+        main_grad.add_(torch.mm(grad_output.t(), total_input))
+
+
 def _as_list(sizes):
     """Split sizes that gloo accepts; megatron-core moves them to the host only for CUDA tensors."""
     return sizes.tolist() if isinstance(sizes, torch.Tensor) else sizes
@@ -248,6 +266,10 @@ def adapt() -> None:
         raise RuntimeError("scale_llm.parallel.cpu.adapt() must come before the first import of megatron.core")
     sys.meta_path.insert(0, _ViewFinder(_cpu_view()))
     _cuda_type_names()
+    # On a CPU there are no CUDA connections to limit, nor CUDA graphs to name the scope of.
+    warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS.*")
+    warnings.filterwarnings("ignore", message=".*cuda_graph_scope.*")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.checkpoint|megatron.core")
     with warnings.catch_warnings():
         # Apex and Transformer Engine are absent on purpose.
         warnings.simplefilter("ignore")
@@ -255,6 +277,7 @@ def adapt() -> None:
         importlib.import_module("megatron.core.models.gpt")
         importlib.import_module("megatron.core.models.gpt.gpt_layer_specs")
     _adapt_random()
+    _adapt_linear()
     _adapt_moe()
 
 

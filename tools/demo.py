@@ -1,0 +1,105 @@
+"""The whole chain on the embedded corpus, on this machine: python tools/demo.py (or: make demo)
+
+Collects the standard library's text, trains a tokenizer, indexes tokens, pretrains on two tensor-parallel ranks,
+evaluates, draws the curves and prints a table. A stage that is done already is not run again; one that was interrupted
+resumes. Everything lies in runs/demo/.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from plot import draw, read_metrics
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True, slots=True)
+class DemoStage:
+    """One run of the chain: its experiment, and what it takes from the stages before."""
+
+    name: str
+    overrides: tuple[str, ...]
+    result: str
+    """File whose presence, with an unchanged configuration, means that the stage is done."""
+
+
+def stages(root: Path) -> list[DemoStage]:
+    data = f"data.cache_dir={root / 'data'}"
+    return [
+        DemoStage("pretrain", (data,), "done.json"),
+        DemoStage("evaluate", (data, f"checkpoint.load={root / 'pretrain' / 'checkpoints'}"), "evaluation.json"),
+    ]
+
+
+def words(stage: DemoStage, root: Path, extra: list[str]) -> list[str]:
+    """Command-line words of a stage's run."""
+    return [f"experiment=demo_{stage.name}", f"run_dir={root / stage.name}", *stage.overrides, *extra]
+
+
+def is_done(stage: DemoStage, root: Path, extra: list[str]) -> bool:
+    """Whether the stage has finished with the configuration it would be run with now."""
+    from scale_llm.config.io import CONFIG_FILE, to_yaml
+    from scale_llm.launch.runs import compose_run
+
+    run_dir = root / stage.name
+    if not (run_dir / stage.result).is_file():
+        return False
+    planned = compose_run(words(stage, root, extra))
+    return (run_dir / CONFIG_FILE).read_text() == to_yaml(planned.cfg)
+
+
+def run(stage: DemoStage, root: Path, extra: list[str], console: Console) -> None:
+    """Runs one stage as a user would; its output is the user's to see."""
+    command = ["scale-llm", *words(stage, root, extra)]
+    console.rule(f"[bold]{stage.name}")
+    console.print(" ".join(command), style="dim", highlight=False)
+    began = time.monotonic()
+    status = subprocess.run([sys.executable, "-m", "scale_llm.launch.cli", *command[1:]]).returncode
+    if status:
+        console.print(f"{stage.name} failed (exit status {status}); run the same command again to resume")
+        sys.exit(status)
+    if stage.result == "done.json":
+        (root / stage.name / stage.result).write_text(json.dumps({"seconds": time.monotonic() - began}))
+
+
+def summary(root: Path) -> Table:
+    """A row a stage: steps, first and last loss, speed, files."""
+    table = Table(title="demo", title_justify="left")
+    for column in ("stage", "steps", "first loss", "last loss", "tokens/s", "files"):
+        table.add_column(column, justify="left" if column in ("stage", "files") else "right", overflow="fold")
+    rows = [row for row in read_metrics(root / "pretrain") if "lm loss" in row]
+    speed = sorted(row["tokens-per-second"] for row in rows)[len(rows) // 2]
+    table.add_row(
+        "pretrain", str(rows[-1]["iteration"]), f"{rows[0]['lm loss']:.3f}", f"{rows[-1]['lm loss']:.3f}",
+        f"{speed:,.0f}", str(root / "pretrain"),
+    )  # fmt: skip
+    result = json.loads((root / "evaluate" / "evaluation.json").read_text())
+    shown = f"{result['lm loss']:.3f} (ppl {result['ppl']:.1f}, {result['bits per byte']:.2f} bits/byte)"
+    table.add_row("evaluate", str(result["iteration"]), "", shown, "", str(root / "evaluate"))
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, default=Path("runs/demo"), help="where the runs lie (default: %(default)s)")
+    parser.add_argument("overrides", nargs="*", help="configuration overrides for every stage, e.g. precision=fp32")
+    arguments = parser.parse_args()
+    console, root = Console(), arguments.root
+    began = time.monotonic()
+    for stage in stages(root):
+        if is_done(stage, root, arguments.overrides):
+            console.print(f"{stage.name}: done before, in {root / stage.name}", highlight=False)
+        else:
+            run(stage, root, arguments.overrides, console)
+    draw({"pretrain": read_metrics(root / "pretrain")}, root / "curves.png")
+    console.print(summary(root))
+    console.print(f"curves: {root / 'curves.png'}   time: {time.monotonic() - began:.0f} s", highlight=False)
+
+
+if __name__ == "__main__":
+    main()
