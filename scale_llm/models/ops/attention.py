@@ -70,9 +70,9 @@ def _torch_attention(q, k, v, scale, hidden, end, dropout_p=0.0):
         causal = True
     elif end + 1 < sk:
         mask = torch.ones(sq, sk, dtype=torch.bool, device=q.device).tril(end)
-    heads = (x.unsqueeze(1).expand(-1, r, -1, -1) for x in (k, v))
+    k, v = (x.unsqueeze(1).expand(-1, r, -1, -1) for x in (k, v))
     out = F.scaled_dot_product_attention(
-        q.transpose(1, 2), *heads, attn_mask=mask, is_causal=causal, dropout_p=dropout_p, scale=scale
+        q.transpose(1, 2), k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout_p, scale=scale
     )
     return out.transpose(1, 2)
 
