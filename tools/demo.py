@@ -86,7 +86,7 @@ def summary(root: Path) -> Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, default=Path("runs/demo"), help="where the runs lie (default: %(default)s)")
+    parser.add_argument("--root", type=Path, default=Path("runs/demo"), help="where the runs lie (default: runs/demo)")
     parser.add_argument("overrides", nargs="*", help="configuration overrides for every stage, e.g. precision=fp32")
     arguments = parser.parse_args()
     console, root = Console(), arguments.root

@@ -126,7 +126,7 @@ class Checkpointer:
         free = shutil.disk_usage(self.directory).free if self.directory.is_dir() else 0
         return [
             f"checkpoint.save={self.directory}: saving iteration {iteration} failed ({text.splitlines()[0]}); "
-            f"{free / 2**30:.2f} GiB are free there; {kept}; make room or choose another directory and run again to resume"
+            f"{free / 2**30:.2f} GiB are free there; {kept}; make room or choose another directory, then run again"
             for text in found
         ]
 
@@ -201,5 +201,3 @@ def _check_shapes(path: Path, state: dict[str, Any]) -> None:
 def per_rank_object(key: str, value: Any):
     """An object of this rank alone, saved under its position among all ranks."""
     return ShardedObject(key, value, (dist.get_world_size(),), (dist.get_rank(),), replica_id=0)
-
-

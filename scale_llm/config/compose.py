@@ -55,9 +55,7 @@ def _typed(tree: DictConfig, parsed: list[Override]) -> RunConfig:
         raise UsageError(_first_cause(error)) from error
     assert isinstance(cfg, RunConfig)
     if any(override.key_or_group in ("precision.bf16", "precision.fp16") for override in parsed):
-        cfg.precision.auto = (
-            False  # precision.bf16=false asks for FP32, also where auto would choose otherwise
-        )
+        cfg.precision.auto = False  # precision.bf16=false asks for FP32, also where auto would choose otherwise
     return cfg
 
 

@@ -53,9 +53,7 @@ def load_raw(path: Path) -> dict[str, Any]:
     try:
         raw = OmegaConf.load(path)
     except (OSError, YAMLError, OmegaConfBaseException) as error:
-        raise UserError(
-            f"{path}: not a readable configuration ({error}); move it away or repair it"
-        ) from error
+        raise UserError(f"{path}: not a readable configuration ({error}); move it away or repair it") from error
     if not isinstance(raw, DictConfig):
         raise UserError(f"{path}: not a configuration of scale_llm; move it away or repair it")
     return OmegaConf.to_container(raw)  # type: ignore[return-value]
@@ -71,8 +69,6 @@ def load_config(path: Path | str) -> RunConfig:
         schema = OmegaConf.structured(RunConfig(run_dir="", stage=stage))
         cfg = OmegaConf.to_object(OmegaConf.merge(schema, raw))
     except (KeyError, TypeError, OmegaConfBaseException) as error:
-        raise UserError(
-            f"{path}: does not fit this version of scale_llm ({error}); compose the run anew"
-        ) from error
+        raise UserError(f"{path}: does not fit this version of scale_llm ({error}); compose the run anew") from error
     assert isinstance(cfg, RunConfig)
     return cfg

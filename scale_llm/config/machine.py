@@ -66,6 +66,4 @@ def _gpus_by_driver() -> int:
         result = subprocess.run([program, "-L"], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return 0
-    return (
-        sum(line.startswith("GPU ") for line in result.stdout.splitlines()) if result.returncode == 0 else 0
-    )
+    return sum(line.startswith("GPU ") for line in result.stdout.splitlines()) if result.returncode == 0 else 0

@@ -32,11 +32,7 @@ def resolve(cfg: RunConfig, machine: Machine) -> RunConfig:
 
 def ranks_needed(parallel: ParallelConfig) -> int:
     """Fewest ranks the layout fits on, with one data-parallel replica where experts allow it."""
-    dense = (
-        parallel.tensor_model_parallel_size
-        * parallel.pipeline_model_parallel_size
-        * parallel.context_parallel_size
-    )
+    dense = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
     expert_tensor = parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size
     expert = expert_tensor * parallel.expert_model_parallel_size * parallel.pipeline_model_parallel_size
     return math.lcm(max(dense, 1), max(expert, 1))

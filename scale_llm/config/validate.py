@@ -21,12 +21,15 @@ Rule = Callable[[RunConfig], list[str]]
 ARITHMETIC: tuple[Rule, ...] = (layout_problems, model_problems, batch_problems)
 """Rules that divide, and so may assume sizes larger than 0."""
 
+DIVIDED = ("model.", "parallel.", "train.", "cluster.")
+"""Groups whose sizes those rules divide by."""
+
 
 def problems_of(cfg: RunConfig, machine: Machine | None = None) -> list[str]:
     """Every problem of a resolved configuration; on this machine, if one is given."""
     signs = sign_problems(cfg)
     found = signs + value_problems(cfg)
-    if not signs:
+    if not any(sign.startswith(DIVIDED) for sign in signs):
         found += [problem for rule in ARITHMETIC for problem in rule(cfg)]
     found += file_problems(cfg)
     return found + (machine_problems(cfg, machine) if machine is not None else [])

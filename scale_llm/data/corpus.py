@@ -57,9 +57,7 @@ def embedded_files(megabytes: float | None = None) -> list[str]:
         found += [os.path.join(directory, name) for name in files if name.endswith(".py")]
     found.sort(key=lambda file: hashlib.sha256(Path(file).relative_to(top).as_posix().encode()).digest())
     if not found:
-        raise UserError(
-            f"data.path=null: this Python has no standard library sources in {top}; set data.path"
-        )
+        raise UserError(f"data.path=null: this Python has no standard library sources in {top}; set data.path")
     if megabytes is None:
         return found
     kept: list[str] = []
@@ -86,9 +84,7 @@ def read_embedded(files: list[str], on_bytes: OnBytes | None = None) -> Iterator
             yield text
 
 
-def read_file(
-    file: str, text_field: str, problems: Problems, on_bytes: OnBytes | None = None
-) -> Iterator[str]:
+def read_file(file: str, text_field: str, problems: Problems, on_bytes: OnBytes | None = None) -> Iterator[str]:
     """Documents of one file, empty ones left out."""
     name = file.removesuffix(".gz")
     if name.endswith(".parquet"):

@@ -62,9 +62,7 @@ class SampleStream(torch.utils.data.Dataset):
         if len(streams) > 1:
             self._which, self._within = self._blend(weights, config)
 
-    def _blend(
-        self, weights: list[float] | None, config: GPTDatasetConfig
-    ) -> tuple[numpy.ndarray, numpy.ndarray]:
+    def _blend(self, weights: list[float] | None, config: GPTDatasetConfig) -> tuple[numpy.ndarray, numpy.ndarray]:
         """Source [n], and sample within it [n], of n samples: all if weighted, else those of one epoch."""
         shares = weights or [stream.samples_per_epoch for stream in self.streams]
         size = max(self.num_samples, 1) if weights else None

@@ -41,9 +41,7 @@ def read_header(prefix: str) -> tuple[str, int, int]:
         raise ValueError(f"{prefix}.idx is truncated: {size} bytes, its header alone has {HEADER.size}")
     _, version, code, sequences, marks = HEADER.unpack(head)
     if version != 1 or code not in DTYPES:
-        raise ValueError(
-            f"{prefix}.idx has version {version} and dtype code {code}; known: 1 and {sorted(DTYPES)}"
-        )
+        raise ValueError(f"{prefix}.idx has version {version} and dtype code {code}; known: 1 and {sorted(DTYPES)}")
     wanted = HEADER.size + 12 * sequences + 8 * marks
     if size < wanted:
         raise ValueError(f"{prefix}.idx is truncated: {size} bytes of {wanted}")
@@ -85,8 +83,7 @@ def _check_arrays(prefix: str, header: tuple[str, int, int]) -> list[str]:
         return [f"data.path={prefix}: the .idx points outside the .bin of {bin_bytes} bytes; {_REMEDY}"]
     if not marks or documents[-1] != sequences or (numpy.diff(documents) < 0).any():
         return [
-            f"data.path={prefix}: the document marks of the .idx do not end at its {sequences} sequences; "
-            f"{_REMEDY}"
+            f"data.path={prefix}: the document marks of the .idx do not end at its {sequences} sequences; {_REMEDY}"
         ]
     return []
 

@@ -93,9 +93,7 @@ def prepare(
     prepared = load_prepared(build_once(entry, write))
     problems = [problem for prefix in prepared.prefixes for problem in check_indexed(prefix)]
     if problems:
-        raise UserError(
-            [*problems, f"data.cache_dir={cache}: if these are files below it, delete it and run again"]
-        )
+        raise UserError([*problems, f"data.cache_dir={cache}: if these are files below it, delete it and run again"])
     return prepared
 
 
@@ -163,9 +161,7 @@ def _index(
             documents = documents_of(source, data, problems, on_bytes)
             counts = index_documents(documents, tokenizer, str(directory / name))
         if not counts.num_documents:
-            problems.found.append(
-                f"data.path={source.files[0]}: holds no text; give files with documents in them"
-            )
+            problems.found.append(f"data.path={source.files[0]}: holds no text; give files with documents in them")
         problems.raise_any()
         write_json(directory / "counts.json", asdict(counts))
 

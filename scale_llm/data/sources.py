@@ -122,9 +122,7 @@ def _expand(entry: str) -> tuple[str, tuple[str, ...]] | str:
         return _classify(entry, matches)
     for present, absent in (INDEXED_EXTENSIONS, INDEXED_EXTENSIONS[::-1]):
         if os.path.isfile(path + present):
-            return (
-                f"data.path={entry}: {path + absent} is missing beside {present}; restore it or index again"
-            )
+            return f"data.path={entry}: {path + absent} is missing beside {present}; restore it or index again"
     return f"data.path={entry}: no such file, directory, match of a glob, or indexed prefix; {_REMEDY}"
 
 

@@ -38,9 +38,7 @@ class Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_file(file)
         except Exception as error:  # the library raises plain Exception
-            raise UserError(
-                f"tokenizer.path={path}: not a tokenizer.json ({error}); export it again"
-            ) from error
+            raise UserError(f"tokenizer.path={path}: not a tokenizer.json ({error}); export it again") from error
         eod = backend.token_to_id(eod_token)
         if eod is None:
             raise UserError(_no_eod(backend, path, eod_token))
@@ -108,9 +106,7 @@ def tokenizer_file(path: str) -> str:
     full = os.path.abspath(os.path.expanduser(path))
     file = os.path.join(full, "tokenizer.json") if os.path.isdir(full) else full
     if not os.path.isfile(file):
-        raise UserError(
-            f"tokenizer.path={path}: no such file ({file}); give a tokenizer.json or a directory with one"
-        )
+        raise UserError(f"tokenizer.path={path}: no such file ({file}); give a tokenizer.json or a directory with one")
     return file
 
 

@@ -56,9 +56,7 @@ class Engine:
         self.updates = 0  # optimizer steps that were not skipped
         if trainable:
             self.chunks = self._wrap(cfg)
-            self.optimizer = build_optimizer(
-                self.chunks, mesh, cfg.optim, cfg.precision, cfg.parallel, cfg.logging
-            )
+            self.optimizer = build_optimizer(self.chunks, mesh, cfg.optim, cfg.precision, cfg.parallel, cfg.logging)
             self.scheduler = build_scheduler(self.optimizer, cfg.optim, cfg.train)
             self._connect(cfg)
         self._schedule = get_forward_backward_func(mesh.sizes.pp, mesh.sizes.vpp)
@@ -115,7 +113,7 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch], loss_fn: Loss) -> dict[str, tuple[float, float]]:
-        """Metric sums and counts over this rank's micro-batches and all ranks; weights and generators stay as they are."""
+        """Metric sums and counts over this rank's micro-batches and all ranks; nothing of the engine changes."""
         for chunk in self.chunks:
             chunk.eval()
         return self._run(list(batches), loss_fn, forward_only=True, mean=False)

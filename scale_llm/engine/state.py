@@ -1,7 +1,7 @@
 """The engine's state as a sharded state dict that any layout, and either optimizer, can load.
 
-Optimizer tensors have the names that megatron-core gives them, `optimizer.state.<name>.<parameter>`, whole and cut like
-their parameter, whether the optimizer that saved them was distributed or not. FP32 runs have no `fp32_param`: the model's
+Optimizer tensors have the names that megatron-core gives them, `optimizer.state.<name>.<parameter>`, whole and cut
+like their parameter, whether the optimizer that saved them was distributed or not. FP32 runs have no `fp32_param`: the model's
 own weights are the main weights.
 """
 
@@ -31,7 +31,9 @@ def sharded_optimizer_state(engine: Engine, model_state: dict[str, Any], *, load
     """Tensors of every optimizer part, by position."""
     assert engine.optimizer is not None
     by_parameter = {
-        id(leaf.data): leaf for leaf in nested_values(model_state) if isinstance(leaf, ShardedTensor | ShardedTensorFactory)
+        id(leaf.data): leaf
+        for leaf in nested_values(model_state)
+        if isinstance(leaf, ShardedTensor | ShardedTensorFactory)
     }
     state: dict[str, Any] = {}
     for i, part in enumerate(parts(engine.optimizer)):

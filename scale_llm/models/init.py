@@ -59,9 +59,7 @@ def draw_shard(shard: ShardedTensor, config, seed: int) -> torch.Tensor:
     return torch.from_numpy(values * np.float32(std))
 
 
-def normal_slice(
-    name: str, shape: Sequence[int], offset: Sequence[int], local_shape: Sequence[int]
-) -> np.ndarray:
+def normal_slice(name: str, shape: Sequence[int], offset: Sequence[int], local_shape: Sequence[int]) -> np.ndarray:
     """The part at `offset` of a standard normal tensor of `shape` that the name determines; FP32."""
     row = math.prod(shape[1:])
     rows = normals(name, offset[0] * row, (offset[0] + local_shape[0]) * row).reshape(local_shape[0], *shape[1:])
@@ -72,8 +70,8 @@ def normal_slice(
 def normals(name: str, start: int, stop: int) -> np.ndarray:
     """Elements start..stop of the infinite sequence of standard normals that the name determines; FP32.
 
-    Box and Muller's transform of two 32-bit uniforms gives two normals and, unlike rejection methods, uses a fixed number
-    of random words.
+    Box and Muller's transform of two 32-bit uniforms gives two normals and, unlike rejection methods, uses a fixed
+    number of random words.
     """
     first = start // _NORMALS_PER_BLOCK
     blocks = -(-stop // _NORMALS_PER_BLOCK) - first

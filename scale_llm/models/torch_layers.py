@@ -1,7 +1,7 @@
 """Layers for megatron-core's specs from the operations of `models.ops`, where Transformer Engine is absent.
 
-Shapes: s sequence, b batch, h hidden, n query heads and g key/value groups on this tensor-parallel rank, r = n/g, d head
-size, c ranks of context parallelism. Activations are [s/c, b, ...].
+Shapes: s sequence, b batch, h hidden, n query heads and g key/value groups on this tensor-parallel rank, r = n/g, d
+head size, c ranks of context parallelism. Activations are [s/c, b, ...].
 """
 
 import math
@@ -55,7 +55,13 @@ class TorchSelfAttention(SelfAttention):
     _tables: tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]] | None = None
 
     def forward(
-        self, hidden_states, attention_mask, key_value_states=None, inference_context=None, rotary_pos_emb=None, **kwargs
+        self,
+        hidden_states,
+        attention_mask,
+        key_value_states=None,
+        inference_context=None,
+        rotary_pos_emb=None,
+        **kwargs,
     ):
         """hidden_states [s/c, b, h], mask [b, 1, s/c, s] True where hidden, rotary angles [s/c, 1, 1, rot]
         -> (output [s/c, b, h], bias or None)."""
@@ -92,8 +98,8 @@ class TorchSelfAttention(SelfAttention):
 class TorchAttention(torch.nn.Module):
     """Causal attention, grouped queries and context parallelism included.
 
-    With context parallelism every rank holds two chunks of the sequence, r and 2c-1-r, so that causal work is even; keys
-    and values are gathered over the ranks, and each chunk of queries sees the keys up to its own end.
+    With context parallelism every rank holds two chunks of the sequence, r and 2c-1-r, so that causal work is even;
+    keys and values are gathered over the ranks, and each chunk of queries sees the keys up to its own end.
     """
 
     def __init__(

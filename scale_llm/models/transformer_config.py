@@ -88,8 +88,9 @@ def transformer_config(
 def _aux_loss_coeff(model: ModelConfig, parallel: ParallelConfig) -> float:
     """Coefficient of the load-balancing loss, made independent of the layout.
 
-    With per-token normalisation megatron-core 0.16.1 weighs a router's partial loss by its own tokens, not by those of
-    all ranks that share the micro-batch, so that tensor and context parallelism would each divide the loss by their size.
+    With per-token normalisation megatron-core 0.16.1 weighs a router's partial loss by its own tokens, not by those
+    of all ranks that share the micro-batch, so that tensor and context parallelism would each divide the loss by their
+    size.
     """
     if not model.num_experts:
         return 0.0
@@ -100,6 +101,8 @@ def _aux_loss_coeff(model: ModelConfig, parallel: ParallelConfig) -> float:
 
 
 def _balancing(model: ModelConfig) -> str:
-    return "none" if model.moe_router_load_balancing_type is RouterBalancing.none else (
-        model.moe_router_load_balancing_type.value
+    return (
+        "none"
+        if model.moe_router_load_balancing_type is RouterBalancing.none
+        else (model.moe_router_load_balancing_type.value)
     )

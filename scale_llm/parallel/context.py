@@ -1,7 +1,7 @@
 """The sequence cut over context-parallel ranks.
 
-Rank r of c holds chunks r and 2c-1-r of 2c, as Megatron and Transformer Engine cut it: causal attention is then the same
-work on every rank.
+Rank r of c holds chunks r and 2c-1-r of 2c, as Megatron and Transformer Engine cut it: causal attention is then the
+same work on every rank.
 """
 
 import torch

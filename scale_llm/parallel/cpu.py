@@ -126,9 +126,7 @@ def _cpu_view() -> _View:
         return torch.autocast("cpu" if device_type == "cuda" else device_type, *args, **kwargs)
 
     distributed = _View(torch.distributed, all_gather=_all_gather, reduce_scatter=_reduce_scatter)
-    return _View(
-        torch, cuda=cuda, autocast=autocast, compile=_identity_decorator, distributed=distributed, **factories
-    )
+    return _View(torch, cuda=cuda, autocast=autocast, compile=_identity_decorator, distributed=distributed, **factories)
 
 
 def _all_gather(outputs, tensor, group=None, async_op=False):
@@ -301,8 +299,8 @@ def adapt() -> None:
 def keep_freed_memory() -> None:
     """Has glibc keep freed memory for the next step instead of giving it back to the kernel.
 
-    Activations of a step are megabytes each; by default every one is mapped and unmapped, and its pages are zeroed again
-    by the kernel. No effect where the C library is another.
+    Activations of a step are megabytes each; by default every one is mapped and unmapped, and its pages are zeroed
+    again by the kernel. No effect where the C library is another.
     """
     import ctypes
 

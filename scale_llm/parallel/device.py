@@ -3,6 +3,7 @@
 import datetime
 import os
 import random
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,6 +66,19 @@ def _make_memory_buffer() -> None:
 
     if parallel_state._GLOBAL_MEMORY_BUFFER is None:
         parallel_state._set_global_memory_buffer()
+
+
+def matmul_rate(device: Device, dtype: torch.dtype, size: int = 2048) -> float:
+    """FLOP/s of a square matrix product on this rank, as measured: what model-FLOP utilisation is a share of."""
+    a = torch.ones(size, size, dtype=dtype, device=device.device)
+    best = float("inf")
+    for _ in range(5):
+        device.synchronize()
+        began = time.perf_counter()
+        torch.mm(a, a)
+        device.synchronize()
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
 
 
 def stop() -> None:

@@ -8,6 +8,7 @@ anything that falls back to it fails at once instead of computing on the wrong g
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch.distributed as dist
@@ -63,7 +64,7 @@ class Mesh:
 
     sizes: MeshSizes
     ranks: tuple[int, ...]
-    groups: object
+    groups: Any
     world_group: dist.ProcessGroup
     host_group: dist.ProcessGroup
     tp_rank: int
@@ -121,7 +122,9 @@ def build_mesh(sizes: MeshSizes, backend: str, ranks: Sequence[int] | None = Non
     if sizes.world != len(ranks):
         raise ValueError(f"mesh of {sizes.world} ranks (tp x cp x dp x pp) on {len(ranks)} ranks")
     if sizes.expert_tp * sizes.ep * sizes.pp * sizes.expert_dp != sizes.world:
-        raise ValueError(f"expert sizes etp {sizes.expert_tp} x ep {sizes.ep} x pp {sizes.pp} do not divide {sizes.world}")
+        raise ValueError(
+            f"expert sizes etp {sizes.expert_tp} x ep {sizes.ep} x pp {sizes.pp} do not divide {sizes.world}"
+        )
     dense = {"pp": sizes.pp, "dp": sizes.dp, "cp": sizes.cp, "tp": sizes.tp}
     expert = {"pp": sizes.pp, "dp": sizes.expert_dp, "ep": sizes.ep, "tp": sizes.expert_tp}
     make = _Groups(ranks, backend)

@@ -7,7 +7,7 @@ class ProgressBar:
     """Log lines scroll above the bar; without a terminal there is no bar."""
 
     def __init__(self, name: str, total: int, done: int, wanted: bool):
-        self._progress = self._task = None
+        self._progress = None
         if not (wanted and sys.stdout.isatty()):
             return
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -22,14 +22,18 @@ class ProgressBar:
         self._task = self._progress.add_task(name, total=total, completed=done, status="")
         self._progress.start()
 
-    def advance(self, iteration: int, *, loss=None, rate=None, tflops=None) -> None:
+    @property
+    def live(self) -> bool:
+        """Whether there is a bar."""
+        return self._progress is not None
+
+    def advance(self, iteration: int, status: str | None = None) -> None:
+        """Moves the bar; status: what to show beside it, None for what is there."""
         if self._progress is None:
             return
-        fields = {}
-        if rate is not None:
-            shown = f"loss {loss:.3f}  " if loss is not None else ""
-            fields["status"] = f"{shown}{rate:,.0f} tokens/s  {tflops:.3f} TFLOP/s a rank"
-        self._progress.update(self._task, completed=iteration, **fields)
+        self._progress.update(self._task, completed=iteration)
+        if status is not None:
+            self._progress.update(self._task, status=status)
 
     def say(self, text: str) -> None:
         if self._progress is None:

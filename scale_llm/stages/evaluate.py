@@ -11,6 +11,7 @@ from scale_llm.checkpoint.checkpointer import load_sharded
 from scale_llm.checkpoint.latest import latest_checkpoint
 from scale_llm.config.errors import UserError
 from scale_llm.config.io import write_text
+from scale_llm.config.stage import EvaluateConfig
 from scale_llm.engine import state as engine_state
 from scale_llm.engine.engine import Engine
 from scale_llm.losses.language_model import language_model_loss
@@ -21,23 +22,27 @@ from scale_llm.stages.evaluation import LanguageModelEvaluation
 def evaluate(run: RunContext) -> None:
     """Prints the result and writes run_dir/evaluation.json."""
     cfg = run.cfg
+    stage = cfg.stage
+    assert isinstance(stage, EvaluateConfig)
     found = latest_checkpoint(cfg.checkpoint.load) if cfg.checkpoint.load else None
     if found is None:
-        raise UserError(f"checkpoint.load={cfg.checkpoint.load}: no checkpoint there; name one that training has written")
+        raise UserError(
+            f"checkpoint.load={cfg.checkpoint.load}: no checkpoint there; name one that training has written"
+        )
     engine = Engine(cfg, run.mesh, run.device, vocab_size=run.vocab_size, trainable=False)
     loaded = load_sharded(found[1], engine_state.sharded_model_state(engine))
     engine_state.load_model_state(engine, loaded, main_weights=False)
     loss_fn = partial(language_model_loss, tp_group=run.mesh.groups.tp, vocab_size=run.vocab_size)
-    loss, tokens = LanguageModelEvaluation(run, cfg.stage.split, loss_fn).totals(engine)
+    loss, tokens = LanguageModelEvaluation(run, stage.split, loss_fn).totals(engine)
     if tokens == 0:
         raise UserError(
-            f"stage.split={cfg.stage.split}: holds fewer than one micro-batch on every rank; give it a larger share in "
+            f"stage.split={stage.split}: holds fewer than one micro-batch on every rank; give it a larger share in "
             f"data.split={cfg.data.split}, or set train.eval_iters above {cfg.train.eval_iters}"
         )
     result = {
         "iteration": found[0],
         "checkpoint": str(found[1]),
-        "split": cfg.stage.split,
+        "split": stage.split,
         "tokens": tokens,
         "lm loss": loss / tokens,
         "ppl": math.exp(min(loss / tokens, 20.0)),

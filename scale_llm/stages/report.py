@@ -14,6 +14,8 @@ import torch.distributed as dist
 from scale_llm.config.parameters import flops_per_token
 from scale_llm.engine.engine import Engine, StepResult
 from scale_llm.engine.norms import parameter_norm
+from scale_llm.models.transformer_config import model_dtype
+from scale_llm.parallel.device import matmul_rate
 from scale_llm.stages.bar import ProgressBar
 from scale_llm.stages.context import RunContext
 from scale_llm.stages.progress import Progress
@@ -34,6 +36,7 @@ class Reporter:
         self._sums: dict[str, float] = {}
         self._steps, self._seconds, self._tokens, self._started = 0, 0.0, 0, 0.0
         self._metrics = self._tensorboard = self._bar = None
+        self._peak: float | None = None  # FLOP/s, measured when first shown
         if not self._writes:
             return
         directory = Path(cfg.run_dir)
@@ -91,7 +94,16 @@ class Reporter:
         self._write({key: value for key, value in row.items() if value is not None}, set(means))
         self._say(log_line(row, means, self._iterations, seconds, tflops))
         if self._bar is not None:
-            self._bar.advance(progress.iteration, loss=means.get("lm loss"), rate=rate, tflops=tflops)
+            self._bar.advance(progress.iteration, self._status(means.get("lm loss"), rate, tflops))
+
+    def _status(self, loss: float | None, rate: float, tflops: float) -> str:
+        """What the bar says: loss, speed, and the share of a rank's matrix-product rate, measured here once."""
+        if not self._bar.live:
+            return ""
+        if self._peak is None:
+            self._peak = matmul_rate(self._run.device, model_dtype(self._run.cfg.precision))
+        shown = f"loss {loss:.3f}  " if loss is not None else ""
+        return f"{shown}{rate:,.0f} tokens/s  MFU {tflops * 1e12 / self._peak:.0%}"
 
     def evaluation(self, progress: Progress, metrics: dict[str, float]) -> None:
         """Writes the result of an evaluation."""

@@ -47,7 +47,8 @@ def write_config(cfg: RunConfig):
 def restore(stage: Stage, path: Path, cfg: RunConfig, *, own: bool) -> Progress:
     """Loads a checkpoint of any layout into the stage.
 
-    own: the run's own checkpoint, so everything is restored; else checkpoint.finetune and no_load_* say what is left out.
+    own: the run's own checkpoint, so everything is restored; else checkpoint.finetune and no_load_* say what is left
+    out.
     """
     plain = read_plain(path)
     options = cfg.checkpoint
