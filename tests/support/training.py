@@ -18,11 +18,8 @@ from scale_llm.losses.language_model import language_model_loss
 from scale_llm.parallel.device import Device, seed_everything, start
 from scale_llm.parallel.mesh import Mesh, build_mesh
 from scale_llm.stages.context import mesh_sizes
+from support.batches import GLOBAL_BATCH, SEQ_LENGTH, VOCAB_SIZE, samples
 from support.whole_model import whole_model
-
-VOCAB_SIZE = 250  # below the 256 rows of the padded embedding, so that padding matters
-GLOBAL_BATCH = 8
-SEQ_LENGTH = 64
 
 TINY = {
     "model.num_layers": 4, "model.hidden_size": 64, "model.ffn_hidden_size": 176, "model.num_attention_heads": 4,
@@ -53,30 +50,6 @@ def join(cfg: RunConfig) -> tuple[Device, Mesh]:
         cfg.train.seed, tp_rank=mesh.tp_rank, pp_rank=mesh.pp_rank, ep_rank=mesh.ep_rank, etp_rank=mesh.etp_rank
     )
     return device, mesh
-
-
-def samples(step: int, masks: str = "ones") -> dict[str, torch.Tensor]:
-    """The global batch of one step, the same on every rank: tokens, labels, loss_mask, position_ids [8, s].
-
-    masks: `ones`; `ragged`: sample i counts 1 + 9 i of its tokens, sample 0 none, so that no two micro-batches weigh the
-    same; `documents`: attention_mask [8, 1, s, s] stops at document ends, which differ between samples.
-    """
-    generator = torch.Generator().manual_seed(step)
-    tokens = torch.randint(0, VOCAB_SIZE, (GLOBAL_BATCH, SEQ_LENGTH + 1), generator=generator)
-    batch = {
-        "tokens": tokens[:, :-1].contiguous(),
-        "labels": tokens[:, 1:].contiguous(),
-        "loss_mask": torch.ones(GLOBAL_BATCH, SEQ_LENGTH),
-        "position_ids": torch.arange(SEQ_LENGTH).repeat(GLOBAL_BATCH, 1),
-    }
-    if masks == "ragged":
-        for i in range(GLOBAL_BATCH):
-            batch["loss_mask"][i, 9 * i if i else 0 :] = 0
-    if masks == "documents":
-        document = torch.rand(GLOBAL_BATCH, SEQ_LENGTH, generator=generator).lt(0.1).cumsum(1)
-        same = document[:, None, :] == document[:, :, None]
-        batch["attention_mask"] = ~(same.tril())[:, None]
-    return batch
 
 
 def micro_batches(batch: dict[str, torch.Tensor], mesh: Mesh, size: int) -> list[dict[str, torch.Tensor]]:
@@ -112,5 +85,13 @@ def train(
         for key in ("grad_norm", "learning_rate", "loss_scale", "skipped"):
             seen[key].append(getattr(result, key))
     if weights:
+        if cfg.parallel.overlap_param_gather:  # else the next forward pass would gather them
+            for chunk in engine.chunks:
+                chunk.start_param_sync(force_sync=True)
         seen["after"] = whole_model(engine)
     return seen
+
+
+def initial_weights(overrides: dict[str, Any]) -> dict[str, torch.Tensor] | None:
+    """The whole model before any training, on rank 0."""
+    return whole_model(make_engine(config(overrides))[0])

@@ -7,7 +7,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 
 def whole_model(engine) -> dict[str, torch.Tensor] | None:
     """Checkpoint name -> whole tensor, on rank 0; None elsewhere. Every element must come from some rank."""
-    mine = [piece for module in engine.modules for piece in _pieces(module.sharded_state_dict())]
+    metadata = {"dp_cp_group": engine.mesh.groups.dp_cp, "singleton_local_shards": False}
+    mine = [piece for module in engine.modules for piece in _pieces(module.sharded_state_dict(metadata=metadata))]
     every = [None] * dist.get_world_size()
     dist.all_gather_object(every, mine)
     if dist.get_rank() != 0:
