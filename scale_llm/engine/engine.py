@@ -17,6 +17,7 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
 from scale_llm.config.run import RunConfig
 from scale_llm.engine.optimizer import build_optimizer, build_scheduler
+from scale_llm.engine.update import update
 from scale_llm.models.gpt import build_gpt
 from scale_llm.models.transformer_config import transformer_config
 from scale_llm.parallel.context import shard_sequence
@@ -53,6 +54,8 @@ class Engine:
         )
         self.chunks: list[torch.nn.Module] = list(self.modules)
         self.optimizer = self.scheduler = None
+        self._clip_grad, self._count_zeros = cfg.optim.clip_grad, cfg.logging.log_num_zeros_in_grad
+        self._tokens = 1.0  # that counted in the last global batch
         self.updates = 0  # optimizer steps that were not skipped
         if trainable:
             self.chunks = self._wrap(cfg)
@@ -81,7 +84,7 @@ class Engine:
     def _connect(self, cfg: RunConfig) -> None:
         """Tells megatron-core's schedules which functions scale the loss and reduce gradients."""
         config, chunks = self.config, self.chunks
-        config.finalize_model_grads_func = finalize_model_grads
+        config.finalize_model_grads_func = self._finalize_gradients
         if cfg.precision.fp16:
             config.grad_scale_func = self.optimizer.scale_loss
         if cfg.parallel.overlap_grad_reduce:
@@ -97,19 +100,29 @@ class Engine:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         metrics = self._run(list(batches), loss_fn, forward_only=False)
-        updated, grad_norm, num_zeros = self.optimizer.step()
+        result = update(
+            self.optimizer, tokens=self._tokens, clip_grad=self._clip_grad, count_zeros=self._count_zeros
+        )
         learning_rate = get_canonical_lr_for_logging(self.optimizer.param_groups) or 0.0
-        if updated:
+        if result.done:
             self.scheduler.step(increment=samples)
             self.updates += 1
         return StepResult(
             metrics=metrics,
-            grad_norm=grad_norm,
-            num_zeros=num_zeros,
+            grad_norm=result.grad_norm,
+            num_zeros=result.num_zeros,
             learning_rate=learning_rate,
             loss_scale=float(self.optimizer.get_loss_scale()),
-            skipped=not updated,
+            skipped=not result.done,
         )
+
+    def _finalize_gradients(self, chunks, num_tokens, pg_collection=None, force_all_reduce=False) -> None:
+        """Reduces gradients over ranks as megatron-core does, and learns what the update must divide them by."""
+        finalize_model_grads(chunks, None, pg_collection=pg_collection, force_all_reduce=force_all_reduce)
+        if self._p2p is not None:  # only the last stage has counted
+            dist.broadcast(num_tokens, src=self.mesh.last_stage_rank, group=self.mesh.groups.pp)
+        dist.all_reduce(num_tokens, group=self.mesh.groups.dp_cp)
+        self._tokens = max(float(num_tokens), 1.0)
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch], loss_fn: Loss) -> dict[str, tuple[float, float]]:

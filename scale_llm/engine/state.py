@@ -1,8 +1,8 @@
 """The engine's state as a sharded state dict that any layout, and either optimizer, can load.
 
 Optimizer tensors have the names that megatron-core gives them, `optimizer.state.<name>.<parameter>`, whole and cut
-like their parameter, whether the optimizer that saved them was distributed or not. FP32 runs have no `fp32_param`: the model's
-own weights are the main weights.
+like their parameter, whether the optimizer that saved them was distributed or not. FP32 runs have no `fp32_param`: the
+model's own weights are the main weights.
 """
 
 from typing import Any

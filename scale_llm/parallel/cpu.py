@@ -12,6 +12,7 @@ import contextlib
 import importlib
 import importlib.abc
 import importlib.machinery
+import math
 import sys
 import types
 import warnings
@@ -256,11 +257,11 @@ def _adapt_clipping():
 
 def _norm_of_all(chunk_size, overflow_buffer, tensor_lists, per_tensor=False):
     """(Euclidean norm [1] of all tensors together, None), summed in FP64 over short FP32 products."""
-    total = torch.zeros(1, dtype=torch.float64)
+    total = 0.0
     for tensor in tensor_lists[0]:
         for part in tensor.reshape(-1).split(1 << 16):
-            total += torch.dot(part, part)
-    return total.sqrt_().float(), None
+            total += torch.dot(part, part).item()
+    return torch.tensor([math.sqrt(total)]), None
 
 
 def _as_list(sizes):

@@ -1,6 +1,8 @@
 """Training speed of one shape against a bare megatron-core loop and Hugging Face transformers, and start-up times."""
 
 import argparse
+import json
+import os
 import shutil
 import subprocess
 import sys
@@ -37,7 +39,7 @@ def run(arguments: argparse.Namespace) -> list[Row]:
         contestants = _contestants(precision, arguments.quick)
         alternate(contestants, rounds=rounds, threads=arguments.threads)
         rows += _rows(precision, {c.name: c.median_seconds for c in contestants})
-    return rows + _start_up_rows(rounds=5)
+    return rows + [_loop_row(arguments.threads), *_start_up_rows(rounds=5)]
 
 
 def _contestants(precision: str, quick: bool) -> list[Contestant]:
@@ -76,6 +78,21 @@ def _rows(precision: str, seconds: dict[str, float]) -> list[Row]:
     name = f"{precision} product of {MATMUL_SIZE} x {MATMUL_SIZE} matrices"
     rows.append(faster(f"model FLOPs, {precision}: share of the matmul rate", model, peak, name, "GFLOP/s"))
     return rows
+
+
+def _loop_row(threads: int) -> Row:
+    """The loop's time beyond the engine's step, as a share of that step, against 2%."""
+    paths = os.pathsep.join([str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH", "")])
+    result = subprocess.run(
+        [sys.executable, "-m", "benchmarks.loop", str(threads)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": str(threads)},
+    )
+    if result.returncode != 0:
+        raise RuntimeError(f"loop benchmark failed:\n{result.stderr[-2000:]}")
+    seconds = json.loads(result.stdout)
+    return shorter("loop around the engine, share of a step", seconds["loop"] / seconds["step"], 0.02, "limit", "")
 
 
 def _start_up_rows(rounds: int) -> list[Row]:

@@ -1,0 +1,49 @@
+"""The optimizer's step on gradients that are still sums over tokens.
+
+Dividing by the number of tokens and by the clipping factor are two passes over all gradients; torch's fused optimizers
+divide by `grad_scale` while they read them anyway, so here both are one number and no pass. Optimizers without it (Apex's
+and Transformer Engine's) get the passes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+
+from scale_llm.engine.optimizer import parts
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """grad_norm: of the mean gradient, before clipping. done: False where FP16 gradients overflowed."""
+
+    done: bool
+    grad_norm: float | None = None
+    num_zeros: float | None = None
+
+
+@torch.no_grad()
+def update(optimizer: MegatronOptimizer, *, tokens: float, clip_grad: float, count_zeros: bool) -> Update:
+    """One step of every part. tokens: what the gradients are to be divided by; clip_grad: 0 for no clipping."""
+    if optimizer.prepare_grads():
+        return Update(done=False)
+    grad_norm = float(optimizer.get_grad_norm()) / tokens
+    num_zeros = optimizer.count_zeros() if count_zeros else None
+    # Megatron's rule: norms a millionth below the limit are scaled as well.
+    divisor = tokens * max(1.0, (grad_norm + 1.0e-6) / clip_grad if clip_grad > 0 else 1.0)
+    for part in parts(optimizer):
+        if part.optimizer is not None:
+            _divide(part, divisor)
+    optimizer.step_with_ready_grads()
+    return Update(done=True, grad_norm=grad_norm, num_zeros=num_zeros)
+
+
+def _divide(part: MegatronOptimizer, divisor: float) -> None:
+    inner = part.optimizer
+    if inner.defaults.get("fused"):
+        device = inner.param_groups[0]["params"][0].device if inner.param_groups[0]["params"] else None
+        inner.grad_scale = torch.tensor(divisor, dtype=torch.float32, device=device)
+    else:
+        # A norm of 1 + 1e-6 below it makes the factor exactly 1 / divisor.
+        clip_grad_by_total_norm_fp32(part.get_parameters(), max_norm=1.0, total_norm=divisor - 1.0e-6)
