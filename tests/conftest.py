@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 from support.ranks import Ranks
+from support.runs import Runs
 
 
 @pytest.fixture(scope="session")
@@ -12,3 +13,9 @@ def ranks() -> Iterator[Ranks]:
     runner = Ranks()
     yield runner
     runner.close()
+
+
+@pytest.fixture(scope="session")
+def runs(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Whole runs on a small corpus that is indexed once; see support/runs.py."""
+    return Runs(ranks, tmp_path_factory.mktemp("corpus"))

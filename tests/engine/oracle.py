@@ -47,6 +47,7 @@ def from_engine(whole: Weights, shape: Shape) -> Weights:
 
 
 def _layer(key: str, tensor: torch.Tensor, layer: int, shape: Shape) -> Weights:
+    key = key.replace("self_attention.linear_qkv.layer_norm_", "norm1.").replace("mlp.linear_fc1.layer_norm_", "norm2.")
     module, kind = key.rsplit(".", 1)
     if module == "self_attention.linear_qkv":
         per_group = shape.heads // shape.groups
@@ -56,7 +57,7 @@ def _layer(key: str, tensor: torch.Tensor, layer: int, shape: Shape) -> Weights:
             f"{layer}.q.{kind}": q.flatten(0, 2), f"{layer}.k.{kind}": k.flatten(0, 1), f"{layer}.v.{kind}": v.flatten(0, 1)
         }  # fmt: skip
     names = {
-        "input_layernorm": "norm1", "pre_mlp_layernorm": "norm2", "self_attention.linear_proj": "proj",
+        "norm1": "norm1", "norm2": "norm2", "self_attention.linear_proj": "proj",
         "mlp.linear_fc1": "fc1", "mlp.linear_fc2": "fc2", "mlp.router": "router",
         "mlp.experts.experts.linear_fc1": "fc1", "mlp.experts.experts.linear_fc2": "fc2",
     }  # fmt: skip
@@ -160,7 +161,7 @@ def train(w: Weights, shape: Shape, batches, learning_rates: list[float]) -> tup
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     return losses, norms
 
 

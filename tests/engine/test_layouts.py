@@ -71,7 +71,7 @@ SPLITS = {
     "dp2_micro_batches_of_2": (2, {"train.micro_batch_size": 2}),
     "cp2": (2, {**CP2, "train.micro_batch_size": 2}),
     "pp2": (2, {**PP2, "train.micro_batch_size": 2}),
-    "dp2_distributed_optimizer": (2, OVERLAP),
+    "dp2_overlapped_reduction": (2, {"parallel.overlap_grad_reduce": True}),
 }
 
 

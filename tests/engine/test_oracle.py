@@ -2,6 +2,7 @@
 
 import oracle
 import pytest
+import torch
 from support.parity import GPT2, MOE, TOLERANCE, relative
 from support.batches import samples
 
@@ -16,6 +17,7 @@ MODELS = {
 def test_engine_equals_plain_pytorch(ranks, model):
     """20 steps: every loss and the first gradient norm within 1e-5 relative."""
     overrides, shape = MODELS[model]
+    torch.set_num_threads(1)
     engine = ranks(1, "support.training:train", overrides=overrides, weights=True)[0]
     weights = oracle.from_engine(engine["before"], shape)
     assert sum(t.numel() for name, t in engine["before"].items()) == sum(t.numel() for t in weights.values()) + 6 * 64
@@ -23,4 +25,4 @@ def test_engine_equals_plain_pytorch(ranks, model):
     assert relative(engine["grad_norm"][0], norms[0]) < TOLERANCE
     worst = max(map(relative, engine["loss"], losses))
     assert worst < TOLERANCE, f"{worst:.1e}"
-    assert losses[-1] < losses[0] - 0.02, "it must have learned something for the steps to matter"
+    assert losses[-1] < losses[0] - 0.1, "it must have learned something for the steps to matter"

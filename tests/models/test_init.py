@@ -38,7 +38,7 @@ def test_mean_and_deviation(ranks):
     Bounds: 5 standard errors of the mean and of the deviation of n normals, s / sqrt(n) and s / sqrt(2 n).
     """
     whole = ranks(1, WEIGHTS, overrides={**UNTIED, "model.init_method_std": 0.05})[0]
-    assert len(whole) == 13
+    assert len(whole) == 12
     for name, weight in whole.items():
         if name.endswith("bias"):
             assert not weight.any(), name

@@ -1,4 +1,4 @@
-"""Fixed random tokens. No megatron-core here: the process of the tests itself makes them too.
+"""Random tokens that depend on the step alone. No megatron-core here: the process of the tests itself makes them too.
 
 Legend: s sequence.
 """
@@ -17,7 +17,8 @@ def samples(step: int, masks: str = "ones") -> dict[str, torch.Tensor]:
     same; `documents`: attention_mask [4, 1, s, s] stops at document ends, which differ between samples.
     """
     generator = torch.Generator().manual_seed(step)
-    tokens = torch.randint(0, VOCAB_SIZE, (GLOBAL_BATCH, SEQ_LENGTH + 1), generator=generator)
+    # low ids are frequent, so that there is something to learn in a few steps
+    tokens = (torch.rand(GLOBAL_BATCH, SEQ_LENGTH + 1, generator=generator) ** 3 * VOCAB_SIZE).long()
     batch = {
         "tokens": tokens[:, :-1].contiguous(),
         "labels": tokens[:, 1:].contiguous(),

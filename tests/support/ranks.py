@@ -54,10 +54,11 @@ class Ranks:
         """
         key = json.dumps([world_size, function, arguments], sort_keys=True)
         if key not in self._known:
-            self._known[key] = self._call(world_size, function, arguments, timeout_seconds)
+            self._known[key] = self.fresh(world_size, function, timeout_seconds=timeout_seconds, **arguments)
         return self._known[key]
 
-    def _call(self, world_size: int, function: str, arguments: dict, timeout_seconds: float) -> list[Any]:
+    def fresh(self, world_size: int, function: str, *, timeout_seconds: float = 120, **arguments) -> list[Any]:
+        """The same, for calls that change files: made every time."""
         import torch
 
         directory = Path(tempfile.mkdtemp(dir=self._directory.name))

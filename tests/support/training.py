@@ -85,9 +85,6 @@ def train(
         for key in ("grad_norm", "learning_rate", "loss_scale", "skipped"):
             seen[key].append(getattr(result, key))
     if weights:
-        if cfg.parallel.overlap_param_gather:  # else the next forward pass would gather them
-            for chunk in engine.chunks:
-                chunk.start_param_sync(force_sync=True)
         seen["after"] = whole_model(engine)
     return seen
 
@@ -95,3 +92,31 @@ def train(
 def initial_weights(overrides: dict[str, Any]) -> dict[str, torch.Tensor] | None:
     """The whole model before any training, on rank 0."""
     return whole_model(make_engine(config(overrides))[0])
+
+
+def learning_rates(overrides: dict[str, Any], steps: int) -> list[float]:
+    """The optimizer's rate before each update, the schedule stepped as the engine steps it."""
+    cfg = config(overrides)
+    engine, _ = make_engine(cfg)
+    rates = []
+    for _ in range(steps):
+        rates.append(engine.optimizer.param_groups[0]["lr"])
+        engine.scheduler.step(increment=cfg.train.global_batch_size)
+    return rates
+
+
+def megatron_batch_sizes(ramp: list[int], global_batch_size: int, steps: int) -> list[int]:
+    """Global batch sizes by megatron-core's own calculator."""
+    from megatron.core.num_microbatches_calculator import RampupBatchsizeNumMicroBatchesCalculator
+
+    start, increment, samples_of_ramp = ramp
+    calculator = RampupBatchsizeNumMicroBatchesCalculator(
+        global_batch_size=global_batch_size, micro_batch_size=4, data_parallel_size=1, decrease_batch_size_if_needed=False,
+        rank=1, start_global_batch_size=start, batch_size_increment=increment, ramup_samples=samples_of_ramp,
+    )  # fmt: skip
+    consumed, sizes = 0, []
+    for _ in range(steps):
+        calculator.update(consumed, consistency_check=False, verbose=False)
+        sizes.append(calculator.get_current_global_batch_size())
+        consumed += sizes[-1]
+    return sizes

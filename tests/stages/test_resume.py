@@ -1,0 +1,89 @@
+"""Stopping and resuming changes nothing; another layout or optimizer changes no more than rounding does."""
+
+import pytest
+from support.parity import MOE, relative
+from support.runs import latest, losses, rows
+
+STOP = "train.exit_interval=10"
+TP2 = "parallel.tensor_model_parallel_size=2"
+PP2 = "parallel.pipeline_model_parallel_size=2"
+DISTRIBUTED = "parallel.use_distributed_optimizer=true"
+OVERLAP = [DISTRIBUTED, "parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"]
+RANKS2, RANKS4 = "cluster.nproc_per_node=2", "cluster.nproc_per_node=4"
+DROPOUT = ["model.hidden_dropout=0.1", "model.attention_dropout=0.1"]
+
+
+def assert_same_bits(runs, resumed, whole) -> None:
+    assert rows(resumed) == rows(whole)
+    different = {name: d for name, d in runs.differences(resumed, whole).items() if d}
+    assert not different, different
+
+
+def test_command_line_resumes_bit_for_bit(runs, tmp_path):
+    """20 steps equal 10 + stop + 10 in metrics.jsonl and in every tensor saved, BF16 on two tensor-parallel ranks."""
+    words = ["precision=bf16", TP2, "parallel.sequence_parallel=true"]
+    resumed, whole = tmp_path / "resumed", tmp_path / "whole"
+    first = runs.command(resumed, *words, STOP)
+    assert "train.exit_interval=10" in first and latest(resumed) == 10
+    assert len(losses(resumed)) == 10
+    second = runs.command(resumed, *words, STOP)
+    assert "resum" in second.splitlines()[0], second
+    assert latest(resumed) == 20
+    assert runs(whole, *words) == []
+    assert_same_bits(runs, resumed, whole)
+    assert len(losses(whole)) == 20
+
+
+VARIANTS = {
+    "dropout": ["precision=bf16", *DROPOUT],
+    "dropout_tp2_sp": ["precision=bf16", *DROPOUT, TP2, "parallel.sequence_parallel=true"],
+    "distributed_optimizer_bf16": ["precision=bf16", *OVERLAP, RANKS2],
+    "distributed_optimizer_fp32": [*OVERLAP, RANKS2],
+    "pp2_vpp2": [PP2, "parallel.virtual_pipeline_model_parallel_size=2"],
+    "moe_ep2": [f"{key}={value}" for key, value in MOE.items() if key != "model.num_layers"]
+    + ["parallel.expert_model_parallel_size=2"],
+    "sgd": ["optim=sgd"],
+    "fp16": ["precision=fp16", "precision.initial_loss_scale=1024", "precision.loss_scale_window=3"],
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_resume_is_bit_for_bit(runs, tmp_path, variant):
+    """Dropout: every rank's generators must continue where they stood."""
+    words = VARIANTS[variant]
+    resumed, whole = tmp_path / "resumed", tmp_path / "whole"
+    assert runs(resumed, *words, STOP) == []
+    assert latest(resumed) == 10
+    assert runs(resumed, *words) == []
+    assert runs(whole, *words) == []
+    assert_same_bits(runs, resumed, whole)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(runs, tmp_path_factory):
+    """20 steps of one process in FP32."""
+    directory = tmp_path_factory.mktemp("uninterrupted")
+    assert runs(directory) == []
+    return directory
+
+
+CHANGES = {
+    "tp2_to_pp2_dp2_distributed": ([TP2], [PP2, DISTRIBUTED, RANKS4]),
+    "pp2_dp2_distributed_to_tp2": ([PP2, DISTRIBUTED, RANKS4], [TP2]),
+    "plain_to_distributed": ([RANKS2], [DISTRIBUTED, RANKS2]),
+    "distributed_to_plain": ([*OVERLAP, RANKS2], [RANKS2]),
+    "vpp2_to_cp2": ([PP2, "parallel.virtual_pipeline_model_parallel_size=2"], ["parallel.context_parallel_size=2"]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_resume_on_another_layout(runs, uninterrupted, tmp_path, change):
+    """10 steps on one and 10 on another: each loss within 1e-5 of the uninterrupted run, weights within 1e-4."""
+    before, after = CHANGES[change]
+    assert runs(tmp_path, *before, STOP) == []
+    assert runs(tmp_path, *after) == []
+    ours, wanted = losses(tmp_path), losses(uninterrupted)
+    assert len(ours) == len(wanted) == 20
+    assert max(map(relative, ours, wanted)) < 1e-5
+    worst = {name: d for name, d in runs.differences(tmp_path, uninterrupted).items() if d > 1e-3}
+    assert not worst, worst

@@ -1,0 +1,77 @@
+"""Whole runs of the program on half a megabyte of the standard library: by its command line, or on forked ranks."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from support.ranks import Ranks, environment
+
+WORDS = [
+    "model=tiny", "model.num_layers=4", "model.hidden_size=64", "model.num_attention_heads=4", "model.num_query_groups=2",
+    "model.ffn_hidden_size=176", "model.seq_length=64", "tokenizer.vocab_size=512", "data.embedded_megabytes=0.5",
+    "data.split='90,10,0'", "train.micro_batch_size=2", "train.global_batch_size=8", "train.train_iters=20",
+    "train.eval_interval=5", "train.eval_iters=1", "optim.lr=1e-3", "optim.lr_warmup_iters=5", "precision=fp32",
+    "cluster=local_cpu", "cluster.omp_num_threads=1",
+]  # fmt: skip
+
+
+class Runs:
+    """Starts runs whose data lie in one cache."""
+
+    def __init__(self, ranks: Ranks, cache: Path):
+        self._ranks, self._cache = ranks, cache
+
+    def words(self, run_dir: Path, *more: str) -> list[str]:
+        return [*WORDS, f"data.cache_dir={self._cache}", f"run_dir={run_dir}", *more]
+
+    def start(self, run_dir: Path, *more: str) -> subprocess.Popen:
+        """The real command line, its output in one pipe."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "scale_llm.launch.cli", *self.words(run_dir, *more)],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(),
+        )  # fmt: skip
+
+    def command(self, run_dir: Path, *more: str, status: int = 0) -> str:
+        """What the command line prints; it must end with `status`."""
+        process = self.start(run_dir, *more)
+        output, _ = process.communicate(timeout=180)
+        assert process.returncode == status, output[-4000:]
+        return output
+
+    def __call__(self, run_dir: Path, *more: str, limit_bytes: int | None = None) -> list[str]:
+        """The same run on forked ranks, which saves the start of Python; returns the problems it ended with.
+
+        limit_bytes: no file may grow beyond, as on a full disk.
+        """
+        from scale_llm.launch.runs import compose_run, open_run, validate
+
+        plan = compose_run(self.words(run_dir, *more))
+        validate(plan)
+        open_run(plan.cfg)
+        arguments = {"run_dir": str(run_dir), "limit_bytes": limit_bytes}
+        ends = self._ranks.fresh(plan.cfg.cluster.nproc_per_node, "support.stage:run", **arguments)
+        assert all(end == ends[0] for end in ends), "ranks must end alike"
+        return ends[0]
+
+    def differences(self, run_dir: Path, other: Path, iteration: int = 20) -> dict[str, float]:
+        """Largest relative difference of every tensor in two checkpoints; 0.0 only where all bits are equal."""
+        paths = [str(d / "checkpoints" / f"iter_{iteration:07d}") for d in (run_dir, other)]
+        return self._ranks.fresh(1, "support.stage:differences", paths=paths)[0]
+
+
+def rows(run_dir: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what no two runs share."""
+    times = ("iteration-time", "throughput", "tokens-per-second")
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in times} for line in lines]
+
+
+def losses(run_dir: Path) -> list[float]:
+    """The training loss of every iteration."""
+    return [row["lm loss"] for row in rows(run_dir) if "lm loss" in row]
+
+
+def latest(run_dir: Path) -> int:
+    return int((run_dir / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())

@@ -1,0 +1,47 @@
+"""What ranks do in the tests of whole runs."""
+
+import resource
+import signal
+
+import torch
+
+from scale_llm import stages
+from scale_llm.config.errors import UserError
+from scale_llm.config.io import load_config
+
+
+def run(run_dir: str, limit_bytes: int | None = None) -> list[str]:
+    """The stage of a prepared run directory; returns the problems it ended with."""
+    if limit_bytes is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, resource.RLIM_INFINITY))
+    try:
+        stages.run(load_config(run_dir))
+    except UserError as error:
+        return list(error.problems)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    return []
+
+
+def differences(paths: list[str]) -> dict[str, float]:
+    """Every tensor of two checkpoints compared, read with torch's own reader."""
+    first, second = (_tensors(path) for path in paths)
+    assert first.keys() == second.keys(), first.keys() ^ second.keys()
+    return {name: _difference(first[name], second[name]) for name in first}
+
+
+def _tensors(path: str) -> dict[str, torch.Tensor]:
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+    state: dict = {}
+    _load_state_dict(state, storage_reader=FileSystemReader(path), planner=_EmptyStateDictLoadPlanner(), no_dist=True)
+    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+
+
+def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    if a.dtype == b.dtype and torch.equal(a, b):
+        return 0.0
+    return max(((a.double() - b.double()).abs().max() / b.double().abs().max()).item(), 1e-300)
