@@ -16,6 +16,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
 from scale_llm.config.run import RunConfig
+from scale_llm.engine.moe import load_balancing_losses
 from scale_llm.engine.optimizer import build_optimizer, build_scheduler
 from scale_llm.engine.update import update
 from scale_llm.models.gpt import build_gpt
@@ -99,10 +100,16 @@ class Engine:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        metrics = self._run(list(batches), loss_fn, forward_only=False)
-        result = update(
-            self.optimizer, tokens=self._tokens, clip_grad=self._clip_grad, count_zeros=self._count_zeros
-        )
+        micro_batches = list(batches)
+        metrics = self._run(micro_batches, loss_fn, forward_only=False)
+        if self.config.num_moe_experts and self.config.moe_aux_loss_coeff:
+            metrics |= load_balancing_losses(
+                self.mesh,
+                self.device.device,
+                num_layers=self.config.num_layers,
+                micro_batches=len(micro_batches),
+            )
+        result = update(self.optimizer, tokens=self._tokens, clip_grad=self._clip_grad, count_zeros=self._count_zeros)
         learning_rate = get_canonical_lr_for_logging(self.optimizer.param_groups) or 0.0
         if result.done:
             self.scheduler.step(increment=samples)

@@ -23,6 +23,11 @@ _FACTORIES = ("tensor", "empty", "zeros", "ones", "full", "arange", "rand", "ran
               "empty_like", "zeros_like", "ones_like", "full_like", "linspace", "eye")  # fmt: skip
 
 
+_GPU_PACKAGES = ("transformer_engine", "apex", "amp_C", "fused_weight_gradient_mlp_cuda")
+"""megatron-core takes these wherever they can be imported, and their optimizers and kernels fail without a GPU. Also, the
+registry's package `apex` is another project."""
+
+
 class _NoStream:
     """A CUDA stream or event on a machine without one: everything has already happened."""
 
@@ -279,6 +284,8 @@ def adapt() -> None:
         return
     if "megatron.core" in sys.modules:
         raise RuntimeError("scale_llm.parallel.cpu.adapt() must come before the first import of megatron.core")
+    for name in _GPU_PACKAGES:
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # an import now fails, as where it is absent
     sys.meta_path.insert(0, _ViewFinder(_cpu_view()))
     _cuda_type_names()
     # On a CPU there are no CUDA connections to limit, nor CUDA graphs to name the scope of.

@@ -129,7 +129,8 @@ class Reporter:
             return
         self._bar.close()
         if reason is not None:
-            self._say(f"stopped at iteration {progress.iteration}: {reason}; run the same command again to resume")
+            hint = "" if reason.startswith("signal") else "; run the same command again to go on"
+            self._say(f"stopped at iteration {progress.iteration}: {reason}{hint}")
         self._metrics.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
