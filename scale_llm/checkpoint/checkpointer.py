@@ -24,6 +24,7 @@ from megatron.core.dist_checkpointing.mapping import (
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch.distributed.checkpoint.api import CheckpointException
 
 from scale_llm.checkpoint.latest import iteration_dir, latest_checkpoint, write_latest
 from scale_llm.config.errors import UserError
@@ -109,6 +110,8 @@ class Checkpointer:
         problem = None
         try:
             action()
+        except CheckpointException as error:  # torch's, which is no Exception
+            problem = "; ".join(dict.fromkeys(str(cause) for cause, _ in error.failures.values()))
         except Exception as error:  # noqa: BLE001 - whatever went wrong on one rank, all must stop together
             problem = f"{type(error).__name__}: {error}"
         problems: list[str | None] = [None] * dist.get_world_size(self._group)
