@@ -27,6 +27,7 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
 from scale_llm.checkpoint.latest import iteration_dir, latest_checkpoint, write_latest
+from scale_llm.checkpoint.results import use_results_files
 from scale_llm.config.errors import UserError
 
 
@@ -40,6 +41,7 @@ class Checkpointer:
         self.directory = Path(directory)
         self._group, self._asynchronous = host_group, asynchronous
         self._queue = AsyncCallsQueue() if asynchronous else None
+        use_results_files()
 
     def save(self, iteration: int, state: dict[str, Any], extra: Callable[[Path], None] | None = None) -> None:
         """Writes one checkpoint; in the background where the checkpointer is asynchronous.
@@ -70,9 +72,11 @@ class Checkpointer:
                 if extra is not None:
                     extra(partial)
                 save_config(CheckpointingConfig(strategy.backend, strategy.version), str(partial))
+                former = final.with_name(f".{final.name}.former")
                 if final.exists():
-                    shutil.rmtree(final)
+                    os.replace(final, former)
                 os.replace(partial, final)
+                shutil.rmtree(former, ignore_errors=True)
                 write_latest(self.directory, iteration)
 
         # megatron-core's last step writes metadata.json on rank 0 while the others wait; a full disk there would leave
@@ -189,7 +193,7 @@ def _check_shapes(path: Path, state: dict[str, Any]) -> None:
                 else "the model of the checkpoint is another one"
             )
             problems.append(f"{path}: holds no tensor {leaf.key}; {remedy}")
-        elif saved[leaf.key].global_shape != leaf.global_shape and not leaf.allow_shape_mismatch:
+        elif _unlike(saved[leaf.key].global_shape, leaf):
             problems.append(
                 f"{path}: {leaf.key} has shape {tuple(saved[leaf.key].global_shape)}, the model wants "
                 f"{tuple(leaf.global_shape)}; use the model group the checkpoint was trained with"
@@ -199,6 +203,12 @@ def _check_shapes(path: Path, state: dict[str, Any]) -> None:
     everywhere = list(dict.fromkeys(p for part in gathered for p in part))
     if everywhere:
         raise UserError(everywhere)
+
+
+def _unlike(saved: tuple[int, ...], wanted: ShardedTensor) -> bool:
+    """Whether shapes differ in more than the padding of the vocabulary, the first axis of some tensors."""
+    first = 1 if wanted.allow_shape_mismatch else 0
+    return len(saved) != len(wanted.global_shape) or tuple(saved[first:]) != tuple(wanted.global_shape[first:])
 
 
 def per_rank_object(key: str, value: Any):

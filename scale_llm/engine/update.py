@@ -1,8 +1,8 @@
 """The optimizer's step on gradients that are still sums over tokens.
 
 Dividing by the number of tokens and by the clipping factor are two passes over all gradients; torch's fused optimizers
-divide by `grad_scale` while they read them anyway, so here both are one number and no pass. Optimizers without it (Apex's
-and Transformer Engine's) get the passes.
+divide by `grad_scale` while they read them anyway, so here both are one number and no pass. Optimizers without it
+(Apex's and Transformer Engine's) get the passes.
 """
 
 from dataclasses import dataclass

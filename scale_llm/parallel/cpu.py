@@ -24,8 +24,8 @@ _FACTORIES = ("tensor", "empty", "zeros", "ones", "full", "arange", "rand", "ran
 
 
 _GPU_PACKAGES = ("transformer_engine", "apex", "amp_C", "fused_weight_gradient_mlp_cuda")
-"""megatron-core takes these wherever they can be imported, and their optimizers and kernels fail without a GPU. Also, the
-registry's package `apex` is another project."""
+"""megatron-core takes these wherever they can be imported, and their optimizers and kernels fail without a GPU. Also,
+the registry's package `apex` is another project."""
 
 
 class _NoStream:
