@@ -6,8 +6,21 @@ would hide; the later losses find what goes wrong in the optimizer.
 """
 
 import pytest
-
-from support.parity import CP2, DISTRIBUTED, EP2, GPT2, MOE, OVERLAP, PP2, SP, TP2, UNTIED, VPP2, assert_equal_runs, relative
+from support.parity import (
+    CP2,
+    DISTRIBUTED,
+    EP2,
+    GPT2,
+    MOE,
+    OVERLAP,
+    PP2,
+    SP,
+    TP2,
+    UNTIED,
+    VPP2,
+    assert_equal_runs,
+    relative,
+)
 
 TRAIN = "support.training:train"
 

@@ -3,8 +3,8 @@
 import oracle
 import pytest
 import torch
-from support.parity import GPT2, MOE, TOLERANCE, relative
 from support.batches import samples
+from support.parity import GPT2, MOE, TOLERANCE, relative
 
 MODELS = {
     "llama": ({}, oracle.Shape()),

@@ -1,5 +1,6 @@
 """python -m support.server: reads requests, one JSON object a line, and forks ranks for each. See support/ranks.py."""
 
+import contextlib
 import importlib
 import json
 import os
@@ -57,8 +58,10 @@ def run_ranks(request: dict) -> dict | None:
     for rank in range(request["world_size"]):
         pid = os.fork()
         if pid == 0:
+            os.setpgid(0, 0)  # a group of its own, so that helpers it started end with it
             os._exit(rank_main(request, rank))
         running[pid] = rank
+    started = list(running)
     failure = None
     deadline = time.monotonic() + request["timeout_seconds"]
     while running:
@@ -77,6 +80,9 @@ def run_ranks(request: dict) -> dict | None:
             deadline = time.monotonic() + 5
         else:
             time.sleep(0.005)
+    for pid in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
     return failure
 
 
