@@ -89,3 +89,16 @@ def test_resume_on_another_layout(runs, uninterrupted, tmp_path, change):
     assert max(map(relative, ours, wanted)) < 1e-5
     worst = {name: d for name, d in runs.differences(tmp_path, uninterrupted).items() if d > 1e-3}
     assert not worst, worst
+
+
+@pytest.mark.parametrize("order", ["plain_first", "distributed_first"])
+def test_bf16_main_weights_move_between_optimizers(runs, tmp_path, order):
+    """FP32 main weights keep their bits when the optimizer that holds them changes: two ranks add alike either way."""
+    plain = ["precision=bf16", RANKS2]
+    layouts = [plain, [*plain, DISTRIBUTED]]
+    before, after = layouts if order == "plain_first" else layouts[::-1]
+    assert runs(tmp_path / "moved", *before, STOP) == []
+    assert runs(tmp_path / "moved", *after) == []
+    assert runs(tmp_path / "whole", *before) == []
+    assert max(map(relative, losses(tmp_path / "moved"), losses(tmp_path / "whole"))) < 1e-4
+    assert max(runs.differences(tmp_path / "moved", tmp_path / "whole").values()) < 0.05
