@@ -1,4 +1,6 @@
-"""What goes wrong while a checkpoint is written, or is read: nothing before it is lost, and the error says what to do."""
+"""What goes wrong while a checkpoint is written, or is read: nothing before it is lost, and the error says
+what to do.
+"""
 
 import os
 import shutil
@@ -84,7 +86,9 @@ def test_asynchronous_save_writes_the_same(runs, undisturbed, tmp_path):
 
 @pytest.mark.parametrize("asynchronous", ["false", "true"])
 def test_disk_full_while_saving(runs, undisturbed, tmp_path, asynchronous):
-    """No file may grow beyond 100 kB: the save of iteration 10 fails, that of 5 still loads and the run goes on from it."""
+    """No file may grow beyond 100 kB: the save of iteration 10 fails, that of 5 still loads and the run goes
+    on from it.
+    """
     assert runs(tmp_path, TP2, EVERY_5, "train.exit_interval=5") == []
     problems = runs(tmp_path, TP2, EVERY_5, f"checkpoint.async_save={asynchronous}", limit_bytes=100_000)
     assert problems
@@ -140,7 +144,9 @@ def test_tensors_that_do_not_fit_are_all_named(runs, undisturbed, tmp_path):
 
 
 def test_load_options(runs, undisturbed, tmp_path):
-    """finetune takes the weights alone and starts at 0; no_load_optim keeps the iteration; load of nothing is an error."""
+    """finetune takes the weights alone and starts at 0; no_load_optim keeps the iteration; load of nothing is
+    an error.
+    """
     load = f"checkpoint.load={undisturbed / 'checkpoints'}"
     assert runs(tmp_path / "finetune", load, "checkpoint.finetune=true", "train.train_iters=2") == []
     assert [row["iteration"] for row in rows(tmp_path / "finetune") if "lm loss" in row] == [1, 2]

@@ -1,7 +1,8 @@
 """A reference GPT in plain PyTorch, written from the papers, to check the engine against.
 
-Llama style: RMSNorm, rotary positions in halves (Su et al., 2021, with the first and second half of each head paired, as
-Megatron pairs them), grouped queries, SwiGLU. GPT-2 style: LayerNorm, learned positions, biases, GELU. Mixture of experts:
+Llama style: RMSNorm, rotary positions in halves (Su et al., 2021, with the first and second half of each head
+paired, as Megatron pairs them), grouped queries, SwiGLU. GPT-2 style: LayerNorm, learned positions, biases, GELU.
+Mixture of experts:
 softmax over the chosen k of the router's logits. Loops where the engine has kernels, float32 throughout.
 
 Legend: b samples, s sequence, n heads, g key/value groups, d head size, h hidden, v vocabulary without padding.
@@ -31,7 +32,8 @@ class Shape:
 def from_engine(whole: Weights, shape: Shape) -> Weights:
     """The engine's checkpoint names -> ours, one tensor per layer and projection, vocabulary without padding rows.
 
-    Stacked layers are [layers, ...]. Query, key and value rows lie group by group: (n/g queries, a key, a value) of d rows.
+    Stacked layers are [layers, ...]. Query, key and value rows lie group by group: (n/g queries, a key, a
+    value) of d rows.
     """
     ours: Weights = {"embedding": whole["embedding.word_embeddings.weight"][: shape.vocab_size]}
     for name in ("weight", "bias"):
@@ -54,7 +56,9 @@ def _layer(key: str, tensor: torch.Tensor, layer: int, shape: Shape) -> Weights:
         parts = tensor.unflatten(0, (shape.groups, per_group + 2, -1))
         q, k, v = parts[:, :per_group], parts[:, per_group], parts[:, per_group + 1]
         return {
-            f"{layer}.q.{kind}": q.flatten(0, 2), f"{layer}.k.{kind}": k.flatten(0, 1), f"{layer}.v.{kind}": v.flatten(0, 1)
+            f"{layer}.q.{kind}": q.flatten(0, 2),
+            f"{layer}.k.{kind}": k.flatten(0, 1),
+            f"{layer}.v.{kind}": v.flatten(0, 1),
         }  # fmt: skip
     names = {
         "norm1": "norm1", "norm2": "norm2", "self_attention.linear_proj": "proj",
@@ -92,8 +96,10 @@ def _norm(w: Weights, name: str, x: torch.Tensor, shape: Shape) -> torch.Tensor:
 
 def _attention(w: Weights, layer: int, x: torch.Tensor, shape: Shape) -> torch.Tensor:
     b, s, _ = x.shape
-    q, k, v = (F.linear(x, w[f"{layer}.{p}.weight"], w.get(f"{layer}.{p}.bias")).view(b, s, -1, x.size(2) // shape.heads)
-               for p in "qkv")  # fmt: skip
+    head = x.size(2) // shape.heads
+    q, k, v = (
+        F.linear(x, w[f"{layer}.{p}.weight"], w.get(f"{layer}.{p}.bias")).view(b, s, -1, head) for p in "qkv"
+    )
     if shape.style == "llama":
         q, k = _rotate(q), _rotate(k)
     k, v = (t.repeat_interleave(shape.heads // shape.groups, dim=2) for t in (k, v))
@@ -125,9 +131,11 @@ def _mlp(fc1, fc2, x, shape: Shape, bias1=None, bias2=None) -> torch.Tensor:
 
 
 def _mixture(w: Weights, layer: int, x: torch.Tensor, shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
-    """Every token through its k experts; the balance loss of one micro-batch: E * sum_e (share of tokens) (mean probability).
+    """Every token through its k experts; the balance loss of one micro-batch: E * sum_e (share of tokens)
+    (mean probability).
 
-    Shares are of the k choices a token makes: they sum to k, and the loss is divided by k (Switch Transformer's loss, as
+    Shares are of the k choices a token makes: they sum to k, and the loss is divided by k (Switch
+    Transformer's loss, as
     Megatron extends it to k > 1).
     """
     scores = x @ w[f"{layer}.router.weight"].T
@@ -149,9 +157,8 @@ def train(w: Weights, shape: Shape, batches, learning_rates: list[float]) -> tup
     """
     decayed = [t for t in w.values() if t.dim() > 1]
     others = [t for t in w.values() if t.dim() == 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}], betas=(0.9, 0.95), eps=1e-8
-    )
+    groups = [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
     losses, norms = [], []
     for batch, learning_rate in zip(batches, learning_rates, strict=True):
         optimizer.zero_grad()

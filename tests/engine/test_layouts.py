@@ -92,7 +92,8 @@ SPLITS = {
 def test_gradient_does_not_depend_on_how_the_batch_is_split(ranks, split):
     """The mean is over all tokens that count, wherever they lie: one division, by the global count.
 
-    Sample i counts 18 i tokens, so any mean of means would differ. One step of SGD with learning rate 1, without momentum,
+    Sample i counts 18 i tokens, so any mean of means would differ. One step of SGD with learning rate 1,
+    without momentum,
     clipping or decay, subtracts the gradient: the difference of weights is compared, element for element.
     """
     sgd = {"optim.optimizer": "sgd", "optim.lr": 1.0, "optim.lr_decay_style": "constant", "optim.sgd_momentum": 0.0,
@@ -120,7 +121,8 @@ def test_document_masks(ranks, layout):
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 def test_other_optimizers_under_tensor_parallelism(ranks, optimizer):
-    overrides = {"optim.optimizer": optimizer, "optim.lr": 0.1 if optimizer == "sgd" else 1e-3, "optim.weight_decay": 0.1}
+    rate = 0.1 if optimizer == "sgd" else 1e-3
+    overrides = {"optim.optimizer": optimizer, "optim.lr": rate, "optim.weight_decay": 0.1}
     single = ranks(1, TRAIN, overrides=overrides)[0]
     adamw = ranks(1, TRAIN, overrides={"optim.weight_decay": 0.1})[0]
     assert relative(single["loss"][-1], adamw["loss"][-1]) > 1e-4, "another optimizer takes other steps"

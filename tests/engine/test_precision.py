@@ -9,7 +9,8 @@ BF16 = {"precision.bf16": True}
 
 
 def test_bf16_is_near_fp32_and_equal_over_layouts_within_its_rounding(ranks):
-    """BF16 keeps 8 bits, so one rounding is up to 0.4%; a loss is a mean over 256 tokens, whose roundings mostly cancel.
+    """BF16 keeps 8 bits, so one rounding is up to 0.4%; a loss is a mean over 256 tokens, whose roundings
+    mostly cancel.
 
     Sums in another order may round another way, no more: the same bound of 0.3% holds between layouts and against FP32.
     """

@@ -50,7 +50,9 @@ def test_warmup_by_samples_and_by_fraction_and_its_start(ranks):
     rates = {
         key: ranks(1, "support.training:learning_rates", overrides={**common, key: value}, steps=STEPS)[0]
         for key, value in (
-            ("optim.lr_warmup_iters", WARMUP), ("optim.lr_warmup_samples", 4 * WARMUP), ("optim.lr_warmup_fraction", 0.2)
+            ("optim.lr_warmup_iters", WARMUP),
+            ("optim.lr_warmup_samples", 4 * WARMUP),
+            ("optim.lr_warmup_fraction", 0.2),
         )
     }  # fmt: skip
     first, *others = rates.values()

@@ -33,7 +33,8 @@ def test_weights_do_not_depend_on_the_layout(ranks, layout):
 
 
 def test_mean_and_deviation(ranks):
-    """Megatron's rule: normal with init_method_std, over sqrt(2 layers) where a projection writes to the residual stream.
+    """Megatron's rule: normal with init_method_std, over sqrt(2 layers) where a projection writes to the
+    residual stream.
 
     Bounds: 5 standard errors of the mean and of the deviation of n normals, s / sqrt(n) and s / sqrt(2 n).
     """

@@ -38,7 +38,8 @@ VARIANTS = {
     "dropout": ["precision=bf16", *DROPOUT],
     "dropout_tp2_sp": ["precision=bf16", *DROPOUT, TP2, "parallel.sequence_parallel=true"],
     "distributed_optimizer_bf16": ["precision=bf16", *OVERLAP, RANKS2],
-    "gathered_late": [*OVERLAP, RANKS2, "train.eval_interval=null"],  # no evaluation gathers the weights before the save
+    # no evaluation gathers the weights before the save
+    "gathered_late": [*OVERLAP, RANKS2, "train.eval_interval=null"],
     "distributed_optimizer_bf16_plain": ["precision=bf16", DISTRIBUTED, RANKS2],
     "distributed_optimizer_fp32": [*OVERLAP, RANKS2],
     "pp2_vpp2": [PP2, "parallel.virtual_pipeline_model_parallel_size=2"],

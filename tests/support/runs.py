@@ -9,7 +9,8 @@ from typing import Any
 from support.ranks import Ranks, environment
 
 WORDS = [
-    "model=tiny", "model.num_layers=4", "model.hidden_size=64", "model.num_attention_heads=4", "model.num_query_groups=2",
+    "model=tiny", "model.num_layers=4", "model.hidden_size=64", "model.num_attention_heads=4",
+    "model.num_query_groups=2",
     "model.ffn_hidden_size=176", "model.seq_length=64", "tokenizer.vocab_size=512", "data.embedded_megabytes=0.5",
     "data.split='90,10,0'", "train.micro_batch_size=2", "train.global_batch_size=8", "train.train_iters=20",
     "train.eval_interval=5", "train.eval_iters=1", "optim.lr=1e-3", "optim.lr_warmup_iters=5", "precision=fp32",

@@ -111,7 +111,8 @@ def megatron_batch_sizes(ramp: list[int], global_batch_size: int, steps: int) ->
 
     start, increment, samples_of_ramp = ramp
     calculator = RampupBatchsizeNumMicroBatchesCalculator(
-        global_batch_size=global_batch_size, micro_batch_size=4, data_parallel_size=1, decrease_batch_size_if_needed=False,
+        global_batch_size=global_batch_size, micro_batch_size=4, data_parallel_size=1,
+        decrease_batch_size_if_needed=False,
         rank=1, start_global_batch_size=start, batch_size_increment=increment, ramup_samples=samples_of_ramp,
     )  # fmt: skip
     consumed, sizes = 0, []
