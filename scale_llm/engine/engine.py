@@ -56,6 +56,7 @@ class Engine:
         self.chunks: list[torch.nn.Module] = list(self.modules)
         self.optimizer = self.scheduler = None
         self._clip_grad, self._count_zeros = cfg.optim.clip_grad, cfg.logging.log_num_zeros_in_grad
+        self._gathers_late = trainable and cfg.parallel.overlap_param_gather
         self._tokens = 1.0  # that counted in the last global batch
         self.updates = 0  # optimizer steps that were not skipped
         if trainable:
@@ -131,9 +132,21 @@ class Engine:
         dist.all_reduce(num_tokens, group=self.mesh.groups.dp_cp)
         self._tokens = max(float(num_tokens), 1.0)
 
+    def gather_parameters(self) -> None:
+        """Makes every rank's weights whole: with overlap_param_gather they are so only in the next forward pass.
+
+        Before anything but a training step reads them. A collective.
+        """
+        if not self._gathers_late:
+            return
+        for chunk in self.chunks:
+            chunk.disable_forward_pre_hook(param_sync=True)
+            chunk.enable_forward_pre_hook()
+
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch], loss_fn: Loss) -> dict[str, tuple[float, float]]:
         """Metric sums and counts over this rank's micro-batches and all ranks; nothing of the engine changes."""
+        self.gather_parameters()
         for chunk in self.chunks:
             chunk.eval()
         return self._run(list(batches), loss_fn, forward_only=True, mean=False)

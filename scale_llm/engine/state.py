@@ -5,6 +5,7 @@ like their parameter, whether the optimizer that saved them was distributed or n
 model's own weights are the main weights.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ _PREFIX = "optimizer.state"
 
 def sharded_model_state(engine: Engine) -> dict[str, Any]:
     """{"model": ...} or, with virtual pipeline stages, {"model0": ..., "model1": ...}, as Megatron-LM saves them."""
+    engine.gather_parameters()
     metadata = _metadata(engine)
     states = [module.sharded_state_dict(metadata=metadata) for module in engine.modules]
     if len(states) == 1:
@@ -41,7 +43,7 @@ def sharded_optimizer_state(engine: Engine, model_state: dict[str, Any], *, load
             continue
         if is_distributed(part):
             tensors = part.sharded_param_state_fully_reshardable(model_state, loading, _metadata(engine))
-            state[f"part{i}"] = _without_copies_of_weights(tensors, engine)
+            state[f"part{i}"] = _with_our_names(tensors, engine)
         else:
             state[f"part{i}"] = _replicated_state(part, by_parameter)
     return state
@@ -77,7 +79,7 @@ def load_optimizer_state(engine: Engine, tensors: dict[str, Any], plain: dict[st
             continue
         loaded = tensors[f"part{i}"]
         if is_distributed(part):
-            part.load_parameter_state_from_fully_reshardable(_with_weights(loaded, part))
+            _load_distributed(part, loaded)
         else:
             _copy_replicated_state(part, loaded)
         for state in part.optimizer.state.values():
@@ -140,13 +142,30 @@ def _copy_replicated_state(part, loaded: dict[str, Any]) -> None:
                     part.optimizer.state[main][name].copy_(tensor)
 
 
-def _without_copies_of_weights(tensors: dict[int, dict], engine: Engine) -> dict[str, Any]:
-    """A distributed FP32 optimizer's main weights are the model's: saved once."""
-    keep_copy = engine.config.params_dtype != torch.float32
-    return {
-        str(i): {k: v for k, v in entry.items() if keep_copy or k not in ("param", "fp32_param")}
-        for i, entry in tensors.items()
-    }
+def _with_our_names(tensors: dict[int, dict], engine: Engine) -> dict[str, Any]:
+    """A distributed optimizer's tensors under the names of a replicated one's.
+
+    Its main weights, `param`, become `fp32_param`; in FP32 they are the model's and saved once.
+    """
+    renamed = {}
+    for i, entry in tensors.items():
+        entry = dict(entry)
+        main = entry.pop("param")
+        if engine.config.params_dtype != torch.float32:
+            key = main.key.replace(f"{_PREFIX}.param.", f"{_PREFIX}.fp32_param.", 1)
+            entry["fp32_param"] = replace(main, key=key)
+        renamed[str(i)] = entry
+    return renamed
+
+
+def _load_distributed(part, loaded: dict[str, Any]) -> None:
+    """megatron-core's loader copies every tensor of the state but knows no step counts; they are set afterwards."""
+    states = part.optimizer.state.values()
+    steps = [state.pop("step", None) for state in states]
+    part.load_parameter_state_from_fully_reshardable(_with_weights(loaded, part))
+    for state, step in zip(states, steps, strict=True):
+        if step is not None:
+            state["step"] = step
 
 
 def _with_weights(loaded: dict[str, Any], part) -> dict[int, dict]:

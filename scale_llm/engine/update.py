@@ -29,7 +29,7 @@ def update(optimizer: MegatronOptimizer, *, tokens: float, clip_grad: float, cou
     if optimizer.prepare_grads():
         return Update(done=False)
     grad_norm = float(optimizer.get_grad_norm()) / tokens
-    num_zeros = optimizer.count_zeros() if count_zeros else None
+    num_zeros = sum(part.count_zeros() for part in parts(optimizer)) if count_zeros else None
     # Megatron's rule: norms a millionth below the limit are scaled as well.
     divisor = tokens * max(1.0, (grad_norm + 1.0e-6) / clip_grad if clip_grad > 0 else 1.0)
     for part in parts(optimizer):
