@@ -52,7 +52,8 @@ def test_tensorboard(logged):
     tags = set(events.Tags()["scalars"])
     assert tags >= {"lm loss", "learning-rate", "batch-size", "loss-scale", "grad-norm", "params-norm",
                     "iteration-time", "throughput", "lm loss validation", "lm loss validation ppl",
-                    "lm loss vs samples", "lm loss validation vs samples", "lm loss validation ppl vs samples"}  # fmt: skip
+                    "lm loss vs samples", "lm loss validation vs samples",
+                    "lm loss validation ppl vs samples"}  # fmt: skip
     assert [event.step for event in events.Scalars("lm loss")] == [1, 2, 3, 4, 5, 6]
     assert [event.step for event in events.Scalars("lm loss vs samples")] == [8, 16, 24, 32, 40, 48]
     assert [event.value for event in events.Scalars("lm loss")] == pytest.approx(losses(logged[0]), rel=1e-6)
