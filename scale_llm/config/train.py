@@ -37,7 +37,7 @@ class TrainConfig:
     """Save and stop after this many minutes."""
     seed: int = 1234
     log_interval: int = 1
-    """Iterations between log lines, TensorBoard points and rows of metrics.jsonl."""
+    """Iterations between log lines, TensorBoard points and rows of metrics.jsonl; the first one is always logged."""
     recompute_granularity: RecomputeGranularity = RecomputeGranularity.none
     """Activations computed again in the backward pass: none, attention only (selective), whole layers (full)."""
     recompute_method: RecomputeMethod = RecomputeMethod.uniform

@@ -3,7 +3,8 @@
 import os
 import signal
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,9 +18,24 @@ class Progress:
     consumed_samples: int = 0
     skipped_iterations: int = 0
     nan_iterations: int = 0
+    unlogged_steps: int = 0
+    unlogged_sums: dict[str, float] = field(default_factory=dict)
+    """Metrics of the steps since the last log line, so that a resumed run's next line is the uninterrupted run's."""
 
-    def as_dict(self) -> dict[str, int]:
+    def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def add_metrics(self, metrics: dict[str, float]) -> None:
+        """Adds one step to what the next log line averages."""
+        self.unlogged_steps += 1
+        for name, value in metrics.items():
+            self.unlogged_sums[name] = self.unlogged_sums.get(name, 0.0) + value
+
+    def take_means(self) -> dict[str, float]:
+        """Means over the steps since the last call; starts anew."""
+        means = {name: total / self.unlogged_steps for name, total in self.unlogged_sums.items()}
+        self.unlogged_steps, self.unlogged_sums = 0, {}
+        return means
 
 
 class StopRequest:

@@ -33,7 +33,6 @@ class Reporter:
         self._run, self._iterations, self._interval = run, iterations, cfg.train.log_interval
         self._writes = dist.get_rank() == dist.get_world_size() - 1
         self._flops = flops_per_token(cfg.model, cfg.parallel.tensor_model_parallel_size)
-        self._sums: dict[str, float] = {}
         self._steps, self._seconds, self._tokens, self._started = 0, 0.0, 0, 0.0
         self._metrics = self._tensorboard = self._bar = None
         self._peak: float | None = None  # FLOP/s, measured when first shown
@@ -57,21 +56,19 @@ class Reporter:
         self._seconds += time.perf_counter() - self._started
         self._steps += 1
         self._tokens += samples * self._run.cfg.model.seq_length
-        for name, value in result.metrics.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value
-        if progress.iteration % self._interval and progress.iteration != self._iterations:
+        progress.add_metrics(result.metrics)
+        if progress.iteration % self._interval and progress.iteration not in (1, self._iterations):
             if self._bar is not None:
                 self._bar.advance(progress.iteration)
             return
-        self._log(progress, result, samples)
-        self._sums, self._steps, self._seconds, self._tokens = {}, 0, 0.0, 0
+        self._log(progress, progress.take_means(), result, samples)
+        self._steps, self._seconds, self._tokens = 0, 0.0, 0
 
-    def _log(self, progress: Progress, result: StepResult, samples: int) -> None:
+    def _log(self, progress: Progress, means: dict[str, float], result: StepResult, samples: int) -> None:
         logging = self._run.cfg.logging
         norm = parameter_norm(self._engine) if logging.log_params_norm else None
         if not self._writes:
             return
-        means = {name: total / self._steps for name, total in self._sums.items()}
         seconds = self._seconds / self._steps
         rate = self._tokens / self._seconds
         tflops = rate * self._flops / dist.get_world_size() / 1e12

@@ -46,6 +46,7 @@ VARIANTS = {
     "moe_ep2": [f"{key}={value}" for key, value in MOE.items() if key != "model.num_layers"]
     + ["parallel.expert_model_parallel_size=2"],
     "sgd": ["optim=sgd"],
+    "stopped_between_log_lines": ["train.log_interval=4"],
     "fp16": ["precision=fp16", "precision.initial_loss_scale=1024", "precision.loss_scale_window=3"],
 }
 

@@ -1,0 +1,53 @@
+"""`make demo`'s program, whole: it is the first thing a newcomer runs."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def demo(root: Path) -> tuple[str, float]:
+    began = time.monotonic()
+    result = subprocess.run(
+        [sys.executable, "tools/demo.py", "--root", str(root)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout, time.monotonic() - began
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    root = tmp_path_factory.mktemp("demo")
+    return root, *demo(root)
+
+
+def test_loss_falls_below_60_percent_of_its_start(finished):
+    root, _, _ = finished
+    losses = [json.loads(line).get("lm loss") for line in (root / "pretrain" / "metrics.jsonl").open()]
+    losses = [loss for loss in losses if loss is not None]
+    assert losses[-1] < 0.6 * losses[0]
+    evaluation = json.loads((root / "evaluate" / "evaluation.json").read_text())
+    assert evaluation["lm loss"] < 0.7 * losses[0]
+    assert 0 < evaluation["bits per byte"] < 8
+
+
+def test_table_and_picture(finished):
+    root, output, _ = finished
+    for word in ("stage", "steps", "first loss", "last loss", "tokens/s", "pretrain", "evaluate", "150"):
+        assert word in output, output
+    picture = (root / "curves.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
+
+
+def test_second_run_reuses_everything(finished):
+    root, _, seconds = finished
+    before = {path: path.stat().st_mtime_ns for path in (root / "pretrain").rglob("*") if path.is_file()}
+    output, again = demo(root)
+    assert "pretrain: done before" in output and "evaluate: done before" in output
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    assert again < seconds / 3
