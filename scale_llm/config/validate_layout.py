@@ -1,5 +1,6 @@
 """Whether the layout fits the ranks and the model."""
 
+from scale_llm.config.optim import Optimizer
 from scale_llm.config.run import RunConfig
 
 
@@ -129,6 +130,11 @@ def _sequence(cfg: RunConfig) -> list[str]:
 
 def _overlap(cfg: RunConfig) -> list[str]:
     layout = cfg.parallel
+    if layout.use_distributed_optimizer and cfg.optim.optimizer is Optimizer.sgd:
+        return [
+            "parallel.use_distributed_optimizer=true, optim.optimizer=sgd: megatron-core's distributed optimizer is "
+            "Adam or AdamW; set optim=adamw or parallel.use_distributed_optimizer=false"
+        ]
     if not layout.overlap_param_gather:
         return []
     lacking = [key for key in ("use_distributed_optimizer", "overlap_grad_reduce") if not getattr(layout, key)]

@@ -65,6 +65,9 @@ def _use_torch_layers(layer, norm, config: TransformerConfig) -> None:
     attention.core_attention = TorchAttention
     # An identity is megatron-core's way to say no norm.
     attention.q_layernorm = attention.k_layernorm = norm if config.qk_layernorm else None
+    if config.num_moe_experts:
+        # Experts read an unfused norm, under Transformer Engine too: it keeps its own name in checkpoints.
+        layer.sharded_state_dict_keys_map = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     config.use_te_activation_func = True  # its way to say that the MLP's spec brings an activation module
     mlp = layer.mlp.submodules
     for spec in [mlp.experts.submodules, getattr(mlp, "shared_experts", None)] if config.num_moe_experts else [mlp]:

@@ -32,6 +32,7 @@ CASES = {
     "model.seq_length=510": ["parallel=cp2", "model.seq_length=510"],
     "model.seq_length=511": ["parallel=tp2_sp", "model.seq_length=511"],
     "parallel.overlap_param_gather=true": ["parallel.overlap_param_gather=true"],
+    "parallel.use_distributed_optimizer=true": ["parallel=distopt", "optim=sgd"],
     "parallel.expert_model_parallel_size=2": ["parallel=ep2", "cluster.nproc_per_node=2"],
     "model.num_experts=3": ["model=tiny_moe", "parallel=ep2", "model.num_experts=3"],
     "parallel.expert_model_parallel_size=4": ["model=tiny_moe", "parallel.expert_model_parallel_size=4",
