@@ -71,7 +71,7 @@ def summary(root: Path) -> Table:
     """A row a stage: steps, first and last loss, speed, files."""
     table = Table(title="demo", title_justify="left")
     for column in ("stage", "steps", "first loss", "last loss", "tokens/s", "files"):
-        table.add_column(column, justify="left" if column in ("stage", "files") else "right", overflow="fold")
+        table.add_column(column, justify="left" if column in ("stage", "files") else "right", no_wrap=True)
     rows = [row for row in read_metrics(root / "pretrain") if "lm loss" in row]
     speed = sorted(row["tokens-per-second"] for row in rows)[len(rows) // 2]
     table.add_row(
@@ -79,8 +79,10 @@ def summary(root: Path) -> Table:
         f"{speed:,.0f}", str(root / "pretrain"),
     )  # fmt: skip
     result = json.loads((root / "evaluate" / "evaluation.json").read_text())
-    shown = f"{result['lm loss']:.3f} (ppl {result['ppl']:.1f}, {result['bits per byte']:.2f} bits/byte)"
-    table.add_row("evaluate", str(result["iteration"]), "", shown, "", str(root / "evaluate"))
+    table.add_row("evaluate", str(result["iteration"]), "", f"{result['lm loss']:.3f}", "", str(root / "evaluate"))
+    table.caption = (
+        f"{result['split']} split: perplexity {result['ppl']:.1f}, {result['bits per byte']:.2f} bits per byte"
+    )
     return table
 
 

@@ -63,9 +63,7 @@ def test_bad_rows_are_named_by_line(tmp_path: Path):
     )
     with pytest.raises(UserError) as caught:
         read(file)
-    assert [problem.split(": ")[0] for problem in caught.value.problems] == [
-        f"{file}:{n}" for n in (2, 3, 5, 6, 7, 8)
-    ]
+    assert [problem.split(": ")[0] for problem in caught.value.problems] == [f"{file}:{n}" for n in (2, 3, 5, 6, 7, 8)]
     assert "data.fields.text" in caught.value.problems[2]
 
 

@@ -43,9 +43,7 @@ def blends(
     tokenizer = TokenizerConfig(path=embedded.tokenizer_path)
     configs = {
         "plain": DataConfig(path=[web, shakespeare, embedded.prefixes[0]], split="80,10,10"),
-        "weighted": DataConfig(
-            path=[0.5, web, 0.2, shakespeare, 0.3, embedded.prefixes[0]], split="80,10,10"
-        ),
+        "weighted": DataConfig(path=[0.5, web, 0.2, shakespeare, 0.3, embedded.prefixes[0]], split="80,10,10"),
     }
     return {name: (config, prepare(config, tokenizer, cache)) for name, config in configs.items()}
 
@@ -115,9 +113,7 @@ class _Spy:
         return {}
 
 
-def test_first_epoch_is_megatrons_own_order(
-    embedded: PreparedData, embedded_config: DataConfig, cache: Path, tmp_path
-):
+def test_first_epoch_is_megatrons_own_order(embedded: PreparedData, embedded_config: DataConfig, cache: Path, tmp_path):
     """The slow twin: megatron-core's builder, asked for one epoch of every split."""
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 
@@ -157,9 +153,7 @@ def test_seed_changes_the_order(embedded: PreparedData, embedded_config: DataCon
 
 def test_document_ends(embedded: PreparedData, cache: Path):
     """After an end of document positions begin anew, nothing attends back, its prediction has no weight."""
-    data = DataConfig(
-        split="80,10,10", reset_position_ids=True, reset_attention_mask=True, eod_mask_loss=True
-    )
+    data = DataConfig(split="80,10,10", reset_position_ids=True, reset_attention_mask=True, eod_mask_loss=True)
     stream = build(embedded, data, cache, num_samples=3000)
     sample = next(s for s in (stream[i] for i in range(3000)) if embedded.eod in s["tokens"][4:-4])
     ends = (sample["tokens"] == embedded.eod).nonzero().flatten().tolist()

@@ -20,9 +20,7 @@ def stream(embedded: PreparedData, embedded_config: DataConfig, cache) -> Sample
 def batches(stream: SampleStream, consumed: int, size: int, *, dp: int, mbs: int, workers: int = 0):
     """All micro-batches of a global batch in the order of samples: the first of every rank, the second..."""
     loaders = [
-        Loader(
-            stream, micro_batch_size=mbs, data_parallel_rank=rank, data_parallel_size=dp, num_workers=workers
-        )
+        Loader(stream, micro_batch_size=mbs, data_parallel_rank=rank, data_parallel_size=dp, num_workers=workers)
         for rank in range(dp)
     ]
     per_rank = [list(loader.global_batch(consumed, size)) for loader in loaders]

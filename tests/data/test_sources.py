@@ -77,9 +77,7 @@ def test_mistakes(files: Path, monkeypatch: pytest.MonkeyPatch, path, words: str
 
 def test_all_mistakes_at_once_and_a_lost_half(files: Path):
     (files / "indexed" / "x_text_document.bin").unlink()
-    problems = path_problems(
-        [str(files / "no.txt"), str(files / "indexed" / "x_text_document"), "/nowhere/*"]
-    )
+    problems = path_problems([str(files / "no.txt"), str(files / "indexed" / "x_text_document"), "/nowhere/*"])
     assert len(problems) == 3
     assert "x_text_document.bin is missing" in problems[1]
 

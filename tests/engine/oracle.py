@@ -97,9 +97,7 @@ def _norm(w: Weights, name: str, x: torch.Tensor, shape: Shape) -> torch.Tensor:
 def _attention(w: Weights, layer: int, x: torch.Tensor, shape: Shape) -> torch.Tensor:
     b, s, _ = x.shape
     head = x.size(2) // shape.heads
-    q, k, v = (
-        F.linear(x, w[f"{layer}.{p}.weight"], w.get(f"{layer}.{p}.bias")).view(b, s, -1, head) for p in "qkv"
-    )
+    q, k, v = (F.linear(x, w[f"{layer}.{p}.weight"], w.get(f"{layer}.{p}.bias")).view(b, s, -1, head) for p in "qkv")
     if shape.style == "llama":
         q, k = _rotate(q), _rotate(k)
     k, v = (t.repeat_interleave(shape.heads // shape.groups, dim=2) for t in (k, v))

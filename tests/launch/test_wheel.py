@@ -34,4 +34,3 @@ def test_wheel_holds_conf_and_every_module(tmp_path):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith(f"{installed}/scale_llm_conf\n") and "9,629,760" in result.stdout
-
