@@ -31,7 +31,7 @@ class DemoStage:
 def stages(root: Path) -> list[DemoStage]:
     data = f"data.cache_dir={root / 'data'}"
     return [
-        DemoStage("pretrain", (data,), "done.json"),
+        DemoStage("pretrain", (data, "train.log_interval=10"), "done.json"),
         DemoStage("evaluate", (data, f"checkpoint.load={root / 'pretrain' / 'checkpoints'}"), "evaluation.json"),
     ]
 
