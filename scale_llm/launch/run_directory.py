@@ -8,6 +8,7 @@ from pathlib import Path
 
 from scale_llm import __version__
 from scale_llm.checkpoint.latest import latest_checkpoint
+from scale_llm.config.errors import UserError
 from scale_llm.config.io import save_config, write_text
 from scale_llm.config.run import RunConfig
 from scale_llm.config.stage import EvaluateConfig
@@ -35,10 +36,13 @@ def greeting(cfg: RunConfig) -> str:
 def prepare_run_dir(cfg: RunConfig) -> Path | None:
     """Make the directory, its config.yaml and commit; returns the path of a former, different config."""
     run_dir = Path(cfg.run_dir)
-    for name in ("logs", "tensorboard", "checkpoints"):
-        (run_dir / name).mkdir(parents=True, exist_ok=True)
-    kept = save_config(cfg, run_dir)
-    write_text(run_dir / "commit", commit_text())
+    try:
+        for name in ("logs", "tensorboard", "checkpoints"):
+            (run_dir / name).mkdir(parents=True, exist_ok=True)
+        kept = save_config(cfg, run_dir)
+        write_text(run_dir / "commit", commit_text())
+    except OSError as error:
+        raise UserError(f"run_dir={cfg.run_dir}: cannot be written ({error}); give another directory") from error
     return kept
 
 

@@ -2,10 +2,14 @@
 
 import json
 
+import pytest
+
 from scale_llm.config.compose import compose
+from scale_llm.config.errors import UserError
 from scale_llm.config.io import load_config
 from scale_llm.config.machine import Machine
 from scale_llm.config.resolve import resolve
+from scale_llm.config.run import RunConfig
 from scale_llm.launch.run_directory import greeting, prepare_run_dir, tracker_problems
 
 MACHINE = Machine(cores=2, gpus=0, fast_bf16_cpu=False)
@@ -34,3 +38,9 @@ def test_first_line(tmp_path):
     assert greeting(cfg) == f"resuming {tmp_path}/run at iteration 40"
     tracker.write_text("forty")
     assert "forty" in tracker_problems(cfg)[0]
+
+
+def test_a_directory_that_cannot_be_made_is_an_error_of_its_key():
+    """Also for root, whom no permission stops."""
+    with pytest.raises(UserError, match="run_dir=/proc/nowhere: cannot be written"):
+        prepare_run_dir(RunConfig(run_dir="/proc/nowhere"))
