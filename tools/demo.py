@@ -70,8 +70,9 @@ def run(stage: DemoStage, root: Path, extra: list[str], console: Console) -> Non
 def summary(root: Path) -> Table:
     """A row a stage: steps, first and last loss, speed, files."""
     table = Table(title="demo", title_justify="left")
-    for column in ("stage", "steps", "first loss", "last loss", "tokens/s", "files"):
-        table.add_column(column, justify="left" if column in ("stage", "files") else "right", no_wrap=True)
+    for column in ("stage", "steps", "first loss", "last loss", "tokens/s"):
+        table.add_column(column, justify="left" if column == "stage" else "right", no_wrap=True)
+    table.add_column("files", overflow="fold")
     rows = [row for row in read_metrics(root / "pretrain") if "lm loss" in row]
     speed = sorted(row["tokens-per-second"] for row in rows)[len(rows) // 2]
     table.add_row(

@@ -50,6 +50,7 @@ def from_engine(whole: Weights, shape: Shape) -> Weights:
 
 def _layer(key: str, tensor: torch.Tensor, layer: int, shape: Shape) -> Weights:
     key = key.replace("self_attention.linear_qkv.layer_norm_", "norm1.").replace("mlp.linear_fc1.layer_norm_", "norm2.")
+    key = key.replace("pre_mlp_layernorm.", "norm2.")  # before experts the norm keeps its own name
     module, kind = key.rsplit(".", 1)
     if module == "self_attention.linear_qkv":
         per_group = shape.heads // shape.groups
