@@ -5,6 +5,8 @@ import os
 import re
 import shutil
 import subprocess
+import sys
+import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,11 +18,13 @@ class Machine:
     """NVIDIA GPUs that torch can use."""
     fast_bf16_cpu: bool
     """The processor multiplies BF16 matrices in hardware (AMX)."""
+    compiler: bool = False
+    """torch.compile can build kernels for the CPU: a C++ compiler and Python's headers are installed."""
 
 
 def detect() -> Machine:
     """This machine. Costs milliseconds, a call of nvidia-smi where there is a driver without device files."""
-    return Machine(cores=_cores(), gpus=_gpus(), fast_bf16_cpu="amx_bf16" in _cpu_flags())
+    return Machine(cores=_cores(), gpus=_gpus(), fast_bf16_cpu="amx_bf16" in _cpu_flags(), compiler=_compiler())
 
 
 def _cores() -> int:
@@ -37,6 +41,12 @@ def _cpu_flags() -> frozenset[str]:
         return frozenset()
     found = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
     return frozenset(found.group(1).split()) if found else frozenset()
+
+
+def _compiler() -> bool:
+    """Whether torch's choice of a compiler, CXX or g++ (clang++ on a Mac), is there, and Python.h for it."""
+    program = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    return shutil.which(program) is not None and Path(sysconfig.get_path("include"), "Python.h").is_file()
 
 
 def _gpus() -> int:

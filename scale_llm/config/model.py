@@ -72,3 +72,6 @@ class ModelConfig:
     backend: Backend = Backend.auto
     """Layers: Transformer Engine's, torch's fused kernels, or megatron-core's own local spec.
     auto: Transformer Engine on a GPU where it is installed, torch elsewhere."""
+    compile_ops: bool | None = None
+    """torch.compile for the element-wise passes of the torch backend (norms, SwiGLU, RoPE, softmax): seconds at the
+    first start of a shape, then a third faster. None: yes where this machine has the compiler for it."""

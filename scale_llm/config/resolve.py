@@ -24,6 +24,8 @@ def resolve(cfg: RunConfig, machine: Machine) -> RunConfig:
     _resolve_cluster(cfg, machine)
     _resolve_precision(cfg, machine)
     _resolve_model(cfg.model, cfg.tokenizer)
+    if cfg.model.compile_ops is None:
+        cfg.model.compile_ops = machine.compiler
     if cfg.parallel.expert_tensor_parallel_size is None:
         cfg.parallel.expert_tensor_parallel_size = cfg.parallel.tensor_model_parallel_size
     _resolve_paths(cfg)

@@ -42,7 +42,17 @@ def validate(cfg: RunConfig, machine: Machine | None = None) -> None:
 
 
 def machine_problems(cfg: RunConfig, machine: Machine) -> list[str]:
-    """GPUs that are asked for and not there."""
+    """GPUs and compilers that are asked for and not there."""
+    found = []
+    if cfg.model.compile_ops and not machine.compiler:
+        found.append(
+            "model.compile_ops=true: torch.compile needs a C++ compiler (g++) and Python's headers (python3-dev), "
+            "which are not found; install them or set model.compile_ops=false"
+        )
+    return found + _gpu_problems(cfg, machine)
+
+
+def _gpu_problems(cfg: RunConfig, machine: Machine) -> list[str]:
     if cfg.cluster.device is not Device.cuda:
         return []
     if machine.gpus == 0:

@@ -13,6 +13,7 @@ from scale_llm.config.run import RunConfig
 FREE = {
     "name",
     "backend",
+    "compile_ops",
     "seq_length",
     "max_position_embeddings",
     "hidden_dropout",

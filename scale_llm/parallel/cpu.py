@@ -19,6 +19,8 @@ import warnings
 
 import torch
 
+from scale_llm.parallel.weight_gradient import accumulate_weight_gradient
+
 _FACTORIES = ("tensor", "empty", "zeros", "ones", "full", "arange", "rand", "randn", "randint",
               "empty_like", "zeros_like", "ones_like", "full_like", "linspace", "eye")  # fmt: skip
 
@@ -240,17 +242,9 @@ def _adapt_linear():
     from megatron.core.tensor_parallel import layers
 
     layers.fused_weight_gradient_mlp_cuda = types.SimpleNamespace(
-        wgrad_gemm_accum_fp32=_accumulate_weight_gradient, wgrad_gemm_accum_fp16=_accumulate_weight_gradient
+        wgrad_gemm_accum_fp32=accumulate_weight_gradient, wgrad_gemm_accum_fp16=accumulate_weight_gradient
     )
     layers._grad_accum_fusion_available = True
-
-
-def _accumulate_weight_gradient(total_input, grad_output, main_grad):
-    """main_grad [out, in] += grad_output^T total_input, for [n, in] and [n, out]."""
-    if main_grad.dtype == grad_output.dtype:
-        main_grad.addmm_(grad_output.t(), total_input)
-    else:
-        main_grad.add_(torch.mm(grad_output.t(), total_input))
 
 
 def _adapt_clipping():

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from scale_llm.parallel.fused import use_compiler
+
 
 @dataclass(frozen=True, slots=True)
 class Device:
@@ -32,11 +34,11 @@ class Device:
             torch.cuda.synchronize(self.device)
 
 
-def start(kind: str, timeout_minutes: int = 10, threads: int | None = None) -> Device:
+def start(kind: str, timeout_minutes: int = 10, threads: int | None = None, *, compile_ops: bool = False) -> Device:
     """Joins the job as the rank that the environment names (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT).
 
     kind: `cpu` or `cuda`. On a CPU megatron-core is adapted first, so call this before importing it.
-    threads: threads of one CPU operation; None leaves torch's choice.
+    threads: threads of one CPU operation; None leaves torch's choice. compile_ops: see `fused.use_compiler`.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if kind == "cuda":
@@ -57,6 +59,7 @@ def start(kind: str, timeout_minutes: int = 10, threads: int | None = None) -> D
             device_id=device.device if device.is_cuda else None,
         )
     _make_memory_buffer()
+    use_compiler(compile_ops)
     return device
 
 

@@ -46,7 +46,12 @@ def mesh_sizes(parallel: ParallelConfig, world_size: int) -> MeshSizes:
 def start_rank(cfg: RunConfig) -> RunContext:
     """Joins the job: device, mesh, seeds, data."""
     kind = "cuda" if cfg.cluster.device is DeviceKind.cuda else "cpu"
-    device = start(kind, cfg.parallel.distributed_timeout_minutes, cfg.cluster.omp_num_threads)
+    device = start(
+        kind,
+        cfg.parallel.distributed_timeout_minutes,
+        cfg.cluster.omp_num_threads,
+        compile_ops=bool(cfg.model.compile_ops),
+    )
     mesh = build_mesh(mesh_sizes(cfg.parallel, dist.get_world_size()), device.backend)
     assert mesh is not None, "the mesh covers the whole job"
     seed_everything(

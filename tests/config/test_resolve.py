@@ -1,5 +1,6 @@
 """Open values are settled for a machine, and only those."""
 
+import dataclasses
 import json
 
 import pytest
@@ -29,6 +30,12 @@ def test_precision_that_was_asked_for_stays():
     assert not resolved(AMX, "precision.bf16=false").precision.bf16
     assert not resolved(LAPTOP, "precision=auto", "precision.fp16=true").precision.bf16
     assert not resolved(GPUS, "cluster=local_cpu").precision.bf16, "the CPU runs it, not the GPU"
+
+
+def test_ops_are_compiled_where_there_is_a_compiler():
+    assert resolved(LAPTOP).model.compile_ops is False
+    assert resolved(dataclasses.replace(LAPTOP, compiler=True)).model.compile_ops is True
+    assert resolved(dataclasses.replace(LAPTOP, compiler=True), "model.compile_ops=false").model.compile_ops is False
 
 
 @pytest.mark.parametrize(

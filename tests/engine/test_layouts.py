@@ -54,6 +54,25 @@ def test_dense_layout_equals_single_process(ranks, layout):
     assert_equal_runs(ranks(world_size, TRAIN, overrides=overrides), single)
 
 
+COMPILED_LAYOUTS = {
+    "single": (1, {}),
+    "tp2_sp_cp2": (4, {**SP, **CP2}),
+    "pp2_vpp2_dp2_overlap": (4, {**VPP2, **OVERLAP}),
+    "untied_qk_norm_qkv_bias_tp2": (2, {**UNTIED, **TP2}),
+    "moe_ep2": (2, {**MOE, **EP2}),
+}
+
+
+@pytest.mark.parametrize("layout", COMPILED_LAYOUTS)
+def test_compiled_layout_equals_plain_single_process(ranks, layout):
+    """model.compile_ops, as a run has it where there is a compiler, against plain torch on one rank."""
+    world_size, overrides = COMPILED_LAYOUTS[layout]
+    model = {key: value for key, value in overrides.items() if key.startswith("model.")}
+    single = ranks(1, TRAIN, overrides=model)[0]
+    compiled = {**overrides, "model.compile_ops": True}
+    assert_equal_runs(ranks(world_size, TRAIN, timeout_seconds=300, overrides=compiled), single)
+
+
 OTHER_MODELS = {
     "moe_ep2": (2, MOE, EP2),
     "moe_tp2_sp": (2, MOE, SP),

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from scale_llm.models.ops import (
-    accumulate_weight_gradient,
     attention,
     rms_norm,
     rotary,
@@ -16,9 +15,26 @@ from scale_llm.models.ops import (
     swiglu,
 )
 from scale_llm.models.ops.attention import BLOCK_ROWS
+from scale_llm.parallel.fused import use_compiler
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2}
-DTYPES = list(TOLERANCE)
+
+
+KINDS = {
+    "float64": (torch.float64, False),
+    "float32": (torch.float32, False),
+    "bfloat16": (torch.bfloat16, False),
+    "bfloat16_compiled": (torch.bfloat16, True),
+}
+
+
+@pytest.fixture(params=KINDS)
+def dtype(request):
+    """FP64 and FP32 show the formulas; they are the same compiled."""
+    kind, compiled = KINDS[request.param]
+    use_compiler(compiled)
+    yield kind
+    use_compiler(False)
 
 
 def relative_error(ours: torch.Tensor, exact: torch.Tensor) -> float:
@@ -45,7 +61,6 @@ def random(*shape):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(len(shape) + sum(shape)))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 def test_rms_norm(dtype):
     """Several parts of rows, the last one short."""
     eps = 1e-5
@@ -57,7 +72,6 @@ def test_rms_norm(dtype):
     compare(lambda x, w: rms_norm(x, w, eps), plain, [random(4, 16).t().reshape(4, 16), random(16)], dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 def test_swiglu(dtype):
     def plain(x):
         gate, up = x.chunk(2, dim=-1)
@@ -80,7 +94,6 @@ def angles(s, rot):
     return torch.cat([half, half], dim=-1).view(s, 1, 1, rot)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rot", [16, 8])
 def test_rotary(dtype, rot):
     table = angles(37, rot)
@@ -88,7 +101,6 @@ def test_rotary(dtype, rot):
     compare(lambda x: rotary(x, tables), lambda x: plain_rotary(x, table), [random(37, 2, 3, 16)], dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("turned", [True, False])
 def test_split_rotary(dtype, turned):
     s, b, g, r, d = 29, 2, 3, 2, 16
@@ -120,7 +132,6 @@ def qkv(sq, sk, b=2, g=2, r=3, d=16):
     return [random(sq, b, g, r, d), random(sk, b, g, d), random(sk, b, g, d) + 1]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("sq", "sk", "offset"),
     [(BLOCK_ROWS + 44,) * 2 + (None,), (40, 333, None), (BLOCK_ROWS + 9, 512, 100), (1, 77, None), (9, 5, None)],
@@ -132,7 +143,6 @@ def test_causal_attention(dtype, sq, sk, offset):
     compare(lambda *x: attention(*x, offset=offset), plain_attention(hidden), qkv(sq, sk), dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 def test_masked_attention(dtype):
     """Documents packed in one row, another mask for each row, and a query that sees nothing."""
     s = BLOCK_ROWS + 20
@@ -166,16 +176,3 @@ def test_attention_dropout_drops_and_keeps_the_mean():
     assert relative_error(draws.mean(0), attention(query, key, value).double()) < 0.05
     draws.sum().backward()
     assert torch.isfinite(query.grad).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_accumulate_weight_gradient(dtype):
-    """Twice into one buffer is the sum; overwrite forgets what was there."""
-    x, dy = random(20, 3, 8).to(dtype), random(20, 3, 12).to(dtype)
-    exact = torch.einsum("sbo,sbi->oi", dy.double(), x.double())
-    buffer = torch.zeros(12, 8)
-    accumulate_weight_gradient(x, dy, buffer)
-    accumulate_weight_gradient(x, dy, buffer)
-    assert relative_error(buffer, 2 * exact) < TOLERANCE[dtype]
-    accumulate_weight_gradient(x, dy, buffer, overwrite=True)
-    assert relative_error(buffer, exact) < TOLERANCE[dtype]

@@ -14,7 +14,7 @@ WORDS = [
     "model.ffn_hidden_size=176", "model.seq_length=64", "tokenizer.vocab_size=512", "data.embedded_megabytes=0.5",
     "data.split='90,10,0'", "train.micro_batch_size=2", "train.global_batch_size=8", "train.train_iters=20",
     "train.eval_interval=5", "train.eval_iters=1", "optim.lr=1e-3", "optim.lr_warmup_iters=5", "precision=fp32",
-    "cluster=local_cpu", "cluster.omp_num_threads=1",
+    "cluster=local_cpu", "cluster.omp_num_threads=1", "model.compile_ops=false",
 ]  # fmt: skip
 
 

@@ -44,7 +44,7 @@ def config(overrides: dict[str, Any]) -> RunConfig:
 
 def join(cfg: RunConfig) -> tuple[Device, Mesh]:
     """This rank's device and mesh, its generators seeded."""
-    device = start("cpu", threads=1)
+    device = start("cpu", threads=1, compile_ops=bool(cfg.model.compile_ops))
     mesh = build_mesh(mesh_sizes(cfg.parallel, dist.get_world_size()), device.backend)
     seed_everything(
         cfg.train.seed, tp_rank=mesh.tp_rank, pp_rank=mesh.pp_rank, ep_rank=mesh.ep_rank, etp_rank=mesh.etp_rank

@@ -4,7 +4,6 @@ import argparse
 import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from statistics import median
 from benchmarks.alternate import Contestant, alternate
 from benchmarks.rows import Row, faster, shorter
 from benchmarks.train_contestants import MATMUL_SIZE, TOKENS, shape
+from scale_llm.config.machine import detect
 from scale_llm.config.parameters import flops_per_token
 
 HELP = "tokens per second of a training step, against megatron-core's own layers and transformers"
@@ -50,13 +50,16 @@ def _contestants(precision: str, quick: bool) -> list[Contestant]:
         arguments = {"precision": precision, **extra}
         return Contestant(name=name, build=f"{_BUILDERS}:{function}", arguments=arguments, steps=steps)
 
-    found = [contestant("ours", "ours"), contestant("megatron-core", "bare_megatron")]
+    compiler = detect().compiler and not quick
+    found = [contestant("ours", "ours", compiled=compiler), contestant("megatron-core", "bare_megatron")]
+    if compiler:
+        found.append(contestant("ours, nothing compiled", "ours"))
     if importlib.util.find_spec("transformers") is None:
         print("transformers is not installed (pip install -c constraints.txt -e .[bench]): its rows are left out")
     else:
         found.append(contestant("transformers", "transformers_llama"))
-    if len(found) > 2 and precision == "bf16" and not quick and shutil.which("g++"):
-        found.append(contestant("transformers compiled", "transformers_llama", compiled=True))
+        if compiler and precision == "bf16":
+            found.append(contestant("transformers compiled", "transformers_llama", compiled=True))
     matmul = contestant("matmul", "matmul")
     matmul.steps = {"bf16": 10, "fp32": 2}[precision]
     return [*found, matmul]
@@ -65,6 +68,7 @@ def _contestants(precision: str, quick: bool) -> list[Contestant]:
 def _rows(precision: str, seconds: dict[str, float]) -> list[Row]:
     ours = TOKENS / seconds["ours"]
     kinds = {
+        "ours, nothing compiled": "ours, nothing compiled",
         "megatron-core": "megatron-core, local spec",
         "transformers": "transformers, eager",
         "transformers compiled": "transformers, torch.compile",

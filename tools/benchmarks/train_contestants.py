@@ -43,13 +43,13 @@ def _alone() -> None:
     os.environ.setdefault("MASTER_PORT", str(20000 + os.getpid() % 20000))
 
 
-def ours(precision: str):
-    """The engine as a run builds it."""
+def ours(precision: str, compiled: bool = False):
+    """The engine as a run builds it. compiled: model.compile_ops."""
     _alone()
     from scale_llm.config.run import RunConfig
     from scale_llm.parallel import device as devices
 
-    device = devices.start("cpu", threads=_threads())
+    device = devices.start("cpu", threads=_threads(), compile_ops=compiled)
     import torch
 
     from scale_llm.engine.engine import Engine

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from scale_llm.models.ops.rows import accumulation_dtype, parts
+from scale_llm.models.ops.wide import wide
+from scale_llm.parallel.fused import fused
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -15,38 +16,33 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 class _RMSNorm(torch.autograd.Function):
-    """For [2048, 512] BF16 on two cores, torch's own takes 4.5 ms forward and backward; this takes 2."""
-
     @staticmethod
     def forward(ctx, x, weight, eps):
         flat = x.reshape(-1, x.size(-1))
-        y = torch.empty_like(flat)
-        dtype = accumulation_dtype(x.dtype)
-        inverse = torch.empty(flat.size(0), 1, dtype=dtype)
-        scale = weight.to(dtype)
-        for part in parts(*flat.shape):
-            wide = flat[part].to(dtype)
-            row = inverse[part]
-            torch.linalg.vector_norm(wide, dim=-1, keepdim=True, out=row)
-            row.square_().div_(flat.size(1)).add_(eps).rsqrt_()
-            y[part] = torch.mul(wide, row, out=wide if x.dtype != dtype else None).mul_(scale)
+        y, inverse = _forward(flat, weight, eps)
         ctx.save_for_backward(flat, weight, inverse)
         return y.view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
-        """With e = dy * x: dw = sum over rows of e / rms, and dx = dy * w / rms - x * (e . w) / (h * rms^3)."""
         x, weight, inverse = ctx.saved_tensors
-        grad = grad_output.reshape(x.shape)
-        grad_x = torch.empty_like(x)
-        scale = weight.to(inverse.dtype)
-        grad_weight = torch.zeros_like(scale)
-        for part in parts(*x.shape):
-            wide, dy, row = x[part].to(scale.dtype), grad[part].to(scale.dtype), inverse[part]
-            product = wide * dy
-            grad_weight.addmv_(product.t(), row.view(-1))
-            slope = torch.mv(product, scale).view(-1, 1).mul_(row.pow(3)).div_(-x.size(1))
-            torch.mul(dy, scale, out=product).mul_(row).addcmul_(wide, slope)
-            grad_x[part] = product
-        return grad_x.view(grad_output.shape), grad_weight.to(weight.dtype), None
+        grad_x, grad_weight = _backward(x, weight, inverse, grad_output.reshape(x.shape))
+        return grad_x.view(grad_output.shape), grad_weight, None
+
+
+@fused
+def _forward(x, weight, eps):
+    """x [n, h] -> y [n, h], 1/rms [n, 1]."""
+    inverse = torch.rsqrt(wide(x).square().mean(-1, keepdim=True) + eps)
+    return (wide(x) * inverse * wide(weight)).to(x.dtype), inverse
+
+
+@fused
+def _backward(x, weight, inverse, grad):
+    """With e = dy * x: dw = sum over rows of e / rms, and dx = dy * w / rms - x * (e . w) / (h * rms^3)."""
+    product = wide(grad) * wide(x)
+    grad_weight = (product * inverse).sum(0)
+    slope = (product * wide(weight)).sum(-1, keepdim=True) * inverse.pow(3) / x.size(-1)
+    grad_x = wide(grad) * wide(weight) * inverse - wide(x) * slope
+    return grad_x.to(x.dtype), grad_weight.to(weight.dtype)

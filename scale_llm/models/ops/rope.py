@@ -6,16 +6,19 @@ The gradient is the rotation by the opposite angle, so nothing of the input is k
 import torch
 from torch.autograd.function import once_differentiable
 
+from scale_llm.models.ops.wide import wide
+from scale_llm.parallel.fused import fused
+
 Tables = tuple[torch.Tensor, torch.Tensor]
 
 
 def rotary_tables(angles: torch.Tensor, dtype: torch.dtype) -> Tables:
     """Cosine and sine, each [s, 1, 1, rot/2], of angles [s, 1, 1, rot] whose halves are equal.
 
-    Made once a step and shared by the layers.
+    dtype: that of the activations; the tables have at least FP32. Made once and shared by the layers.
     """
-    half = angles[..., : angles.size(-1) // 2]
-    return half.cos().to(dtype), half.sin().to(dtype)
+    half = angles[..., : angles.size(-1) // 2].to(torch.promote_types(dtype, torch.float32))
+    return half.cos(), half.sin()
 
 
 def rotary(x: torch.Tensor, tables: Tables) -> torch.Tensor:
@@ -40,69 +43,55 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin, torch.empty_like(x))
+        return _rotate(x, cos, sin)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
         cos, sin = ctx.saved_tensors
-        return _turn(grad_output, cos, sin, torch.empty_like(grad_output), back=True), None, None
+        return _rotate(grad_output, cos, -sin), None, None
 
 
 class _SplitRotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx, mixed, cos, sin, groups, head_size):
         ctx.save_for_backward(cos, sin)
-        ctx.groups, ctx.head_size = groups, head_size
-        query, key, value = (_contiguous(x) for x in _heads(mixed, groups, head_size))
-        if cos is not None:
-            query = _turn(query, _wider(cos), _wider(sin), torch.empty_like(query))
-            key = _turn(key, cos, sin, torch.empty_like(key))
-        return query, key, value
+        heads = mixed.view(*mixed.shape[:2], groups, -1, head_size)
+        query, key, value = _split(heads, cos, sin)
+        return query.permute(2, 0, 1, 3, 4), key.permute(2, 0, 1, 3), value.permute(2, 0, 1, 3)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_query, grad_key, grad_value):
         cos, sin = ctx.saved_tensors
-        s, b, g, r, d = grad_query.shape
-        grad = grad_query.new_empty(s, b, g * (r + 2) * d)
-        if cos is not None:
-            grad_query = _turn(grad_query, _wider(cos), _wider(sin), torch.empty_like(grad_query), back=True)
-            grad_key = _turn(grad_key, cos, sin, torch.empty_like(grad_key), back=True)
-        for view, part in zip(_heads(grad, ctx.groups, ctx.head_size), (grad_query, grad_key, grad_value), strict=True):
-            view.copy_(part)
-        return grad, None, None, None, None
+        return _join(grad_query, grad_key, grad_value, cos, sin).flatten(2), None, None, None, None
 
 
-def _heads(mixed, groups, d):
-    """Views of queries [s, b, g, r, d], keys and values [s, b, g, d] of the fused projection."""
-    by_group = mixed.view(*mixed.shape[:2], groups, -1)
-    r = by_group.size(-1) // d - 2
-    query = by_group[..., : r * d].unflatten(-1, (r, d))
-    return query, by_group[..., r * d : (r + 1) * d], by_group[..., (r + 1) * d :]
+@fused
+def _split(heads, cos, sin):
+    """heads [s, b, g, r + 2, d] -> query [b, g, s, r, d], key and value [b, g, s, d], contiguous."""
+    turned, value = heads[..., :-1, :], heads[..., -1, :]
+    if cos is not None:
+        turned = _turn(turned, cos.unsqueeze(2), sin.unsqueeze(2))
+    turned = turned.permute(1, 2, 0, 3, 4)
+    return turned[..., :-1, :].contiguous(), turned[..., -1, :].contiguous(), value.permute(1, 2, 0, 3).contiguous()
 
 
-def _contiguous(x):
-    """x [s, b, g, ...] copied to the layout [b, g, s, ...] in memory.
-
-    Copying first and turning then takes half the time of turning from one layout into the other: torch's element-wise
-    kernels are slow where the input and output dimensions are ordered differently.
-    """
-    order = (2, 0, 1, *range(3, x.dim()))
-    return x.permute(1, 2, 0, *range(3, x.dim())).contiguous().permute(order)
-
-
-def _wider(table):
-    return table.unsqueeze(2)
+@fused
+def _join(query, key, value, cos, sin):
+    """The other way, turned back: gradients [s, b, g, (r,) d] in any layout -> [s, b, g, r + 2, d], contiguous."""
+    turned = torch.cat([query, key.unsqueeze(3)], dim=3)
+    if cos is not None:
+        turned = _turn(turned, cos.unsqueeze(2), -sin.unsqueeze(2))
+    return torch.cat([turned, value.unsqueeze(3)], dim=3).contiguous()
 
 
-def _turn(x, cos, sin, out, *, back=False):
-    """out = x turned by the angles, or back by them; x and out do not overlap."""
+@fused
+def _rotate(x, cos, sin):
+    return _turn(x, cos, sin).contiguous()
+
+
+def _turn(x, cos, sin):
     half = cos.size(-1)
-    x1, x2, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    sign = -1 if back else 1
-    torch.mul(x1, cos, out=out[..., :half]).addcmul_(x2, sin, value=-sign)
-    torch.mul(x2, cos, out=out[..., half : 2 * half]).addcmul_(x1, sin, value=sign)
-    if rest.size(-1):
-        out[..., 2 * half :].copy_(rest)
-    return out
+    x1, x2, rest = wide(x[..., :half]), wide(x[..., half : 2 * half]), x[..., 2 * half :]
+    return torch.cat([(x1 * cos - x2 * sin).to(x.dtype), (x2 * cos + x1 * sin).to(x.dtype), rest], dim=-1)
