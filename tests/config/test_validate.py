@@ -75,7 +75,7 @@ CASES = {
     "checkpoint.load=/nowhere": ["checkpoint.load=/nowhere"],
     "checkpoint.load=/usr": ["checkpoint.load=/usr"],
     "cluster.device=cuda": ["cluster.device=cuda"],
-    "model.compile_ops=true: torch.compile needs": ["model.compile_ops=true"],
+    "model.compile_ops=true": ["model.compile_ops=true"],
     "run_dir=/etc/passwd": ["run_dir=/etc/passwd"],
     "run_dir=/etc/passwd/x": ["run_dir=/etc/passwd/x"],
 }  # fmt: skip
