@@ -26,8 +26,8 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
-from scale_llm.checkpoint.latest import iteration_dir, latest_checkpoint, write_latest
 from scale_llm.checkpoint.results import use_results_files
+from scale_llm.config.checkpoint_files import iteration_dir, latest_checkpoint, write_latest
 from scale_llm.config.errors import UserError
 
 

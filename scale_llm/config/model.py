@@ -21,6 +21,18 @@ class Backend(Enum):
     local = "local"
 
 
+class Head(Enum):
+    language_model = "language_model"
+    reward = "reward"
+    value = "value"
+
+
+class RopeScaling(Enum):
+    none = "none"
+    linear = "linear"
+    llama3 = "llama3"
+
+
 class RouterBalancing(Enum):
     aux_loss = "aux_loss"
     seq_aux_loss = "seq_aux_loss"
@@ -52,9 +64,20 @@ class ModelConfig:
     norm_epsilon: float = 1e-5
     swiglu: bool = True
     """Gated MLP with SiLU; False: a plain MLP with GELU."""
+    openai_gelu: bool = False
+    """GELU by its tanh approximation, as GPT-2 has it."""
     position_embedding_type: PositionEmbedding = PositionEmbedding.rope
     rotary_base: int = 10000
     rotary_percent: float = 1.0
+    rope_scaling: RopeScaling = RopeScaling.none
+    """Stretched positions: linear, all angles are divided by the factor; llama3, those of low frequencies."""
+    rope_scaling_factor: float = 8.0
+    rope_low_freq_factor: float = 1.0
+    rope_high_freq_factor: float = 4.0
+    rope_original_max_position_embeddings: int = 8192
+    """llama3: the sequence length before stretching."""
+    window_size: int | None = None
+    """Keys that a query sees, its own included (sliding-window attention); None: all before it."""
     add_bias_linear: bool = False
     add_qkv_bias: bool = False
     qk_layernorm: bool = False
@@ -67,8 +90,14 @@ class ModelConfig:
     moe_router_topk: int = 2
     moe_ffn_hidden_size: int | None = None
     """Hidden size of one expert; None: ffn_hidden_size."""
+    moe_router_pre_softmax: bool = False
+    """Softmax over all experts, then the top k; False: the top k, then a softmax over their logits."""
     moe_aux_loss_coeff: float = 0.0
     moe_router_load_balancing_type: RouterBalancing = RouterBalancing.aux_loss
+    head: Head = Head.language_model
+    """reward: one number for each token, without a bias; value: one number, with a bias."""
+    architecture: str | None = None
+    """The Hugging Face class that exports are written as; None: the first that has this shape."""
     backend: Backend = Backend.auto
     """Layers: Transformer Engine's, torch's fused kernels, or megatron-core's own local spec.
     auto: Transformer Engine on a GPU where it is installed, torch elsewhere."""

@@ -139,3 +139,8 @@ def _syntax(word: str, error: Exception) -> str:
         return f"{word}: not of the form key=value; scale-llm --help shows examples"
     first = str(error).strip().splitlines()[0]
     return f"{word}: cannot be read ({first}); quote values with special characters: \"key='value'\""
+
+
+def given_keys(words: list[str]) -> set[str]:
+    """Keys and groups that the words set."""
+    return {override.key_or_group for override in parse(words)}

@@ -6,6 +6,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from scale_llm.config.checkpoint_files import TRACKER, latest_checkpoint
 from scale_llm.config.errors import UserError
 from scale_llm.config.io import CONFIG_FILE, load_raw
 from scale_llm.config.run import RunConfig
@@ -14,6 +15,13 @@ FREE = {
     "name",
     "backend",
     "compile_ops",
+    "architecture",
+    "rope_scaling",
+    "rope_scaling_factor",
+    "rope_low_freq_factor",
+    "rope_high_freq_factor",
+    "rope_original_max_position_embeddings",
+    "window_size",
     "seq_length",
     "max_position_embeddings",
     "hidden_dropout",
@@ -24,8 +32,6 @@ FREE = {
     "make_vocab_size_divisible_by",
 }
 """Keys of the model that a checkpoint does not fix."""
-
-LATEST = "latest_checkpointed_iteration.txt"
 
 
 def file_problems(cfg: RunConfig) -> list[str]:
@@ -59,7 +65,7 @@ def _same_run(cfg: RunConfig) -> list[str]:
     """A directory where another model has trained; one whose run never got to a step may be used again."""
     run_dir = Path(cfg.run_dir)
     path = run_dir / CONFIG_FILE
-    started = (run_dir / "metrics.jsonl").is_file() or (Path(cfg.checkpoint.save or "") / LATEST).is_file()
+    started = (run_dir / "metrics.jsonl").is_file() or (Path(cfg.checkpoint.save or "") / TRACKER).is_file()
     if not (path.is_file() and started):
         return []
     try:
@@ -80,29 +86,24 @@ def _load(cfg: RunConfig) -> list[str]:
     path = Path(load)
     if not path.is_dir():
         return [f"checkpoint.load={load}: no such directory; give the checkpoints directory of a run"]
-    one = _one_checkpoint(path)
-    if one is None:
+    try:
+        found = latest_checkpoint(path)
+    except ValueError as error:
+        return [f"checkpoint.load={load}: {error}; write the iteration of a checkpoint into it"]
+    if found is None:
         inside = path / "checkpoints"
-        hint = str(inside) if (inside / LATEST).is_file() else "the checkpoints directory of a run"
-        return [f"checkpoint.load={load}: holds no {LATEST}; give {hint}"]
+        hint = str(inside) if (inside / TRACKER).is_file() else "the checkpoints directory of a run"
+        return [f"checkpoint.load={load}: holds no {TRACKER}; give {hint}"]
+    one = found[1]
     if not one.is_dir():
-        return [f"checkpoint.load={load}: {LATEST} names {one.name}, which is not there; write one that is into it"]
+        return [f"checkpoint.load={load}: {TRACKER} names {one.name}, which is not there; write one that is into it"]
     if not (one / CONFIG_FILE).is_file():
-        return []  # written elsewhere (Megatron-LM): its shapes are compared when it is read
+        return []  # Hugging Face's, or Megatron-LM's: its shapes are compared when it is read
     try:
         former = load_raw(one / CONFIG_FILE)
     except UserError as error:
         return error.problems
     return _other_model(cfg, former, f"checkpoint.load={load}: holds another model", "choose that model")
-
-
-def _one_checkpoint(path: Path) -> Path | None:
-    """The checkpoint that a directory's tracker names, or the directory itself where it is one (iter_0000100)."""
-    try:
-        name = (path / LATEST).read_text(encoding="utf-8").strip()
-    except OSError:
-        return path if path.name.startswith("iter_") else None
-    return path / (f"iter_{int(name):07d}" if name.isdigit() else name)
 
 
 def _other_model(cfg: RunConfig, former: dict[str, Any], what: str, remedy: str) -> list[str]:

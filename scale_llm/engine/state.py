@@ -68,6 +68,12 @@ def load_model_state(engine: Engine, state: dict[str, Any], *, main_weights: boo
     for i, module in enumerate(engine.modules):
         module.load_state_dict(state["model" if len(engine.modules) == 1 else f"model{i}"])
     if main_weights:
+        follow_weights(engine)
+
+
+def follow_weights(engine: Engine) -> None:
+    """The optimizer's main weights become the model's, which have been changed behind its back."""
+    if engine.optimizer is not None:
         engine.optimizer.reload_model_params()
 
 

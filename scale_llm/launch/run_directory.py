@@ -7,7 +7,7 @@ from importlib import metadata
 from pathlib import Path
 
 from scale_llm import __version__
-from scale_llm.checkpoint.latest import latest_checkpoint
+from scale_llm.config.checkpoint_files import latest_checkpoint
 from scale_llm.config.errors import UserError
 from scale_llm.config.io import save_config, write_text
 from scale_llm.config.run import RunConfig

@@ -10,6 +10,7 @@ from scale_llm.config.machine import Machine, detect
 from scale_llm.config.resolve import resolve
 from scale_llm.config.run import RunConfig
 from scale_llm.config.validate import problems_of
+from scale_llm.launch import from_checkpoint
 from scale_llm.launch.environment import Joined, joined
 from scale_llm.launch.run_directory import greeting, prepare_run_dir, tracker_problems
 
@@ -28,8 +29,11 @@ class Planned:
 def compose_run(words: list[str], point: str | None = None) -> Planned:
     """Compose and resolve; `point` is the subdirectory of one point of a sweep."""
     from scale_llm.config.compose import compose
+    from scale_llm.config.overrides import given_keys
 
     cfg, machine, join = compose(words), detect(), joined()
+    if cfg.model.name == from_checkpoint.NAME:
+        from_checkpoint.take_model(cfg, given_keys(words))
     if join is not None:
         cfg.cluster.nnodes, cfg.cluster.nproc_per_node = join.nnodes, join.local_world_size
     if point is not None:

@@ -5,19 +5,41 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 
-from scale_llm.config.model import ModelConfig
+from scale_llm.config.model import Head, ModelConfig
+from scale_llm.models.heads import ScalarHead
 from scale_llm.models.init import initialise
+from scale_llm.models.rope_scaling import stretched
 from scale_llm.models.spec import block_spec, choose_backend
 from scale_llm.parallel.mesh import Mesh
 
 
 class GPT(GPTModel):
-    """megatron-core's GPTModel, which answers with logits [s, b, v/tp] instead of a transposed copy, and whose tied
-    output layer finds its data-parallel rank in its own groups instead of the global ones."""
+    """megatron-core's GPTModel, which answers with logits [s, b, v/tp] instead of a transposed copy, or with one number
+    for each token [s, b, 1], and whose tied output layer finds its data-parallel rank in its own groups instead of the
+    global ones."""
+
+    def __init__(self, *args, model: ModelConfig, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.position_embedding_type == "rope":
+            self.rotary_pos_emb.inv_freq = stretched(self.rotary_pos_emb.inv_freq, model)
+        self._scores = model.head is not Head.language_model
+        if self._scores and self.post_process:
+            self.output_layer = ScalarHead(self.config, self.pg_collection.tp, bias=model.head is Head.value)
+
+    def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self._scores:
+            for name in ("weight", "bias"):
+                tensor = state.get(f"{prefix}output_layer.{name}")
+                if tensor is not None:  # another name, so that no row of an output table is taken for it
+                    tensor.key, tensor.allow_shape_mismatch = f"{prefix}score.{name}", False
+        return state
 
     def _postprocess(self, hidden_states, *args, labels=None, runtime_gather_output=None, **kwargs):
         if not self.post_process:
             return hidden_states
+        if self._scores:
+            return self.output_layer(hidden_states)
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         logits, _ = self.output_layer(hidden_states, weight=weight, runtime_gather_output=runtime_gather_output)
         return logits
@@ -77,10 +99,13 @@ def _build_chunk(model, config, mesh, vocab_size, *, vp_stage, backend) -> GPT:
         pre_process=pre,
         post_process=post,
         parallel_output=True,
-        share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
+        share_embeddings_and_output_weights=(
+            model.head is Head.language_model and not model.untie_embeddings_and_output_weights
+        ),
         position_embedding_type=model.position_embedding_type.value,
         rotary_percent=model.rotary_percent,
         rotary_base=model.rotary_base,
         pg_collection=mesh.groups,
         vp_stage=stage,
+        model=model,
     )

@@ -26,20 +26,21 @@ def initialise(chunks: Sequence, config, mesh: Mesh, *, seed: int) -> None:
     drawn = set()
     with torch.no_grad():
         for chunk in chunks:
-            for shard in _shards(chunk.sharded_state_dict(metadata=metadata)):
+            for shard in shards(chunk.sharded_state_dict(metadata=metadata)):
                 shard.data.copy_(draw_shard(shard, config, seed))
                 drawn.add(shard.data.untyped_storage().data_ptr())
             missed = [n for n, p in chunk.named_parameters() if p.untyped_storage().data_ptr() not in drawn]
             assert not missed, f"parameters without an initial value: {missed}"
 
 
-def _shards(state) -> Iterator[ShardedTensor]:
+def shards(state) -> Iterator[ShardedTensor]:
+    """Every tensor of a sharded state dict as it is saved: views of the parameters, whose factories are applied."""
     values = state.values() if isinstance(state, dict) else state
     for value in values:
         if isinstance(value, ShardedTensorFactory):
-            yield from _shards(value.build())
+            yield from shards(value.build())
         elif isinstance(value, dict | list | tuple):
-            yield from _shards(value)
+            yield from shards(value)
         elif isinstance(value, ShardedTensor):
             yield value
 

@@ -109,6 +109,7 @@ class TorchAttention(torch.nn.Module):
         super().__init__()
         self.cp_group = pg_collection.cp
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.window = None if config.window_size is None else config.window_size[0] + 1
         self.scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
 
     def forward(
@@ -124,7 +125,7 @@ class TorchAttention(torch.nn.Module):
 
     def _attend(self, query, key, value, **where):
         dropout = self.dropout if self.training else 0.0
-        return attention(query, key, value, scale=self.scale, dropout_p=dropout, **where)
+        return attention(query, key, value, scale=self.scale, dropout_p=dropout, window=self.window, **where)
 
     def _context_parallel(self, query, key, value, attention_mask):
         keys, values = gather_sequence(key, self.cp_group), gather_sequence(value, self.cp_group)  # [s, b, g, d]

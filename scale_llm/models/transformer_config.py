@@ -10,6 +10,11 @@ from scale_llm.config.precision import PrecisionConfig
 from scale_llm.config.train import RecomputeGranularity, TrainConfig
 
 
+def openai_gelu(x: torch.Tensor) -> torch.Tensor:
+    """GELU by its tanh approximation (Hendrycks and Gimpel 2016, arXiv 1606.08415)."""
+    return F.gelu(x, approximate="tanh")
+
+
 def model_dtype(precision: PrecisionConfig) -> torch.dtype:
     """Number format of weights and activations."""
     return torch.bfloat16 if precision.bf16 else torch.float16 if precision.fp16 else torch.float32
@@ -37,7 +42,8 @@ def transformer_config(
         normalization=model.normalization.value,
         layernorm_epsilon=model.norm_epsilon,
         gated_linear_unit=model.swiglu,
-        activation_func=F.silu if model.swiglu else F.gelu,
+        activation_func=F.silu if model.swiglu else openai_gelu if model.openai_gelu else F.gelu,
+        window_size=None if model.window_size is None else (model.window_size - 1, 0),
         bias_activation_fusion=False,
         add_bias_linear=model.add_bias_linear,
         add_qkv_bias=model.add_qkv_bias,
@@ -50,6 +56,7 @@ def transformer_config(
         init_method_std=model.init_method_std,
         num_moe_experts=model.num_experts,
         moe_router_topk=model.moe_router_topk,
+        moe_router_pre_softmax=model.moe_router_pre_softmax,
         moe_ffn_hidden_size=(model.moe_ffn_hidden_size or model.ffn_hidden_size) if model.num_experts else None,
         moe_aux_loss_coeff=_aux_loss_coeff(model, parallel),
         moe_router_load_balancing_type=_balancing(model),

@@ -7,16 +7,15 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from scale_llm.checkpoint.checkpointer import load_sharded
-from scale_llm.checkpoint.latest import latest_checkpoint
+from scale_llm.config.checkpoint_files import latest_checkpoint
 from scale_llm.config.errors import UserError
 from scale_llm.config.io import write_text
 from scale_llm.config.stage import EvaluateConfig
-from scale_llm.engine import state as engine_state
 from scale_llm.engine.engine import Engine
 from scale_llm.losses.language_model import language_model_loss
 from scale_llm.stages.context import RunContext
 from scale_llm.stages.evaluation import LanguageModelEvaluation
+from scale_llm.stages.run_state import load_weights
 
 
 def evaluate(run: RunContext) -> None:
@@ -30,8 +29,7 @@ def evaluate(run: RunContext) -> None:
             f"checkpoint.load={cfg.checkpoint.load}: no checkpoint there; name one that training has written"
         )
     engine = Engine(cfg, run.mesh, run.device, vocab_size=run.vocab_size, trainable=False)
-    loaded = load_sharded(found[1], engine_state.sharded_model_state(engine))
-    engine_state.load_model_state(engine, loaded, main_weights=False)
+    load_weights(engine, found[1], cfg.model)
     loss_fn = partial(language_model_loss, tp_group=run.mesh.groups.tp, vocab_size=run.vocab_size)
     loss, tokens = LanguageModelEvaluation(run, stage.split, loss_fn).totals(engine)
     if tokens == 0:

@@ -4,8 +4,8 @@ import math
 from pathlib import Path
 
 from scale_llm.checkpoint.checkpointer import Checkpointer
-from scale_llm.checkpoint.latest import latest_checkpoint
 from scale_llm.config.batch import global_batch_size, total_iterations, total_samples
+from scale_llm.config.checkpoint_files import latest_checkpoint
 from scale_llm.config.errors import UserError
 from scale_llm.config.run import RunConfig
 from scale_llm.stages.base import Stage

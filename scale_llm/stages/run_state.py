@@ -6,9 +6,13 @@ from typing import Any
 import torch.distributed as dist
 
 from scale_llm.checkpoint.checkpointer import load_sharded, per_rank_object, read_plain
+from scale_llm.checkpoint.huggingface.loading import load_huggingface
+from scale_llm.config.checkpoint_files import is_huggingface
 from scale_llm.config.io import save_config
+from scale_llm.config.model import ModelConfig
 from scale_llm.config.run import RunConfig
 from scale_llm.engine import state as engine_state
+from scale_llm.engine.engine import Engine
 from scale_llm.parallel.rng import rng_state, set_rng_state
 from scale_llm.stages.base import Stage
 from scale_llm.stages.progress import Progress
@@ -44,15 +48,30 @@ def write_config(cfg: RunConfig):
     return lambda directory: save_config(cfg, directory)
 
 
+def load_weights(engine: Engine, path: Path, model: ModelConfig) -> None:
+    """The weights alone, from a checkpoint of any layout or from a Hugging Face model."""
+    wanted = engine_state.sharded_model_state(engine)
+    if is_huggingface(path):
+        load_huggingface(path, wanted, model)
+        engine_state.follow_weights(engine)
+    else:
+        main_weights = engine.optimizer is not None
+        engine_state.load_model_state(engine, load_sharded(path, wanted), main_weights=main_weights)
+
+
 def restore(stage: Stage, path: Path, cfg: RunConfig, *, own: bool) -> Progress:
     """Loads a checkpoint of any layout into the stage.
 
     own: the run's own checkpoint, so everything is restored; else checkpoint.finetune and no_load_* say what is left
     out.
     """
+    if is_huggingface(path):
+        load_weights(stage.engine, path, cfg.model)
+        return Progress()
     plain = read_plain(path)
     options = cfg.checkpoint
-    finetune = options.finetune and not own
+    # A checkpoint without a run's state is a converted one, or Megatron-LM's: its weights are all that we take.
+    finetune = (options.finetune and not own) or "engine" not in plain
     with_optimizer = own or not (finetune or options.no_load_optim)
     same_ranks = plain.get("world_size") == dist.get_world_size()
     with_rng = same_ranks and (own or not (finetune or options.no_load_rng))

@@ -26,6 +26,7 @@ def attention(
     hidden: torch.Tensor | None = None,
     causal: bool = True,
     offset: int | None = None,
+    window: int | None = None,
     dropout_p: float = 0.0,
 ) -> torch.Tensor:
     """softmax(query key^T * scale) value.
@@ -33,7 +34,7 @@ def attention(
     query: [sq, b, g, r, d], or [sq, b, n, d] with n a multiple of g; key, value: [sk, b, g, d].
     hidden: [b or 1, 1, sq, sk], True where a query may not look; it replaces `causal`.
     offset: position of the first query among the keys, by default sk - sq, so that the last query sees every key.
-    scale: by default 1 / sqrt(d).
+    window: keys that a query sees at most, the last of those above; None: all. scale: by default 1 / sqrt(d).
     Returns [sq, b, n * d]. A query that may look nowhere gives 0.
     """
     sq = query.size(0)
@@ -49,6 +50,8 @@ def attention(
             key, value = key[: end + sq], value[: end + sq]
     else:
         end = key.size(0)
+    if window is not None and window < key.size(0):
+        hidden, end = _outside(window, hidden, end, sq, key.size(0), query.device), None
     q, k, v = query.permute(1, 2, 0, 3, 4), key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
     if q.device.type == "cpu" and dropout_p == 0.0:
         return _Attention.apply(q, k, v, scale, hidden, end)
@@ -57,6 +60,14 @@ def attention(
         heads, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=dropout_p, scale=scale
     )
     return _merge(out.unflatten(0, q.shape[:2]))
+
+
+def _outside(window, hidden, end, sq, sk, device):
+    """The mask with keys hidden that lie `window` or more before a query's last; [b or 1, 1, sq, sk]."""
+    first = sk - sq if end is None else end
+    all_keys = torch.ones(sq, sk, dtype=torch.bool, device=device)
+    beyond = all_keys.tril(first - window)
+    return beyond | (all_keys.triu(first + 1)[None, None] if hidden is None else hidden)
 
 
 def _for_kernel(q, k, v, hidden, end):

@@ -1,4 +1,4 @@
-"""Which checkpoints a directory holds. No torch: the launcher reads this before ranks start."""
+"""Which checkpoints a directory holds."""
 
 import os
 from pathlib import Path
@@ -14,9 +14,14 @@ def iteration_dir(directory: Path | str, iteration: int) -> Path:
 def latest_checkpoint(directory: Path | str) -> tuple[int, Path] | None:
     """(iteration, path) of the checkpoint that the tracker names; None where there is none.
 
-    The directory may also be one checkpoint itself, `.../iter_0000100`.
+    The directory may also be one checkpoint itself, `.../iter_0000100`, or a Hugging Face model.
+
+    Raises:
+        ValueError: the tracker holds something else than an iteration or `release`.
     """
     directory = Path(directory)
+    if is_huggingface(directory):
+        return 0, directory
     if directory.name.startswith("iter_") and (directory / "metadata.json").is_file():
         return int(directory.name[5:]), directory
     try:
@@ -28,6 +33,12 @@ def latest_checkpoint(directory: Path | str) -> tuple[int, Path] | None:
     if not text.isdigit():
         raise ValueError(f"{directory / TRACKER} holds {text!r} where an iteration should be")
     return int(text), iteration_dir(directory, int(text))
+
+
+def is_huggingface(directory: Path | str) -> bool:
+    """Whether a directory is a Hugging Face model: it holds a config.json and no tracker."""
+    directory = Path(directory)
+    return (directory / "config.json").is_file() and not (directory / TRACKER).is_file()
 
 
 def write_latest(directory: Path | str, iteration: int) -> None:

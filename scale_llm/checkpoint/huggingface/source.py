@@ -1,0 +1,123 @@
+"""A Hugging Face directory, checked before anything is made of it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scale_llm.checkpoint.safetensors_files import SafetensorsFolder
+from scale_llm.checkpoint.staging import refuse
+from scale_llm.config.errors import UserError
+from scale_llm.config.model import ModelConfig
+from scale_llm.config.resolve import tokenizer_vocab_size
+from scale_llm.config.tokenizer import TokenizerConfig
+from scale_llm.models.huggingface import Family, Tensor, family_of, read_model
+from scale_llm.models.huggingface.forms import to_megatron
+
+SIDE_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json", "generation_config.json",
+)  # fmt: skip
+"""What lies beside the weights of a Hugging Face model and travels with them."""
+
+FOLDER = "huggingface"
+"""Where an imported checkpoint keeps those files and the config.json it came with."""
+
+
+class HuggingFaceModel:
+    """The tensors of a Hugging Face directory, checked against its configuration.
+
+    Raises:
+        UserError: unknown architecture, damaged shards, tensors that are missing, unexpected or of another shape than
+            config.json says, a tokenizer that is larger than the embedding; all at once.
+    """
+
+    def __init__(self, directory: Path | str):
+        self.directory = Path(directory)
+        source = str(self.directory / "config.json")
+        self.config = read_json(self.directory / "config.json")
+        self.model: ModelConfig = read_model(self.config, source)
+        self.family: Family = family_of(self.config, source)[0]
+        self.tensors: list[Tensor] = self.family.tensors_of(self.model)
+        self._files = SafetensorsFolder(self.directory)
+        self._names = self._aliases()
+        refuse([*self._differences(), *self._tokenizer_problems()])
+
+    def _aliases(self) -> dict[str, str]:
+        """Name in the table -> name in the files, which may lack the base model's prefix."""
+        names = dict.fromkeys(self._files.entries)
+        base = self.family.base
+        found = {name: name for name in names}
+        if not any(name.startswith(base) for name in names):
+            found |= {base + name: name for name in names}
+        return found
+
+    def _differences(self) -> list[str]:
+        entries, expected = self._files.entries, set()
+        missing, wrong = [], []
+        for tensor in self.tensors:
+            for index in tensor.indices(self.model):
+                for name, part in zip(tensor.names(index), tensor.parts, strict=True):
+                    actual, shape = self._names.get(name), part.sizes(self.model)
+                    if actual is None:
+                        missing.append(name)
+                        continue
+                    expected.add(actual)
+                    if entries[actual].shape != shape:
+                        wrong.append(
+                            f"{self.directory}: {name} has shape {entries[actual].shape} where config.json says {shape}"
+                        )
+        unexpected = [name for name in entries if name not in expected and not self._ignored(name)]
+        return [
+            *(f"{self.directory}: {name} is missing, which {self.family.model_type} needs" for name in missing),
+            *(f"{self.directory}: {name} is not a tensor of this {self.family.model_type}" for name in unexpected),
+            *wrong,
+        ]
+
+    def _ignored(self, name: str) -> bool:
+        if name.endswith(self.family.ignored):
+            return True
+        table = self._names.get(self.tensors[0].parts[0].name)
+        if name != "lm_head.weight" or table is None or self.model.untie_embeddings_and_output_weights:
+            return False
+        return torch.equal(self._files.read(name), self._files.read(table))  # a copy of the table it is tied to
+
+    def _tokenizer_problems(self) -> list[str]:
+        if not (self.directory / "tokenizer.json").is_file():
+            return []
+        size = tokenizer_vocab_size(TokenizerConfig(path=str(self.directory)))
+        rows = self.model.vocab_size or 0
+        if size is not None and size > rows:
+            return [
+                f"{self.directory / 'tokenizer.json'}: has {size} tokens, the embedding {rows} rows; resize the "
+                "embedding (resize_token_embeddings) and save the model again"
+            ]
+        return []
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the embedding."""
+        return self.dtype_of(self.tensors[0])
+
+    def dtype_of(self, tensor: Tensor) -> torch.dtype:
+        first = tensor.names((0,) * len(tensor.leading(self.model)))[0]
+        return self._files.entries[self._names[first]].dtype
+
+    def megatron(self, tensor: Tensor, index: tuple[int, ...], padded_vocabulary: int) -> torch.Tensor:
+        """The Megatron tensor at one index."""
+        parts = [self._files.read(self._names[name]) for name in tensor.names(index)]
+        return to_megatron(tensor, parts, self.model, padded_vocabulary)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises UserError where it is missing or no JSON object."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: is missing; give the directory of a Hugging Face model") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: is no JSON object")
+    return found

@@ -1,0 +1,59 @@
+"""model=from_checkpoint: the model group, and the tokenizer where none is given, are those of checkpoint.load."""
+
+import json
+import os
+from pathlib import Path
+
+from scale_llm.config.checkpoint_files import is_huggingface, latest_checkpoint
+from scale_llm.config.errors import UserError
+from scale_llm.config.io import CONFIG_FILE, load_config
+from scale_llm.config.model import ModelConfig
+from scale_llm.config.run import RunConfig
+from scale_llm.config.tokenizer import TokenizerConfig
+
+NAME = "from_checkpoint"
+
+
+def take_model(cfg: RunConfig, given: set[str]) -> None:
+    """Fills cfg.model and cfg.tokenizer in place. given: keys that the user has set, which stay.
+
+    Raises:
+        UserError: checkpoint.load is not given, or does not say what its model is.
+    """
+    if cfg.checkpoint.load is None:
+        raise UserError(f"model={NAME}: give checkpoint.load=DIR, whose model it means")
+    load = Path(os.path.expanduser(cfg.checkpoint.load))
+    model, tokenizer = _huggingface(load) if is_huggingface(load) else _ours(load)
+    for key in given:
+        group, _, name = key.partition(".")
+        if group == "model" and hasattr(model, name):
+            setattr(model, name, getattr(cfg.model, name))
+    cfg.model = model
+    if not any(key.startswith("tokenizer") for key in given) and tokenizer.path is not None:
+        cfg.tokenizer = tokenizer
+
+
+def _huggingface(directory: Path) -> tuple[ModelConfig, TokenizerConfig]:
+    from scale_llm.models.huggingface import read_model
+    from scale_llm.models.huggingface.tokenizer import tokenizer_of
+
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"checkpoint.load={directory}: config.json cannot be read ({error})") from error
+    return read_model(config, str(path)), tokenizer_of(directory, config)
+
+
+def _ours(directory: Path) -> tuple[ModelConfig, TokenizerConfig]:
+    try:
+        found = latest_checkpoint(directory)
+    except ValueError as error:
+        raise UserError(f"checkpoint.load={directory}: {error}") from error
+    if found is None or not (found[1] / CONFIG_FILE).is_file():
+        raise UserError(
+            f"checkpoint.load={directory}: holds no {CONFIG_FILE} that says what the model is; give the model group "
+            "instead of model=from_checkpoint"
+        )
+    cfg = load_config(found[1])
+    return cfg.model, cfg.tokenizer

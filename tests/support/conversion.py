@@ -1,0 +1,97 @@
+"""What ranks do with Hugging Face models: load, answer, train, save. Legend: s sequence, b batch, v vocabulary."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from scale_llm.checkpoint.checkpointer import Checkpointer
+from scale_llm.checkpoint.huggingface.source import read_json
+from scale_llm.config.model import Head
+from scale_llm.config.optim import DecayStyle, Optimizer
+from scale_llm.config.run import RunConfig
+from scale_llm.engine import state as engine_state
+from scale_llm.engine.engine import Engine
+from scale_llm.losses.language_model import language_model_loss
+from scale_llm.models.huggingface import read_model
+from scale_llm.stages.run_state import load_weights, write_config
+from support.training import join
+
+
+def _config(directory: str, layout: dict[str, Any], seq_length: int, batch: int) -> RunConfig:
+    """The imported model under a layout, FP32."""
+    path = Path(directory)
+    source = path / "huggingface" if (path / "huggingface").is_dir() else path
+    cfg = RunConfig(run_dir="unused", model=read_model(read_json(source / "config.json"), str(source)))
+    cfg.model.seq_length = seq_length
+    cfg.train.micro_batch_size = cfg.train.global_batch_size = batch
+    for key, value in layout.items():
+        group, field = key.split(".")
+        setattr(getattr(cfg, group), field, value)
+    return cfg
+
+
+def _batch(tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    inputs = tokens[:, :-1].contiguous()
+    return {
+        "tokens": inputs,
+        "labels": tokens[:, 1:].contiguous(),
+        "loss_mask": torch.ones(inputs.shape),
+        "position_ids": torch.arange(inputs.size(1)).expand_as(inputs).contiguous(),
+    }
+
+
+def output(directory: str, data: str, layout: dict[str, Any]) -> torch.Tensor | None:
+    """Logits [b, s, v] (or scores [b, s, 1]) for tokens [b, s + 1], on the ranks of the last stage."""
+    from scale_llm.config.checkpoint_files import latest_checkpoint
+
+    tokens = torch.load(data)
+    cfg = _config(directory, layout, tokens.size(1) - 1, tokens.size(0))
+    device, mesh = join(cfg)
+    engine = Engine(cfg, mesh, device, vocab_size=cfg.model.vocab_size, trainable=False)
+    load_weights(engine, latest_checkpoint(directory)[1], cfg.model)
+    seen = []
+
+    def keep(out, batch):
+        seen.append(out.detach().clone())
+        return out.sum() * 0, torch.tensor(1), {}
+
+    engine.evaluate([_batch(tokens)], keep)
+    if not seen:
+        return None
+    found = seen[0]
+    if cfg.model.head is Head.language_model:
+        parts = [torch.empty_like(found) for _ in range(mesh.sizes.tp)]
+        dist.all_gather(parts, found.contiguous(), group=mesh.groups.tp)
+        found = torch.cat(parts, dim=-1)[..., : cfg.model.vocab_size]
+    return found.transpose(0, 1)
+
+
+def train(directory: str, data: str, layout: dict[str, Any], lr: float) -> list[float]:
+    """The loss of every step of plain SGD, one batch [b, s + 1] of the file a step."""
+    batches = torch.load(data)
+    cfg = _config(directory, layout, batches.size(2) - 1, batches.size(1))
+    cfg.optim.optimizer, cfg.optim.lr, cfg.optim.lr_decay_style = Optimizer.sgd, lr, DecayStyle.constant
+    cfg.optim.sgd_momentum, cfg.optim.weight_decay, cfg.optim.clip_grad, cfg.optim.lr_warmup_iters = 0.0, 0.0, 0.0, 0
+    cfg.train.train_iters = len(batches)
+    cfg.model.moe_aux_loss_coeff = 0.0
+    device, mesh = join(cfg)
+    engine = Engine(cfg, mesh, device, vocab_size=cfg.model.vocab_size)
+    load_weights(engine, Path(directory), cfg.model)
+    loss = partial(language_model_loss, tp_group=mesh.groups.tp, vocab_size=cfg.model.vocab_size)
+    size = batches.size(1)
+    return [engine.train_step([_batch(step)], loss, samples=size).metrics["lm loss"] for step in batches]
+
+
+def resave(directory: str, output: str, layout: dict[str, Any]) -> None:
+    """Loads the model under a layout and saves it as a run does."""
+    from scale_llm.config.checkpoint_files import latest_checkpoint
+
+    cfg = _config(directory, layout, 32, 1)
+    device, mesh = join(cfg)
+    engine = Engine(cfg, mesh, device, vocab_size=cfg.model.vocab_size, trainable=False)
+    load_weights(engine, latest_checkpoint(directory)[1], cfg.model)
+    checkpointer = Checkpointer(output, mesh.host_group)
+    checkpointer.save(7, engine_state.sharded_model_state(engine), write_config(cfg))
