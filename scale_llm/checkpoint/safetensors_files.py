@@ -8,6 +8,7 @@ import json
 import math
 import struct
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -165,13 +166,27 @@ def write_file(path: Path, tensors: list[Planned]) -> Iterator[Planned]:
     text += b" " * (-len(text) % 8)
     with open(path, "wb", buffering=0) as file:
         file.write(struct.pack("<Q", len(text)) + text)
-        for tensor in tensors:
-            value = tensor.make().to(tensor.dtype).contiguous()
+        for tensor, value in _ahead(tensors):
             assert tuple(value.shape) == tensor.shape, f"{tensor.name}: {tuple(value.shape)}, planned {tensor.shape}"
             view = memoryview(value.reshape(-1).view(torch.uint8).numpy()) if value.numel() else memoryview(b"")
             while len(view):
                 view = view[file.write(view) :]
             yield tensor
+
+
+def _ahead(tensors: list[Planned]) -> Iterator[tuple[Planned, torch.Tensor]]:
+    """Every tensor with its value, the next one being made while the caller writes this one."""
+    with ThreadPoolExecutor(1) as pool:
+
+        def start(tensor: Planned) -> Future[torch.Tensor]:
+            return pool.submit(lambda: tensor.make().to(tensor.dtype).contiguous())
+
+        following = start(tensors[0]) if tensors else None
+        for i, tensor in enumerate(tensors):
+            assert following is not None
+            value = following.result()
+            following = start(tensors[i + 1]) if i + 1 < len(tensors) else None
+            yield tensor, value
 
 
 def write_index(directory: Path, shards: dict[str, list[Planned]]) -> None:

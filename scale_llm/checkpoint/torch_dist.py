@@ -56,6 +56,10 @@ class Chunk:
         return math.prod(self.sizes) * self.dtype.itemsize
 
 
+_WRITERS = 2
+"""Threads of one process, each with a file of its own: one reads while another writes."""
+
+
 class _Planner(DefaultSavePlanner):
     """Plans chunks in place of a state dict."""
 
@@ -110,7 +114,7 @@ def write_chunks(
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             save(
                 {},
-                storage_writer=FileSystemWriter(directory, sync_files=False, overwrite=True),
+                storage_writer=FileSystemWriter(directory, sync_files=False, overwrite=True, thread_count=_WRITERS),
                 planner=_Planner(chunks, objects, progress),
                 no_dist=not dist.is_initialized(),
             )

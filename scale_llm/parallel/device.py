@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from scale_llm.parallel.fused import use_compiler
+from scale_llm.parallel.memory import keep_freed_memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,7 @@ def start(kind: str, timeout_minutes: int = 10, threads: int | None = None, *, c
         from scale_llm.parallel import cpu
 
         cpu.adapt()
-        cpu.keep_freed_memory()
+        keep_freed_memory()
         device = Device(torch.device("cpu"), "gloo")
         if threads is not None:
             torch.set_num_threads(threads)
@@ -61,6 +62,16 @@ def start(kind: str, timeout_minutes: int = 10, threads: int | None = None, *, c
     _make_memory_buffer()
     use_compiler(compile_ops)
     return device
+
+
+def start_alone() -> Device:
+    """Joins a job of this process alone, on its CPU, unless it is in one already: for tools."""
+    if not dist.is_initialized():
+        from scale_llm.parallel import cpu
+
+        cpu.adapt()  # before anything of megatron-core is imported
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    return start("cpu")
 
 
 def _make_memory_buffer() -> None:

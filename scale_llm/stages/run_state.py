@@ -5,6 +5,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from scale_llm import __version__
 from scale_llm.checkpoint.checkpointer import load_sharded, per_rank_object, read_plain
 from scale_llm.checkpoint.huggingface.loading import load_huggingface
 from scale_llm.config.checkpoint_files import is_huggingface
@@ -35,6 +36,7 @@ def state_to_save(stage: Stage, progress: Progress) -> dict[str, Any]:
 def _plain(stage: Stage, progress: Progress) -> dict[str, Any]:
     return {
         "checkpoint_version": CHECKPOINT_VERSION,
+        "written_by": f"scale_llm {__version__}",
         "iteration": progress.iteration,
         "progress": progress.as_dict(),
         "world_size": dist.get_world_size(),

@@ -1,0 +1,123 @@
+"""What a model computes on tokens, layer by layer: a Hugging Face directory by transformers, a checkpoint by us.
+
+Legend: b batch, s sequence, h hidden, v vocabulary. Everything in FP32 on one process.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scale_llm.checkpoint.huggingface.source import FOLDER, read_json
+from scale_llm.checkpoint.torch_dist import checkpoint_config, find_checkpoint
+from scale_llm.checkpoint.verifying import Difference
+from scale_llm.config.checkpoint_files import is_huggingface
+from scale_llm.config.errors import UserError
+from scale_llm.config.model import Head
+
+Outputs = dict[str, torch.Tensor]
+
+
+def tokens_of(paths: list[Path], text: str, count: int) -> torch.Tensor:
+    """The first `count` tokens [1, s] of a text, by the first tokenizer.json that lies in or beside the paths."""
+    import tokenizers
+
+    for path in paths:
+        for place in (path, path / FOLDER, path.parent / FOLDER):
+            if (place / "tokenizer.json").is_file():
+                ids = tokenizers.Tokenizer.from_file(str(place / "tokenizer.json")).encode(text).ids[:count]
+                return torch.tensor([ids])
+    raise UserError(f"{paths[0]}: no tokenizer.json there or at {paths[1]}, so there are no tokens to compare on")
+
+
+def compare_outputs(a: Path | str, b: Path | str, tokens: torch.Tensor) -> Iterator[Difference]:
+    """Largest difference after the embedding, every layer, the last norm, and of the logits or scores."""
+    left, right = (outputs_of(Path(path), tokens) for path in (a, b))
+    for name, value in left.items():
+        other = right.get(name)
+        if other is None or other.shape != value.shape:
+            shape = "nothing" if other is None else tuple(other.shape)
+            yield Difference(name, None, f"{tuple(value.shape)} and {shape}")
+        else:
+            yield Difference(name, (value - other).abs().max().item())
+
+
+def outputs_of(path: Path, tokens: torch.Tensor) -> Outputs:
+    """`embedding`, `layer 1` and so on [b, s, h], `final norm` [b, s, h], `logits` [b, s, v] or `scores` [b, s, 1]."""
+    with torch.no_grad():
+        return _by_transformers(path, tokens) if is_huggingface(path) else _by_us(find_checkpoint(path), tokens)
+
+
+def _by_transformers(path: Path, tokens: torch.Tensor) -> Outputs:
+    try:
+        import transformers
+    except ImportError as error:
+        raise UserError("logits of a Hugging Face model need transformers: pip install transformers") from error
+    transformers.utils.logging.set_verbosity_error()
+    name = (read_json(path / "config.json").get("architectures") or ["AutoModelForCausalLM"])[0]
+    model = getattr(transformers, name).from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+    seen = model(tokens, output_hidden_states=True, use_cache=False)
+    *layers, final = seen.hidden_states
+    found = {"embedding" if i == 0 else f"layer {i}": value for i, value in enumerate(layers)}
+    found["final norm"] = final
+    if name.endswith(("ForCausalLM", "LMHeadModel")):
+        found["logits"] = seen.logits
+    else:
+        found["scores"] = getattr(model, "score", None)(final) if hasattr(model, "score") else model.classifier(final)
+    return found
+
+
+def _by_us(path: Path, tokens: torch.Tensor) -> Outputs:
+    cfg = checkpoint_config(path)
+    cfg.precision.bf16 = cfg.precision.fp16 = False
+    cfg.model.seq_length = max(tokens.size(1), 2)
+    cfg.model.hidden_dropout = cfg.model.attention_dropout = 0.0
+    cfg.parallel.tensor_model_parallel_size = cfg.parallel.pipeline_model_parallel_size = 1
+    cfg.parallel.context_parallel_size = cfg.parallel.expert_model_parallel_size = 1
+    cfg.parallel.expert_tensor_parallel_size, cfg.parallel.virtual_pipeline_model_parallel_size = 1, None
+    cfg.parallel.sequence_parallel = False
+    vocabulary = cfg.model.vocab_size
+    if vocabulary is None:
+        raise UserError(f"{path}: its config.yaml does not say model.vocab_size")
+    model = _alone(cfg, path, vocabulary)
+    found: Outputs = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: Any, inputs: Any, output: Any) -> None:
+            value = output[0] if isinstance(output, tuple) else output
+            found[name] = value.transpose(0, 1).clone()
+
+        return hook
+
+    model.embedding.register_forward_hook(keep("embedding"))
+    for i, layer in enumerate(model.decoder.layers[:-1]):
+        layer.register_forward_hook(keep(f"layer {i + 1}"))
+    model.decoder.final_layernorm.register_forward_hook(keep("final norm"))
+    positions = torch.arange(tokens.size(1)).expand_as(tokens)
+    output = model(tokens, positions, None).transpose(0, 1)
+    if cfg.model.head is Head.language_model:
+        found["logits"] = output[..., :vocabulary]
+    else:
+        found["scores"] = output
+    return found
+
+
+def _alone(cfg, path: Path, vocabulary: int):
+    """The model on this process alone, its weights loaded."""
+    from scale_llm.parallel.device import seed_everything, start_alone
+
+    start_alone()
+    seed_everything(1, tp_rank=0, pp_rank=0, ep_rank=0, etp_rank=0)  # its generators must exist
+    from scale_llm.checkpoint.checkpointer import load_sharded
+    from scale_llm.models.gpt import build_gpt
+    from scale_llm.models.transformer_config import transformer_config
+    from scale_llm.parallel.mesh import MeshSizes, build_mesh
+
+    mesh = build_mesh(MeshSizes(), "gloo")
+    assert mesh is not None
+    config = transformer_config(cfg.model, cfg.parallel, cfg.precision, cfg.train, on_cuda=False)
+    (model,) = build_gpt(cfg.model, config, mesh, vocab_size=vocabulary, seed=1, on_cuda=False)
+    metadata = {"dp_cp_group": mesh.groups.dp_cp, "singleton_local_shards": False}
+    model.load_state_dict(load_sharded(path, {"model": model.sharded_state_dict(metadata=metadata)})["model"])
+    return model.eval()

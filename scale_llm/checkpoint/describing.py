@@ -1,0 +1,100 @@
+"""What lies in a checkpoint or a Hugging Face directory, without reading its tensors."""
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from scale_llm.checkpoint.huggingface.source import read_json
+from scale_llm.checkpoint.safetensors_files import SafetensorsFolder
+from scale_llm.checkpoint.torch_dist import TorchDistReader, find_checkpoint
+from scale_llm.config.checkpoint_files import is_huggingface
+
+
+@dataclass(frozen=True, slots=True)
+class TensorLine:
+    """One name, or one name in every layer. count: tensors of this name; shape: of each."""
+
+    name: str
+    count: int
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """kind: `torch_dist` or `huggingface`. parameters: of the model, without optimizer state."""
+
+    path: Path
+    kind: str
+    lines: list[TensorLine]
+    parameters: int
+    bytes: int
+    optimizer_bytes: int
+    iteration: int | None
+    written_by: str
+
+
+def describe(path: Path | str) -> Description:
+    """Raises UserError where the path is neither kind, or damaged."""
+    path = Path(path)
+    return _huggingface(path) if is_huggingface(path) else _torch_dist(find_checkpoint(path))
+
+
+def _huggingface(path: Path) -> Description:
+    config, folder = read_json(path / "config.json"), SafetensorsFolder(path)
+    grouped: dict[tuple[str, tuple[int, ...], str], int] = {}
+    for name, entry in folder.entries.items():
+        short = re.sub(r"\.\d+\.", ".*.", re.sub(r"\.\d+\.", ".*.", name))
+        key = (short, entry.shape, _name(entry.dtype))
+        grouped[key] = grouped.get(key, 0) + 1
+    return Description(
+        path=path,
+        kind="huggingface",
+        lines=[TensorLine(name, count, shape, dtype) for (name, shape, dtype), count in grouped.items()],
+        parameters=sum(math.prod(entry.shape) for entry in folder.entries.values()),
+        bytes=sum(entry.bytes for entry in folder.entries.values()),
+        optimizer_bytes=0,
+        iteration=None,
+        written_by=", ".join(config.get("architectures") or ["?"])
+        + f", transformers {config.get('transformers_version', '?')}",
+    )
+
+
+def _torch_dist(path: Path) -> Description:
+    reader = TorchDistReader(path)
+    lines, parameters, size, optimizer = [], 0, 0, 0
+    for key, entry in reader.tensors.items():
+        count, item = math.prod(entry.size), entry.properties.dtype.itemsize
+        if key.startswith("optimizer."):
+            optimizer += count * item
+            continue
+        leading = 0 if not key.startswith("decoder.layers.") else 2 if ".experts.experts." in key else 1
+        shape = tuple(entry.size)
+        lines.append(TensorLine(key, math.prod(shape[:leading]), shape[leading:], _name(entry.properties.dtype)))
+        parameters, size = parameters + count, size + count * item
+    common = _common(path)
+    return Description(
+        path=path,
+        kind="torch_dist",
+        lines=lines,
+        parameters=parameters,
+        bytes=size,
+        optimizer_bytes=optimizer,
+        iteration=common.get("iteration"),
+        written_by=common.get("written_by", "not said (Megatron-LM, or scale_llm before 0.1.0)"),
+    )
+
+
+def _common(path: Path) -> dict:
+    file = path / "common.pt"
+    if not file.is_file():
+        return {}
+    found = torch.load(file, weights_only=False)  # Megatron-LM keeps its arguments there as an object
+    return found if isinstance(found, dict) else {}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
