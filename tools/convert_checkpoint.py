@@ -244,9 +244,6 @@ def job() -> Iterator[None]:
 def main() -> None:
     arguments = parser().parse_args()
     try:
-        from scale_llm.parallel.memory import keep_freed_memory
-
-        keep_freed_memory()
         with job():
             status = arguments.run(arguments)
     except UserError as error:

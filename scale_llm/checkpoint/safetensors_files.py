@@ -4,16 +4,18 @@ The format (a length, a JSON header, the bytes) is read here and not by the libr
 memory and whose writer wants a whole file's tensors at once.
 """
 
+import contextlib
 import json
 import math
+import os
 import struct
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from scale_llm.checkpoint.work import WriteBehind, made_ahead
 from scale_llm.config.errors import UserError
 
 INDEX = "model.safetensors.index.json"
@@ -109,10 +111,14 @@ class SafetensorsFolder:
             problems.append(f"{path}: truncated: {size} bytes where its header says {end}; fetch it again")
         return problems
 
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor, in memory of its own."""
+    def read(self, name: str, into: torch.Tensor | None = None) -> torch.Tensor:
+        """One tensor, in memory of its own or into a contiguous one of its shape and dtype."""
         entry = self.entries[name]
-        data = torch.empty(entry.bytes, dtype=torch.uint8)
+        found = torch.empty(entry.shape, dtype=entry.dtype) if into is None else into
+        assert found.shape == entry.shape and found.dtype is entry.dtype and found.is_contiguous()
+        if not entry.bytes:
+            return found
+        data = found.reshape(-1).view(torch.uint8)
         with open(entry.path, "rb", buffering=0) as file:
             file.seek(entry.start)
             view, filled = memoryview(data.numpy()), 0
@@ -121,7 +127,7 @@ class SafetensorsFolder:
                 if not got:
                     raise UserError(f"{entry.path}: ends within {name}; fetch it again")
                 filled += got
-        return data.view(entry.dtype).view(entry.shape)
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,29 +170,16 @@ def write_file(path: Path, tensors: list[Planned]) -> Iterator[Planned]:
         offset += tensor.bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb", buffering=0) as file:
+    with open(path, "wb", buffering=0) as file, contextlib.closing(WriteBehind()) as behind:
         file.write(struct.pack("<Q", len(text)) + text)
-        for tensor, value in _ahead(tensors):
+        for tensor, value in made_ahead(tensors, lambda tensor: tensor.make().to(tensor.dtype).contiguous()):
             assert tuple(value.shape) == tensor.shape, f"{tensor.name}: {tuple(value.shape)}, planned {tensor.shape}"
             view = memoryview(value.reshape(-1).view(torch.uint8).numpy()) if value.numel() else memoryview(b"")
             while len(view):
                 view = view[file.write(view) :]
+            behind.flush(path)
             yield tensor
-
-
-def _ahead(tensors: list[Planned]) -> Iterator[tuple[Planned, torch.Tensor]]:
-    """Every tensor with its value, the next one being made while the caller writes this one."""
-    with ThreadPoolExecutor(1) as pool:
-
-        def start(tensor: Planned) -> Future[torch.Tensor]:
-            return pool.submit(lambda: tensor.make().to(tensor.dtype).contiguous())
-
-        following = start(tensors[0]) if tensors else None
-        for i, tensor in enumerate(tensors):
-            assert following is not None
-            value = following.result()
-            following = start(tensors[i + 1]) if i + 1 < len(tensors) else None
-            yield tensor, value
+        os.fsync(file.fileno())
 
 
 def write_index(directory: Path, shards: dict[str, list[Planned]]) -> None:

@@ -33,7 +33,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.utils import _ReaderView
 
+from scale_llm.checkpoint.work import WriteBehind, made_ahead
 from scale_llm.config.checkpoint_files import latest_checkpoint
 from scale_llm.config.errors import UserError
 from scale_llm.config.io import load_config
@@ -56,10 +58,6 @@ class Chunk:
         return math.prod(self.sizes) * self.dtype.itemsize
 
 
-_WRITERS = 2
-"""Threads of one process, each with a file of its own: one reads while another writes."""
-
-
 class _Planner(DefaultSavePlanner):
     """Plans chunks in place of a state dict."""
 
@@ -67,6 +65,7 @@ class _Planner(DefaultSavePlanner):
         super().__init__(flatten_state_dict=False)
         self._chunks = {(chunk.key, chunk.offsets): chunk for chunk in chunks}
         self._objects, self._progress = objects, progress
+        self._values = made_ahead(self._chunks.values(), lambda chunk: chunk.make())
 
     def create_local_plan(self) -> SavePlan:
         items = [_item(chunk) for chunk in self._chunks.values()]
@@ -81,8 +80,8 @@ class _Planner(DefaultSavePlanner):
             torch.save(self._objects[index.fqn], buffer)
             return buffer
         assert index.offset is not None
-        chunk = self._chunks[index.fqn, tuple(index.offset)]
-        value = chunk.make()
+        chunk, value = next(self._values)  # the writer takes them in the order of the plan
+        assert (chunk.key, chunk.offsets) == (index.fqn, tuple(index.offset))
         assert value.dtype is chunk.dtype and value.numel() == math.prod(chunk.sizes), chunk
         self._progress(chunk.bytes)
         return value.reshape(chunk.sizes)
@@ -102,24 +101,32 @@ def _item(chunk: Chunk) -> WriteItem:
 
 
 def write_chunks(
-    directory: Path, chunks: Iterable[Chunk], objects: dict[str, Any], progress: Callable[[int], None] = lambda _: None
+    directory: Path, chunks: Iterable[Chunk], objects: dict[str, Any], progress: Callable[[int], None]
 ) -> None:
     """Writes this rank's chunks and objects; a collective where a process group is up. Existing files stay.
 
     objects: name -> what megatron-core keeps beside tensors, saved as it saves them. progress: told of bytes.
     """
     torch.serialization.set_crc32_options(False)  # a fifth of the time; readers do not look at it
+    written = directory / f"__{dist.get_rank() if dist.is_initialized() else 0}_0.distcp"
+    behind = WriteBehind()
+
+    def step(count: int) -> None:
+        behind.flush(written)
+        progress(count)
+
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             save(
                 {},
-                storage_writer=FileSystemWriter(directory, sync_files=False, overwrite=True, thread_count=_WRITERS),
-                planner=_Planner(chunks, objects, progress),
+                storage_writer=FileSystemWriter(directory, overwrite=True),
+                planner=_Planner(chunks, objects, step),
                 no_dist=not dist.is_initialized(),
             )
     finally:
         torch.serialization.set_crc32_options(True)
+        behind.close()
 
 
 class _Into(LoadPlanner):
@@ -195,17 +202,25 @@ class TorchDistReader:
         """The whole tensor at one index of its leading axes (a layer, a layer and an expert)."""
         entry = self.tensors[key]
         sizes = tuple(entry.size[len(index) :])
+        chunks = self._at(key, index)
+        if len(chunks) == 1 and tuple(chunks[0].sizes) == (1,) * len(index) + sizes:
+            return self._load(MetadataIndex(key, chunks[0].offsets)).view(sizes)
         target = torch.empty((1,) * len(index) + sizes, dtype=entry.properties.dtype)
         box = ChunkStorageMetadata(
             offsets=torch.Size(index + (0,) * len(sizes)), sizes=torch.Size((1,) * len(index) + sizes)
         )
-        chunks = self._at(key, index)
         found = sum(math.prod(chunk.sizes) for chunk in chunks)
         if found < target.numel():
             raise UserError(f"{self.path}: {key} at {index} is incomplete ({found} of {target.numel()} elements)")
         items = create_read_items_for_chunk_list(key, replace(entry, chunks=chunks), [box])
         self._reader.read_data(LoadPlan(items), _Into(target)).wait()
         return target.view(sizes)
+
+    def _load(self, index: MetadataIndex) -> torch.Tensor:
+        """One chunk as it was saved, without the copy that the reader makes of it."""
+        place = self.metadata.storage_data[index]
+        with open(self.path / place.relative_path, "rb") as file:
+            return torch.load(_ReaderView(file, place.offset, place.length), map_location="cpu", weights_only=True)
 
     def _at(self, key: str, index: tuple[int, ...]) -> list[ChunkStorageMetadata]:
         """The chunks that lie at an index; found once, because some checkpoints have thousands of a tensor."""

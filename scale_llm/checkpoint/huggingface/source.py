@@ -13,7 +13,7 @@ from scale_llm.config.model import ModelConfig
 from scale_llm.config.resolve import tokenizer_vocab_size
 from scale_llm.config.tokenizer import TokenizerConfig
 from scale_llm.models.huggingface import Family, Tensor, family_of, read_model
-from scale_llm.models.huggingface.forms import to_megatron
+from scale_llm.models.huggingface.forms import STACKED, to_megatron
 
 SIDE_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -106,8 +106,18 @@ class HuggingFaceModel:
 
     def megatron(self, tensor: Tensor, index: tuple[int, ...], padded_vocabulary: int) -> torch.Tensor:
         """The Megatron tensor at one index."""
-        parts = [self._files.read(self._names[name]) for name in tensor.names(index)]
-        return to_megatron(tensor, parts, self.model, padded_vocabulary)
+        names = [self._names[name] for name in tensor.names(index)]
+        if tensor.form not in STACKED:
+            return to_megatron(tensor, [self._files.read(name) for name in names], self.model)
+        # Rows above rows: read where they belong, which saves a copy of the largest tensors.
+        whole = torch.empty(tensor.shape(self.model, padded_vocabulary), dtype=self.dtype_of(tensor))
+        row = 0
+        for name in names:
+            rows = self._files.entries[name].shape[0]
+            self._files.read(name, into=whole[row : row + rows])
+            row += rows
+        whole[row:] = 0
+        return whole
 
 
 def read_json(path: Path) -> dict[str, Any]:

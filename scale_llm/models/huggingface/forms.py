@@ -7,19 +7,15 @@ import torch
 from scale_llm.config.model import ModelConfig
 from scale_llm.models.huggingface.table import Form, Tensor
 
+STACKED = (Form.vocabulary, Form.gate_up)
+"""Forms that are the rows of their parts, one above the other, then zeros."""
 
-def to_megatron(
-    tensor: Tensor, parts: Sequence[torch.Tensor], model: ModelConfig, padded_vocabulary: int
-) -> torch.Tensor:
-    """The Megatron tensor at one index, of `tensor.shape(model, padded_vocabulary)`."""
+
+def to_megatron(tensor: Tensor, parts: Sequence[torch.Tensor], model: ModelConfig) -> torch.Tensor:
+    """The Megatron tensor at one index, for the forms that are not STACKED."""
     form, first = tensor.form, parts[0]
     if form is Form.same:
         return first
-    if form is Form.vocabulary:
-        missing = padded_vocabulary - first.size(0)
-        return torch.cat([first, first.new_zeros(missing, *first.shape[1:])]) if missing else first
-    if form is Form.gate_up:
-        return torch.cat(list(parts))
     if form is Form.transposed:
         return first.t().contiguous()
     if form is Form.qkv_thirds:
