@@ -131,11 +131,12 @@ def run_verify(arguments: argparse.Namespace) -> int:
     else:
         import inspect
 
-        from scale_llm.checkpoint.computing import compare_outputs, tokens_of
+        from scale_llm.checkpoint.computing import compare_outputs, longest, tokens_of
 
         text = arguments.text.read_text(encoding="utf-8") if arguments.text else inspect.getsource(inspect)
         paths = [arguments.first, arguments.second]
-        found = list(compare_outputs(*paths, tokens_of(paths, text, arguments.tokens)))
+        count = min(arguments.tokens, *(longest(path) or arguments.tokens for path in paths))
+        found = list(compare_outputs(*paths, tokens_of(paths, text, count)))
     return print_differences(found, arguments.tolerance)
 
 

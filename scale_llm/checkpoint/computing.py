@@ -14,7 +14,8 @@ from scale_llm.checkpoint.torch_dist import checkpoint_config, find_checkpoint
 from scale_llm.checkpoint.verifying import Difference
 from scale_llm.config.checkpoint_files import is_huggingface
 from scale_llm.config.errors import UserError
-from scale_llm.config.model import Head
+from scale_llm.config.model import Head, PositionEmbedding
+from scale_llm.models.huggingface import read_model
 
 Outputs = dict[str, torch.Tensor]
 
@@ -29,6 +30,16 @@ def tokens_of(paths: list[Path], text: str, count: int) -> torch.Tensor:
                 ids = tokenizers.Tokenizer.from_file(str(place / "tokenizer.json")).encode(text).ids[:count]
                 return torch.tensor([ids])
     raise UserError(f"{paths[0]}: no tokenizer.json there or at {paths[1]}, so there are no tokens to compare on")
+
+
+def longest(path: Path) -> int | None:
+    """Tokens that the model at a path can take: the length of its learned position table; None: no limit."""
+    if is_huggingface(path):
+        model = read_model(read_json(path / "config.json"), str(path / "config.json"))
+    else:
+        model = checkpoint_config(find_checkpoint(path)).model
+    learned = model.position_embedding_type is PositionEmbedding.learned_absolute
+    return (model.max_position_embeddings or model.seq_length) if learned else None
 
 
 def compare_outputs(a: Path | str, b: Path | str, tokens: torch.Tensor) -> Iterator[Difference]:

@@ -24,6 +24,7 @@ from torch.distributed.checkpoint import (
     SavePlan,
     save,
 )
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -124,6 +125,8 @@ def write_chunks(
                 planner=_Planner(chunks, objects, step),
                 no_dist=not dist.is_initialized(),
             )
+    except CheckpointException as error:  # torch's wrapper of what happened, a full disk or Ctrl-C
+        raise next(iter(error.failures.values()))[0] from error
     finally:
         torch.serialization.set_crc32_options(True)
         behind.close()

@@ -1,5 +1,6 @@
 """What ranks do with Hugging Face models: load, answer, train, save. Legend: s sequence, b batch, v vocabulary."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,14 +9,14 @@ import torch
 import torch.distributed as dist
 
 from scale_llm.checkpoint.checkpointer import Checkpointer
-from scale_llm.checkpoint.huggingface.source import read_json
-from scale_llm.config.model import Head
+from scale_llm.checkpoint.huggingface.source import HuggingFaceModel, read_json
+from scale_llm.config.model import Head, RopeScaling
 from scale_llm.config.optim import DecayStyle, Optimizer
 from scale_llm.config.run import RunConfig
 from scale_llm.engine import state as engine_state
 from scale_llm.engine.engine import Engine
 from scale_llm.losses.language_model import language_model_loss
-from scale_llm.models.huggingface import read_model
+from scale_llm.models.huggingface import Form, read_model
 from scale_llm.stages.run_state import load_weights, write_config
 from support.training import join
 
@@ -43,12 +44,17 @@ def _batch(tokens: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
-def output(directory: str, data: str, layout: dict[str, Any]) -> torch.Tensor | None:
-    """Logits [b, s, v] (or scores [b, s, 1]) for tokens [b, s + 1], on the ranks of the last stage."""
+def output(directory: str, data: str, layout: dict[str, Any], mistake: str | None = None) -> torch.Tensor | None:
+    """Logits [b, s, v] (or scores [b, s, 1]) for tokens [b, s + 1], on the ranks of the last stage.
+
+    mistake: see MISTAKES.
+    """
     from scale_llm.config.checkpoint_files import latest_checkpoint
 
     tokens = torch.load(data)
     cfg = _config(directory, layout, tokens.size(1) - 1, tokens.size(0))
+    if mistake is not None:
+        MISTAKES[mistake](cfg)
     device, mesh = join(cfg)
     engine = Engine(cfg, mesh, device, vocab_size=cfg.model.vocab_size, trainable=False)
     load_weights(engine, latest_checkpoint(directory)[1], cfg.model)
@@ -67,6 +73,94 @@ def output(directory: str, data: str, layout: dict[str, Any]) -> torch.Tensor | 
         dist.all_gather(parts, found.contiguous(), group=mesh.groups.tp)
         found = torch.cat(parts, dim=-1)[..., : cfg.model.vocab_size]
     return found.transpose(0, 1)
+
+
+def _change_tensor(key: str, **change: Any) -> None:
+    """Another entry of Llama's table for the tensor whose key ends so; for this rank alone, which ends with the call."""
+    from scale_llm.models.huggingface import config
+    from scale_llm.models.huggingface.families import llama
+
+    tensors = tuple(
+        replace(tensor, **{name: make(tensor) for name, make in change.items()}) if tensor.key.endswith(key) else tensor
+        for tensor in llama.FAMILY.tensors
+    )
+    config.FAMILIES = tuple(
+        replace(family, tensors=tensors) if family is llama.FAMILY else family for family in config.FAMILIES
+    )
+
+
+def _plain_qkv(cfg: RunConfig) -> None:
+    """Queries, keys and values one above the other, as if every group had no keys of its own."""
+    _change_tensor("linear_qkv.weight", form=lambda tensor: Form.gate_up)
+
+
+def _up_above_gate(cfg: RunConfig) -> None:
+    _change_tensor("linear_fc1.weight", parts=lambda tensor: tensor.parts[::-1])
+
+
+def _swapped_norms(cfg: RunConfig) -> None:
+    """Every layer's two norms in each other's place."""
+    swapped = {"linear_fc1.layer_norm_weight": "linear_qkv.layer_norm_weight"}
+    swapped |= {there: here for here, there in swapped.items()}
+    _change_tensor(
+        "layer_norm_weight",
+        key=lambda tensor: next(tensor.key.replace(a, b) for a, b in swapped.items() if tensor.key.endswith(a)),
+    )
+
+
+def _no_rope_scaling(cfg: RunConfig) -> None:
+    cfg.model.rope_scaling = RopeScaling.none
+
+
+def _other_rope_scaling(cfg: RunConfig) -> None:
+    cfg.model.rope_original_max_position_embeddings *= 2
+
+
+def _padding_first(cfg: RunConfig) -> None:
+    """The zeros of the padded vocabulary above the tokens in place of below them."""
+    plain = HuggingFaceModel.megatron
+
+    def megatron(self, tensor, index, padded):
+        whole = plain(self, tensor, index, padded)
+        return whole.roll(1, dims=0) if tensor.form is Form.vocabulary else whole
+
+    HuggingFaceModel.megatron = megatron
+
+
+MISTAKES = {
+    "plain_qkv": _plain_qkv,
+    "up_above_gate": _up_above_gate,
+    "swapped_norms": _swapped_norms,
+    "no_rope_scaling": _no_rope_scaling,
+    "other_rope_scaling": _other_rope_scaling,
+    "padding_first": _padding_first,
+}
+
+
+def greedy(directory: str, shape: str, prompt: list[int], count: int, layout: dict[str, Any]) -> list[int] | None:
+    """The `count` likeliest tokens after a prompt, one whole forward pass a token, on the ranks of the last stage."""
+    from scale_llm.config.checkpoint_files import latest_checkpoint
+
+    cfg = _config(shape, layout, len(prompt) + count, 1)
+    device, mesh = join(cfg)
+    engine = Engine(cfg, mesh, device, vocab_size=cfg.model.vocab_size, trainable=False)
+    load_weights(engine, latest_checkpoint(directory)[1], cfg.model)
+    tokens = list(prompt)
+    for _ in range(count):
+        chosen: list[int] = []
+
+        last = len(tokens) - 1
+
+        def choose(out, batch, chosen=chosen, last=last):
+            parts = [torch.empty_like(out[last]) for _ in range(mesh.sizes.tp)]
+            dist.all_gather(parts, out[last].contiguous(), group=mesh.groups.tp)
+            chosen.append(int(torch.cat(parts, dim=-1)[0, : cfg.model.vocab_size].argmax()))
+            return out.sum() * 0, torch.tensor(1), {}
+
+        whole = tokens + [0] * (cfg.model.seq_length + 1 - len(tokens))  # what comes later is not seen
+        engine.evaluate([_batch(torch.tensor([whole]))], choose)
+        tokens.append(chosen[0])
+    return tokens[len(prompt) :]
 
 
 def train(directory: str, data: str, layout: dict[str, Any], lr: float) -> list[float]:

@@ -58,7 +58,7 @@ def build(name: str):
             if parameter.dim() > 1:
                 parameter.normal_(std=0.08)
             else:
-                parameter.add_(0.1 * torch.randn_like(parameter))
+                parameter.add_(0.2 * torch.randn_like(parameter))
     return model
 
 

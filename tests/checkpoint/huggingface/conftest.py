@@ -17,6 +17,10 @@ class Models:
         path = self._root / name
         return path if path.is_dir() else families.save(name, path)
 
+    def sharded(self, name):
+        path = self._root / f"{name}_sharded"
+        return path if path.is_dir() else families.save(name, path, max_shard_size="250KB")
+
     def imported(self, name):
         path = self._root / f"{name}_imported"
         if not path.is_dir():
