@@ -18,7 +18,7 @@ from scale_llm.checkpoint.staging import output_problems, refuse, staged
 from scale_llm.checkpoint.torch_dist import TorchDistReader, checkpoint_config, find_checkpoint
 from scale_llm.checkpoint.work import every_nth, is_first
 from scale_llm.config.checkpoint_files import write_latest
-from scale_llm.config.model import ModelConfig
+from scale_llm.config.model import Head, ModelConfig
 
 Progress = Callable[[int], None]
 
@@ -94,9 +94,10 @@ def _iteration(path: Path) -> int:
 
 def _problems(model: ModelConfig, layout: Layout) -> list[str]:
     groups = model.num_query_groups or model.num_attention_heads
+    feed_forward = "ffn_hidden_size" if model.num_experts is None else "moe_ffn_hidden_size"
     wanted = [
         ("tensor-model-parallel-size", layout.tp, "model.num_query_groups", groups),
-        ("tensor-model-parallel-size", layout.tp, "model.ffn_hidden_size", model.ffn_hidden_size or 0),
+        ("tensor-model-parallel-size", layout.tp, f"model.{feed_forward}", getattr(model, feed_forward) or 0),
         ("pipeline-model-parallel-size", layout.pp, "model.num_layers", model.num_layers),
         ("expert-model-parallel-size", layout.ep, "model.num_experts", model.num_experts or 1),
     ]
@@ -124,9 +125,13 @@ def _shard(
         for place in places:
             local = tuple(i - first for i, first in zip(place, (pp * layers, ep * experts), strict=False))
             yield local_name(key, local), cut(key, reader.read(key, place), model, layout.tp, tp)
-    if layout.pp > 1 and pp == layout.pp - 1 and not model.untie_embeddings_and_output_weights:
+    if layout.pp > 1 and pp == layout.pp - 1 and _tied(model):
         table = "embedding.word_embeddings.weight"  # the last stage has a copy of the table it is tied to
         yield "output_layer.weight", cut("output_layer.weight", reader.read(table), model, layout.tp, tp)
+
+
+def _tied(model: ModelConfig) -> bool:
+    return model.head is Head.language_model and not model.untie_embeddings_and_output_weights
 
 
 def _on_stage(key: str, pp: int, stages: int) -> bool:

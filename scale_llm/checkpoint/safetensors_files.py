@@ -67,20 +67,23 @@ class SafetensorsFolder:
 
     def _index(self, problems: list[str]) -> dict[str, str]:
         path = self.directory / INDEX
-        if not path.is_file():
+        if (self.directory / SINGLE).is_file() or not path.is_file():
             return {}
         try:
-            return dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            return {str(k): str(v) for k, v in json.loads(path.read_text(encoding="utf-8"))["weight_map"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             problems.append(f"{path}: cannot be read ({type(error).__name__}: {error})")
             return {}
 
     def _loose(self, problems: list[str]) -> list[str]:
-        found = sorted(path.name for path in self.directory.glob("*.safetensors"))
+        """The files where no index says which: as transformers names them."""
+        if (self.directory / SINGLE).is_file():
+            return [SINGLE]
+        found = sorted(path.name for path in self.directory.glob("model*.safetensors"))
         if not found and not problems:
             others = sorted(path.name for path in self.directory.glob("*.bin"))
             remedy = "save the model again with safe_serialization=True" if others else "give a model's directory"
-            problems.append(f"{self.directory}: holds no *.safetensors file; {remedy}")
+            problems.append(f"{self.directory}: holds no model.safetensors; {remedy}")
         return found
 
     def _read_header(self, path: Path) -> list[str]:
@@ -93,20 +96,24 @@ class SafetensorsFolder:
                 if length > size - 8:
                     return [f"{path}: truncated in its header ({size} bytes); fetch it again"]
                 header = json.loads(file.read(length))
-        except (ValueError, struct.error) as error:
-            return [f"{path}: is no safetensors file ({error})"]
+            header.pop("__metadata__", None)
+            found = [
+                (name, entry["dtype"], tuple(entry["shape"]), *(8 + length + int(o) for o in entry["data_offsets"]))
+                for name, entry in header.items()
+            ]
+        except (ValueError, struct.error, AttributeError, KeyError, TypeError) as error:
+            return [f"{path}: is no safetensors file ({type(error).__name__}: {error})"]
         problems = []
-        header.pop("__metadata__", None)
-        end = 8 + length
-        for name, entry in header.items():
-            start, stop = (8 + length + offset for offset in entry["data_offsets"])
-            end = max(end, stop)
+        for name, dtype, shape, start, stop in found:
             if name in self.entries:
                 problems.append(f"{path}: {name} is also in {self.entries[name].path.name}")
-            if entry["dtype"] not in DTYPES:
-                problems.append(f"{path}: {name} has dtype {entry['dtype']}, which is not supported")
+            if dtype not in DTYPES:
+                problems.append(f"{path}: {name} has dtype {dtype}, which is not supported")
                 continue
-            self.entries[name] = Entry(path, DTYPES[entry["dtype"]], tuple(entry["shape"]), start, stop)
+            if start < 8 + length or stop - start != math.prod(shape) * DTYPES[dtype].itemsize:
+                problems.append(f"{path}: {name} of {shape} {dtype} has {stop - start} bytes; fetch the file again")
+            self.entries[name] = Entry(path, DTYPES[dtype], shape, start, stop)
+        end = max((stop for *_, stop in found), default=0)
         if end > size:
             problems.append(f"{path}: truncated: {size} bytes where its header says {end}; fetch it again")
         return problems

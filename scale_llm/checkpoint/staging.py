@@ -15,6 +15,8 @@ def output_problems(path: Path) -> list[str]:
     """An output directory that something lies in."""
     if path.is_dir() and any(path.iterdir()):
         return [f"{path}: exists and is not empty; give another directory, or remove it"]
+    if os.path.ismount(path):
+        return [f"{path}: is where a disk is mounted, so nothing can be renamed to it; give a directory below it"]
     if path.exists() and not path.is_dir():
         return [f"{path}: is a file; give a directory"]
     return []
@@ -26,6 +28,7 @@ def staged(path: Path) -> Iterator[Path]:
 
     A collective: every rank enters; the first makes and renames it.
     """
+    path = path.resolve()
     partial = path.with_name(f".{path.name}.partial")
     first = not dist.is_initialized() or dist.get_rank() == 0
     if first:
@@ -35,14 +38,14 @@ def staged(path: Path) -> Iterator[Path]:
     try:
         yield partial
         _barrier()
+        if first:
+            if path.is_dir():
+                path.rmdir()  # empty, or it would have been refused
+            os.replace(partial, path)
     except BaseException:
         if first:
             shutil.rmtree(partial, ignore_errors=True)
         raise
-    if first:
-        if path.is_dir():
-            path.rmdir()  # empty, or it would have been refused
-        os.replace(partial, path)
     _barrier()
 
 

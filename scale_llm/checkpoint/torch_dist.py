@@ -121,7 +121,11 @@ def write_chunks(
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             save(
                 {},
-                storage_writer=FileSystemWriter(directory, overwrite=True),
+                storage_writer=FileSystemWriter(
+                    directory,
+                    overwrite=True,
+                    per_thread_copy_ahead=0,  # else items are sorted by size where a GPU is seen
+                ),
                 planner=_Planner(chunks, objects, step),
                 no_dist=not dist.is_initialized(),
             )

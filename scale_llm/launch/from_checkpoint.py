@@ -56,4 +56,7 @@ def _ours(directory: Path) -> tuple[ModelConfig, TokenizerConfig]:
             "instead of model=from_checkpoint"
         )
     cfg = load_config(found[1])
+    beside = found[1].parent / "huggingface"
+    if (beside / "tokenizer.json").is_file():  # an import, which may have been moved since
+        cfg.tokenizer.path = str(beside.resolve())
     return cfg.model, cfg.tokenizer

@@ -75,13 +75,13 @@ def output(directory: str, data: str, layout: dict[str, Any], mistake: str | Non
     return found.transpose(0, 1)
 
 
-def _change_tensor(key: str, **change: Any) -> None:
-    """Another entry of Llama's table for the tensor whose key ends so; for this rank alone, which ends with the call."""
+def _change_tensor(end: str, **change: Any) -> None:
+    """Another entry of Llama's table for the tensor whose key ends so; this rank alone has it, and ends soon."""
     from scale_llm.models.huggingface import config
     from scale_llm.models.huggingface.families import llama
 
     tensors = tuple(
-        replace(tensor, **{name: make(tensor) for name, make in change.items()}) if tensor.key.endswith(key) else tensor
+        replace(tensor, **{name: make(tensor) for name, make in change.items()}) if tensor.key.endswith(end) else tensor
         for tensor in llama.FAMILY.tensors
     )
     config.FAMILIES = tuple(
@@ -100,7 +100,7 @@ def _up_above_gate(cfg: RunConfig) -> None:
 
 def _swapped_norms(cfg: RunConfig) -> None:
     """Every layer's two norms in each other's place."""
-    swapped = {"linear_fc1.layer_norm_weight": "linear_qkv.layer_norm_weight"}
+    swapped = {"mlp.linear_fc1.layer_norm_weight": "self_attention.linear_qkv.layer_norm_weight"}
     swapped |= {there: here for here, there in swapped.items()}
     _change_tensor(
         "layer_norm_weight",

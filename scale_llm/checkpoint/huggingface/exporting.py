@@ -17,6 +17,7 @@ from scale_llm.config.model import ModelConfig
 from scale_llm.config.run import RunConfig
 from scale_llm.models.huggingface import Family, Form, Tensor, export_family, write_config
 from scale_llm.models.huggingface.forms import to_huggingface
+from scale_llm.models.huggingface.tokenizer import token_id
 
 Progress = Callable[[int], None]
 
@@ -110,20 +111,32 @@ class _Shared:
 def _write_model_files(
     directory: Path, path: Path, cfg: RunConfig, model: ModelConfig, family: Family, dtype: torch.dtype
 ) -> None:
-    beside = path.parent / FOLDER
-    places = [beside] if beside.is_dir() else []
-    if cfg.tokenizer.path is not None:
-        given = Path(cfg.tokenizer.path)
-        places.append(given if given.is_dir() else given.parent)
+    places = _places(path, cfg)
     for place in reversed(places):
         for name in SIDE_FILES:
             if (place / name).is_file():
                 shutil.copyfile(place / name, directory / name)
+    given = Path(cfg.tokenizer.path) if cfg.tokenizer.path else None
+    if given is not None and given.is_file():
+        shutil.copyfile(given, directory / "tokenizer.json")
     base = next((read_json(place / "config.json") for place in places if (place / "config.json").is_file()), None)
     config = write_config(model, family, str(dtype).removeprefix("torch."), base)
+    if "eos_token_id" not in config:  # else transformers takes the number that its class has by default
+        config["eos_token_id"] = token_id(directory, cfg.tokenizer.eod_token)
+        config.setdefault("bos_token_id", config["eos_token_id"])
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if not (directory / "generation_config.json").is_file():
         tokens = {
             key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key) is not None
         }
         (directory / "generation_config.json").write_text(json.dumps(tokens, indent=2) + "\n", encoding="utf-8")
+
+
+def _places(path: Path, cfg: RunConfig) -> list[Path]:
+    """Where the tokenizer and the first configuration may lie, the likeliest first."""
+    places = [path.parent / FOLDER]
+    if cfg.tokenizer.path is not None:
+        places.append(Path(cfg.tokenizer.path))
+    elif cfg.data.cache_dir is not None:
+        places.append(Path(cfg.data.cache_dir))  # a run that trained its own
+    return [place for place in places if place.is_dir()]

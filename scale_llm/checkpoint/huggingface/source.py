@@ -56,6 +56,7 @@ class HuggingFaceModel:
     def _differences(self) -> list[str]:
         entries, expected = self._files.entries, set()
         missing, wrong = [], []
+        kinds: dict[str, torch.dtype] = {}  # one a Megatron tensor, whose layers are stacked
         for tensor in self.tensors:
             for index in tensor.indices(self.model):
                 for name, part in zip(tensor.names(index), tensor.parts, strict=True):
@@ -64,6 +65,14 @@ class HuggingFaceModel:
                         missing.append(name)
                         continue
                     expected.add(actual)
+                    dtype = entries[actual].dtype
+                    if not dtype.is_floating_point or dtype.itemsize < 2:
+                        wrong.append(f"{self.directory}: {name} is {_name(dtype)}; quantised weights are not supported")
+                    elif kinds.setdefault(tensor.key, dtype) is not dtype:
+                        wrong.append(
+                            f"{self.directory}: {name} is {_name(dtype)} where the others like it are "
+                            f"{_name(kinds[tensor.key])}; save the model in one number format"
+                        )
                     if entries[actual].shape != shape:
                         wrong.append(
                             f"{self.directory}: {name} has shape {entries[actual].shape} where config.json says {shape}"
@@ -88,6 +97,8 @@ class HuggingFaceModel:
             return []
         size = tokenizer_vocab_size(TokenizerConfig(path=str(self.directory)))
         rows = self.model.vocab_size or 0
+        if size is None:
+            return [f"{self.directory / 'tokenizer.json'}: cannot be read; fetch it again, or take it away"]
         if size is not None and size > rows:
             return [
                 f"{self.directory / 'tokenizer.json'}: has {size} tokens, the embedding {rows} rows; resize the "
@@ -118,6 +129,10 @@ class HuggingFaceModel:
             row += rows
         whole[row:] = 0
         return whole
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -83,6 +83,11 @@ def read_model(config: dict[str, Any], source: str) -> ModelConfig:
         found |= scaling
         problems += wrong
     problems += [f"{source}: {key} is missing" for key in _missing(found, family)]
+    problems += [
+        f"{source}: {key}={found[name]!r} must be a positive number"
+        for name, key in family.fields.items()
+        if name in found and name not in MAY_BE_ZERO and not (_is_number(found[name]) and found[name] > 0)
+    ]
     if problems:
         raise UserError(problems)
     found["name"] = family.model_type
@@ -94,6 +99,13 @@ def _key(family: Family, key: str, config: dict[str, Any]) -> str:
     """The name that this config.json has for a key."""
     other = family.also.get(key)
     return other if other is not None and key not in config and other in config else key
+
+
+MAY_BE_ZERO = ("hidden_dropout", "attention_dropout")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _complete(model: ModelConfig) -> ModelConfig:
@@ -114,7 +126,7 @@ def _unsupported(config: dict[str, Any], family: Family, head: Head, source: str
     problems = [
         f"{source}: {key}={config[key]} is not supported for {family.model_type}; supported is {key}={value}"
         for key, value in family.theirs.items()
-        if key in config and config[key] != value
+        if config.get(key) is not None and config[key] != value
     ]
     labels = config.get("num_labels") or len(config.get("id2label") or {0: ""})
     if head is not Head.language_model and labels != 1:
@@ -124,9 +136,15 @@ def _unsupported(config: dict[str, Any], family: Family, head: Head, source: str
 
 def _read_rope(config: dict[str, Any], family: Family, source: str) -> tuple[dict[str, Any], list[str]]:
     """Both spellings: rope_theta beside rope_scaling, and rope_parameters of transformers 5."""
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    base = float(rope.get("rope_theta", config.get("rope_theta", family.absent["rope_theta"])))
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    given = [config.get("rope_scaling") or {}, config.get("rope_parameters") or {}]
+    if not all(isinstance(part, dict) for part in given):
+        return {}, [f"{source}: rope_scaling and rope_parameters must be objects"]
+    rope = given[0] | given[1]
+    kind = str(rope.get("rope_type", rope.get("type", "default")))
+    needed = {"linear": ["factor"], "llama3": list(_LLAMA3.values())}.get(kind, [])
+    if absent := [key for key in needed if not isinstance(rope.get(key), int | float)]:
+        return {}, [f"{source}: rope scaling lacks the numbers {', '.join(absent)}"]
+    base = float(rope.get("rope_theta") or config.get("rope_theta") or family.absent["rope_theta"])
     found: dict[str, Any] = {"rotary_base": int(base)}
     problems = []
     if int(base) != base:
@@ -150,6 +168,9 @@ def export_family(model: ModelConfig, architecture: str | None = None) -> Family
         UserError: none has this shape, or the one asked for has not.
     """
     wanted = architecture or model.architecture
+    heads = {name: head for family in FAMILIES for head, name in family.classes.items()}
+    if wanted in heads and heads[wanted] is not model.head:
+        raise UserError(f"architecture {wanted}: has a {heads[wanted].value} head, the model a {model.head.value} head")
     candidates = [f for f in FAMILIES if wanted is None or wanted in f.classes.values() or wanted == f.model_type]
     if not candidates:
         known = ", ".join(name for family in FAMILIES for name in family.classes.values())
@@ -193,8 +214,7 @@ def _plain(value: Any) -> Any:
 
 def write_config(model: ModelConfig, family: Family, dtype: str, base: dict[str, Any] | None = None) -> dict[str, Any]:
     """config.json of a model. base: that of the model it came from, whose other keys are kept."""
-    same = base is not None and base.get("model_type") == family.model_type
-    config: dict[str, Any] = copy.deepcopy(base) if same and base is not None else {}
+    config = _kept(base or {}, model, family)
     config |= {"architectures": [family.classes[model.head]], "model_type": family.model_type}
     for name, key in family.fields.items():
         config[_key(family, key, config)] = getattr(model, name)
@@ -204,11 +224,26 @@ def write_config(model: ModelConfig, family: Family, dtype: str, base: dict[str,
         config["norm_topk_prob"] = not model.moe_router_pre_softmax
     if model.position_embedding_type is PositionEmbedding.rope:
         _write_rope(config, model)
+    if family.base == "transformer.":
+        config["embd_pdrop"] = model.hidden_dropout
     if model.head is not Head.language_model:
         config |= {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
     config["dtype" if "dtype" in config else "torch_dtype"] = dtype
     config.setdefault("use_cache", True)
     return config
+
+
+def _kept(base: dict[str, Any], model: ModelConfig, family: Family) -> dict[str, Any]:
+    """What to keep of the configuration it came from: everything of the same shape, else the special tokens alone."""
+    shape = ("num_layers", "hidden_size", "num_attention_heads")
+    same = base.get("model_type") == family.model_type and all(
+        base.get(family.fields[name]) == getattr(model, name) for name in shape
+    )
+    if not same:
+        return {key: value for key, value in base.items() if key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    kept = copy.deepcopy(base)
+    kept.pop("quantization_config", None)
+    return kept
 
 
 def _write_rope(config: dict[str, Any], model: ModelConfig) -> None:

@@ -34,3 +34,16 @@ def end_of_text(directory: Path, config: dict[str, Any]) -> str | None:
     if isinstance(vocabulary, list):  # Unigram: [token, score] by id
         vocabulary = {entry[0]: number for number, entry in enumerate(vocabulary)}
     return next((text for text, number in vocabulary.items() if number == wanted), None)
+
+
+def token_id(directory: Path, text: str) -> int | None:
+    """The id of a token in the directory's tokenizer.json."""
+    path = directory / "tokenizer.json"
+    if not path.is_file():
+        return None
+    content = json.loads(path.read_text(encoding="utf-8"))
+    for token in content.get("added_tokens", []):
+        if token["content"] == text:
+            return token["id"]
+    vocabulary = content.get("model", {}).get("vocab", {})
+    return vocabulary.get(text) if isinstance(vocabulary, dict) else None

@@ -59,8 +59,8 @@ def unknown_architecture(model):
 
 
 def missing_shards(model):
-    shard(model, 0).unlink()
     shard(model, 1).unlink()
+    shard(model, 0).unlink()
     return ["00001-of-00003.safetensors: this shard is missing", "00002-of-00003.safetensors: this shard is missing"]
 
 
@@ -102,6 +102,27 @@ def unsupported_options(model):
     return ["attention_bias=True is not supported", "hidden_act=relu is not supported", "rope_type=yarn"]
 
 
+def malformed_values(model):
+    edit_config(model, hidden_size="64", num_attention_heads=0, rope_parameters={"rope_type": "llama3"})
+    return ["hidden_size='64' must be a positive number", "num_attention_heads=0 must be", "lacks the numbers factor"]
+
+
+def two_number_formats(model):
+    def change(tensors):
+        tensors["model.layers.0.self_attn.q_proj.weight"] = tensors["model.layers.0.self_attn.q_proj.weight"].half()
+        tensors["model.layers.0.self_attn.k_proj.weight"] = torch.zeros(32, 64, dtype=torch.int8)
+
+    edit_tensors(model, change)
+    return ["k_proj.weight is int8; quantised", "is float32 where the others like it are float16"]
+
+
+def damaged_header(model):
+    path = shard(model, 1)
+    data = path.read_bytes()
+    path.write_bytes(data[:8] + data[8:].replace(b'"data_offsets"', b'"data_offsetz"', 1))
+    return ["00002-of-00003.safetensors: is no safetensors file (KeyError"]
+
+
 def large_tokenizer(model):
     content = json.loads((model / "tokenizer.json").read_text())
     content["added_tokens"].append({**content["added_tokens"][0], "id": 300, "content": "<one too many>"})
@@ -117,7 +138,8 @@ def no_config(model):
 @pytest.mark.parametrize(
     "damage",
     [unknown_architecture, missing_shards, truncated_shard, truncated_header, wrong_tensors, missing_tensor,
-     other_sizes, unsupported_options, large_tokenizer, no_config],
+     other_sizes, unsupported_options, malformed_values, two_number_formats, damaged_header, large_tokenizer,
+     no_config],
     ids=lambda damage: damage.__name__,
 )  # fmt: skip
 def test_import_refuses(model, tmp_path, damage):
