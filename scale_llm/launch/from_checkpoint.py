@@ -33,6 +33,19 @@ def take_model(cfg: RunConfig, given: set[str]) -> None:
         cfg.tokenizer = tokenizer
 
 
+def huggingface_problems(cfg: RunConfig) -> list[str]:
+    """A Hugging Face directory in checkpoint.load whose model is not the run's."""
+    load = cfg.checkpoint.load
+    if load is None or not is_huggingface(load):
+        return []
+    from scale_llm.models.huggingface.same_function import differences
+
+    try:
+        return differences(_huggingface(Path(load))[0], cfg.model, Path(load))
+    except UserError as error:
+        return error.problems
+
+
 def _huggingface(directory: Path) -> tuple[ModelConfig, TokenizerConfig]:
     from scale_llm.models.huggingface import read_model
     from scale_llm.models.huggingface.tokenizer import tokenizer_of

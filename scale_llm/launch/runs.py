@@ -47,6 +47,7 @@ def compose_run(words: list[str], point: str | None = None) -> Planned:
 def problems(plan: Planned) -> list[str]:
     """Everything wrong with a run that can be known before its data are read."""
     found = problems_of(plan.cfg, plan.machine) + tracker_problems(plan.cfg)
+    found += from_checkpoint.huggingface_problems(plan.cfg)
     if plan.join is None and plan.cfg.cluster.nnodes > 1:
         found.append(
             f"cluster.nnodes={plan.cfg.cluster.nnodes}: ranks are started on this machine alone; "
