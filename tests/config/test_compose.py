@@ -35,7 +35,16 @@ def test_options_are_listed():
     """Adding an option means defending it here."""
     assert {group: options(group) for group in GROUPS} == {
         "stage": ["evaluate", "pretrain"],
-        "model": ["demo", "gpt2_small", "llama3_8b", "llama_32m", "mixtral_8x7b", "tiny", "tiny_moe"],
+        "model": [
+            "demo",
+            "from_checkpoint",
+            "gpt2_small",
+            "llama3_8b",
+            "llama_32m",
+            "mixtral_8x7b",
+            "tiny",
+            "tiny_moe",
+        ],
         "data": ["embedded"],
         "tokenizer": ["bpe"],
         "train": ["default"],

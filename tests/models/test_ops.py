@@ -153,6 +153,18 @@ def test_masked_attention(dtype):
     compare(lambda *x: attention(*x, hidden=hidden[:1]), plain_attention(hidden[:1]), qkv(s, s), dtype)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_within_a_window(dtype, masked):
+    """The last 50 keys up to a query's own, with a mask of documents beside or without."""
+    s = BLOCK_ROWS + 20
+    outside = torch.ones(s, s, dtype=torch.bool).tril(-50)
+    hidden = torch.ones(s, s, dtype=torch.bool).triu(1)[None, None].repeat(2, 1, 1, 1)
+    if masked:
+        hidden[1, :, 100:, :100] = True
+    given = {"hidden": hidden} if masked else {}
+    compare(lambda *x: attention(*x, window=50, **given), plain_attention(hidden | outside), qkv(s, s), dtype)
+
+
 def test_attention_without_a_mask():
     hidden = torch.zeros(1, 1, 30, 50, dtype=torch.bool)
     compare(lambda *x: attention(*x, causal=False), plain_attention(hidden), qkv(30, 50), torch.float64)

@@ -1,0 +1,66 @@
+"""model=from_checkpoint and a Hugging Face directory in checkpoint.load, as far as the launcher: no rank starts."""
+
+import json
+
+import pytest
+
+from scale_llm.config.errors import UserError
+from scale_llm.config.model import RopeScaling
+from scale_llm.launch.runs import compose_run, problems
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64, "intermediate_size": 96,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300,
+    "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": True,
+    "eos_token_id": [7, 8],
+    "rope_scaling": {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                     "original_max_position_embeddings": 8192},
+}  # fmt: skip
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """A Hugging Face directory without weights: the launcher reads none."""
+    path = tmp_path / "model"
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(CONFIG))
+    tokens = [{"id": 7, "content": "<|end|>"}]
+    (path / "tokenizer.json").write_text(json.dumps({"added_tokens": tokens, "model": {"vocab": {"a": 0, "b": 1}}}))
+    return path
+
+
+def composed(tmp_path, directory, *words):
+    return compose_run([f"checkpoint.load={directory}", f"run_dir={tmp_path / 'run'}", "train.train_iters=1", *words])
+
+
+def test_model_and_tokenizer_are_taken(tmp_path, directory):
+    """Llama 3.2's spelling of RoPE; of two ends of text the first; a training length that fits a machine."""
+    plan = composed(tmp_path, directory, "model=from_checkpoint")
+    model = plan.cfg.model
+    assert (model.num_layers, model.hidden_size, model.num_query_groups, model.kv_channels) == (2, 64, 2, 16)
+    assert (model.rotary_base, model.rope_scaling, model.rope_scaling_factor) == (500000, RopeScaling.llama3, 32.0)
+    assert not model.untie_embeddings_and_output_weights and model.seq_length == 4096
+    assert plan.cfg.tokenizer.path == str(directory) and plan.cfg.tokenizer.eod_token == "<|end|>"
+    assert problems(plan) == []
+
+
+def test_what_the_user_gives_stays(tmp_path, directory):
+    plan = composed(tmp_path, directory, "model=from_checkpoint", "model.seq_length=128", "tokenizer.path=/mine")
+    assert plan.cfg.model.seq_length == 128 and plan.cfg.tokenizer.path == "/mine"
+
+
+def test_another_function_is_refused_with_every_field(tmp_path, directory):
+    plan = composed(tmp_path, directory, "model=from_checkpoint", "model.num_layers=3", "model.norm_epsilon=1e-3")
+    found = problems(plan)
+    assert [problem.split(":")[0] for problem in found] == ["model.num_layers=3", "model.norm_epsilon=0.001"]
+
+
+def test_from_checkpoint_needs_one(tmp_path):
+    with pytest.raises(UserError, match="give checkpoint.load=DIR"):
+        compose_run(["model=from_checkpoint", f"run_dir={tmp_path}"])
+
+
+def test_a_model_that_is_not_supported(tmp_path, directory):
+    (directory / "config.json").write_text(json.dumps({**CONFIG, "architectures": ["MambaForCausalLM"]}))
+    with pytest.raises(UserError, match="MambaForCausalLM is not supported"):
+        composed(tmp_path, directory, "model=from_checkpoint")
