@@ -159,6 +159,7 @@ def test_checkpoint_of_another_model(tmp_path):
     started(tmp_path / "a", "model=tiny")
     load, other = f"checkpoint.load={tmp_path}/a/checkpoints", f"run_dir={tmp_path}/b"
     assert problems(load, other) == []
+    (tmp_path / "a/checkpoints/iter_0000005/metadata.json").touch()  # what a whole checkpoint has
     assert problems(f"{load}/iter_0000005", other) == []
     (problem,) = problems(load, other, "model.hidden_size=512")
     assert problem.startswith("checkpoint.load=") and "model.hidden_size=512 (there 256)" in problem
