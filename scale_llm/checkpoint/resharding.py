@@ -7,7 +7,6 @@ only: optimizer state stays with the checkpoint that any layout loads.
 
 import argparse
 import json
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from scale_llm.checkpoint.torch_dist import TorchDistReader, checkpoint_config, 
 from scale_llm.checkpoint.work import every_nth, is_first
 from scale_llm.config.checkpoint_files import write_latest
 from scale_llm.config.model import Head, ModelConfig
+from scale_llm.config.parameters import padded_vocab_size
 
 Progress = Callable[[int], None]
 
@@ -163,7 +163,7 @@ def cut(key: str, whole: torch.Tensor, model: ModelConfig, size: int, rank: int)
 
 
 def _padded(table: torch.Tensor, model: ModelConfig, size: int) -> torch.Tensor:
-    rows = math.ceil((model.vocab_size or 1) / (unit := model.make_vocab_size_divisible_by * size)) * unit
+    rows = padded_vocab_size(model, size)
     missing = rows - table.size(0)
     return table[:rows] if missing <= 0 else torch.cat([table, table.new_zeros(missing, *table.shape[1:])])
 

@@ -38,8 +38,13 @@ class ParameterCounts:
 
 def padded_vocab_size(model: ModelConfig, tensor_parallel: int) -> int:
     """Rows of the embedding: the next multiple of make_vocab_size_divisible_by times the tensor-parallel size."""
-    unit = model.make_vocab_size_divisible_by * tensor_parallel
-    return math.ceil((model.vocab_size or 1) / unit) * unit
+    return padded_rows(model.vocab_size or 1, model.make_vocab_size_divisible_by, tensor_parallel)
+
+
+def padded_rows(vocab_size: int, divisible_by: int, tensor_parallel: int) -> int:
+    """Megatron's rule for the rows of a vocabulary's tables."""
+    unit = divisible_by * tensor_parallel
+    return math.ceil(vocab_size / unit) * unit
 
 
 def _norm(model: ModelConfig, size: int) -> int:

@@ -6,6 +6,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 
 from scale_llm.config.model import Head, ModelConfig
+from scale_llm.config.parameters import padded_rows
 from scale_llm.models.heads import ScalarHead
 from scale_llm.models.init import initialise
 from scale_llm.models.rope_scaling import stretched
@@ -61,12 +62,6 @@ class GPT(GPTModel):
         )
 
 
-def padded_vocab_size(vocab_size: int, divisible_by: int, tp: int) -> int:
-    """Rows of the embedding: the next multiple of `divisible_by * tp` (Megatron's rule)."""
-    multiple = divisible_by * tp
-    return -(-vocab_size // multiple) * multiple
-
-
 def build_gpt(
     model: ModelConfig, config: TransformerConfig, mesh: Mesh, *, vocab_size: int, seed: int, on_cuda: bool
 ) -> list[GPT]:
@@ -94,7 +89,7 @@ def _build_chunk(model, config, mesh, vocab_size, *, vp_stage, backend) -> GPT:
     return GPT(
         config=config,
         transformer_layer_spec=block_spec(config, backend, vp_stage=stage, pp_rank=mesh.pp_rank),
-        vocab_size=padded_vocab_size(vocab_size, model.make_vocab_size_divisible_by, mesh.sizes.tp),
+        vocab_size=padded_rows(vocab_size, model.make_vocab_size_divisible_by, mesh.sizes.tp),
         max_sequence_length=model.max_position_embeddings or model.seq_length,
         pre_process=pre,
         post_process=post,
