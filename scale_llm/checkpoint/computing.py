@@ -12,7 +12,7 @@ import torch
 from scale_llm.checkpoint.huggingface.source import FOLDER, read_json
 from scale_llm.checkpoint.torch_dist import checkpoint_config, find_checkpoint
 from scale_llm.checkpoint.verifying import Difference
-from scale_llm.config.checkpoint_files import is_huggingface
+from scale_llm.config.checkpoint_files import TOKENIZER_DIR, is_huggingface
 from scale_llm.config.errors import UserError
 from scale_llm.config.model import Head, PositionEmbedding
 from scale_llm.models.huggingface import read_model
@@ -25,11 +25,20 @@ def tokens_of(paths: list[Path], text: str, count: int) -> torch.Tensor:
     import tokenizers
 
     for path in paths:
-        for place in (path, path / FOLDER, path.parent / FOLDER):
+        for place in (path, *_tokenizers(path)):
             if (place / "tokenizer.json").is_file():
                 ids = tokenizers.Tokenizer.from_file(str(place / "tokenizer.json")).encode(text).ids[:count]
                 return torch.tensor([ids])
     raise UserError(f"{paths[0]}: no tokenizer.json there or at {paths[1]}, so there are no tokens to compare on")
+
+
+def _tokenizers(path: Path) -> list[Path]:
+    """Where a checkpoint's tokenizer may lie."""
+    try:
+        found = find_checkpoint(path)
+    except UserError:
+        return []
+    return [found / TOKENIZER_DIR, found.parent / FOLDER]
 
 
 def longest(path: Path) -> int | None:

@@ -14,13 +14,24 @@ def global_batch_size(train: TrainConfig, consumed_samples: int) -> int:
 
 
 def total_samples(train: TrainConfig) -> int:
-    """Samples the whole run consumes."""
+    """Samples the whole run consumes. A length in epochs must have been settled (`settle_epochs`) with the data."""
     if train.train_samples is not None:
         return train.train_samples
     assert train.train_iters is not None, "validated: train_iters or train_samples is set"
     if not train.rampup_batch_size:
         return train.train_iters * train.global_batch_size
     return samples_after(train, train.train_iters)
+
+
+def settle_epochs(train: TrainConfig, samples: int) -> None:
+    """Gives a run whose epochs hold so many samples its length: as many whole batches as it takes, the last of which
+    may be partly empty."""
+    consumed = 0
+    while consumed < samples:
+        size = global_batch_size(train, consumed)
+        steps = -(-(samples - consumed) // size) if size == train.global_batch_size else 1
+        consumed += steps * size
+    train.train_samples = consumed
 
 
 def samples_after(train: TrainConfig, iterations: int) -> int:

@@ -5,6 +5,15 @@ from pathlib import Path
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
+TOKENIZER_DIR = "tokenizer"
+"""Below a checkpoint: its tokenizer.json and what belongs to it."""
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json", "generation_config.json",
+)  # fmt: skip
+"""What lies beside the weights of a Hugging Face model and travels with them."""
+
 
 def iteration_dir(directory: Path | str, iteration: int) -> Path:
     """`iter_0000100` below the directory."""

@@ -1,13 +1,57 @@
 """What to train on."""
 
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
+
+
+class ChatFormat(Enum):
+    auto = "auto"
+    messages = "messages"
+    prompt_response = "prompt_response"
+    alpaca = "alpaca"
+    sharegpt = "sharegpt"
+
+
+class BadRow(Enum):
+    fail = "fail"
+    drop = "drop"
+
+
+class TooLong(Enum):
+    truncate = "truncate"
+    drop = "drop"
+    fail = "fail"
 
 
 @dataclass(kw_only=True, slots=True)
 class FieldsConfig:
+    """Names of the fields of JSONL and Parquet rows."""
+
     text: str = "text"
-    """Field of JSONL and Parquet rows that holds a document."""
+    """A document."""
+    messages: str = "messages"
+    """A conversation: a list of objects with a role and a content."""
+    role: str = "role"
+    content: str = "content"
+    prompt: str = "prompt"
+    """What the user says: a string, or a list of messages."""
+    response: str = "response"
+    """What the assistant answers."""
+    system: str = "system"
+    """A system prompt for rows that have one outside their messages."""
+    tools: str = "tools"
+    """Descriptions of functions for the chat template."""
+    weight: str = "weight"
+    """What the loss of the row is multiplied by; 1 where the field is absent."""
+    instruction: str = "instruction"
+    """Alpaca: instruction, input (may be absent or empty) and output."""
+    input: str = "input"
+    output: str = "output"
+    conversations: str = "conversations"
+    """ShareGPT: a list of objects with a sender and a value."""
+    sender: str = "from"
+    value: str = "value"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -20,7 +64,7 @@ class DataConfig:
     """How much of the running Python's standard library, when `path` is None; None: all of it."""
     fields: FieldsConfig = field(default_factory=FieldsConfig)
     split: str = "949,50,1"
-    """Shares of the documents for training, validation and test."""
+    """Shares of the documents, or conversations, for training, validation and test."""
     cache_dir: str | None = None
     """Where tokenizers, indexed tokens and sample indices are kept; None: <run_dir>/data."""
     reset_position_ids: bool = False
@@ -31,3 +75,10 @@ class DataConfig:
     """No loss where the input is the end-of-document token, as what follows is another document."""
     num_workers: int = 0
     """Threads that make micro-batches ahead; 0: each is made when it is asked for."""
+    format: ChatFormat = ChatFormat.auto
+    """How rows hold a conversation; auto: by the fields that the first row has."""
+    on_bad_row: BadRow = BadRow.fail
+    """A row that is no conversation (unknown role, no assistant turn, not JSON): stop with all of them listed, or leave
+    them out, counted and listed in the report."""
+    on_too_long: TooLong = TooLong.truncate
+    """A conversation of more tokens than model.seq_length: cut off its end, leave it out, or stop. Counted."""

@@ -46,9 +46,10 @@ class Batches:
     """The same in the first step."""
     samples_per_step: int
     tokens_per_step: int
-    iterations: int
-    total_samples: int
-    total_tokens: int
+    iterations: int | None
+    """None, and so the totals: epochs of data that have not been read."""
+    total_samples: int | None
+    total_tokens: int | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,15 +122,16 @@ def make_layout(cfg: RunConfig) -> Layout:
 def make_batches(cfg: RunConfig, dp: int) -> Batches:
     """Batch arithmetic of a training run."""
     train, at_once = cfg.train, cfg.train.micro_batch_size * dp
-    samples = total_samples(train)
+    unknown = train.train_iters is None and train.train_samples is None
+    samples = None if unknown else total_samples(train)
     return Batches(
         micro_batches=train.global_batch_size // at_once,
         first_micro_batches=global_batch_size(train, 0) // at_once,
         samples_per_step=train.global_batch_size,
         tokens_per_step=train.global_batch_size * cfg.model.seq_length,
-        iterations=total_iterations(train),
+        iterations=None if unknown else total_iterations(train),
         total_samples=samples,
-        total_tokens=samples * cfg.model.seq_length,
+        total_tokens=None if samples is None else samples * cfg.model.seq_length,
     )
 
 

@@ -15,6 +15,7 @@ from scale_llm.config.model import ModelConfig
 from scale_llm.config.names import run_name
 from scale_llm.config.parallel import ParallelConfig
 from scale_llm.config.run import RunConfig
+from scale_llm.config.stage import Batching, SftConfig
 from scale_llm.config.tokenizer import TokenizerConfig
 
 
@@ -28,6 +29,7 @@ def resolve(cfg: RunConfig, machine: Machine) -> RunConfig:
         cfg.model.compile_ops = machine.compiler
     if cfg.parallel.expert_tensor_parallel_size is None:
         cfg.parallel.expert_tensor_parallel_size = cfg.parallel.tensor_model_parallel_size
+    _resolve_stage(cfg)
     _resolve_paths(cfg)
     return cfg
 
@@ -71,6 +73,16 @@ def _resolve_model(model: ModelConfig, tokenizer: TokenizerConfig) -> None:
         model.moe_ffn_hidden_size = model.ffn_hidden_size
     if model.vocab_size is None:
         model.vocab_size = tokenizer_vocab_size(tokenizer)
+
+
+def _resolve_stage(cfg: RunConfig) -> None:
+    """Fine-tuning takes weights alone from its base, and begins at iteration 0."""
+    stage = cfg.stage
+    if not isinstance(stage, SftConfig):
+        return
+    cfg.checkpoint.finetune = True
+    if stage.batching is Batching.token_budget and stage.max_tokens_per_micro_batch is None:
+        stage.max_tokens_per_micro_batch = cfg.train.micro_batch_size * cfg.model.seq_length
 
 
 def default_ffn_hidden_size(model: ModelConfig) -> int:

@@ -9,6 +9,7 @@ from scale_llm.config.logging import LoggingConfig
 from scale_llm.config.model import ModelConfig
 from scale_llm.config.optim import OptimConfig
 from scale_llm.config.parallel import ParallelConfig
+from scale_llm.config.peft import PeftConfig
 from scale_llm.config.precision import PrecisionConfig
 from scale_llm.config.stage import PretrainConfig, StageConfig
 from scale_llm.config.tokenizer import TokenizerConfig
@@ -26,6 +27,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    peft: PeftConfig = field(default_factory=PeftConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -17,13 +17,14 @@ from scale_llm.config.logging import LoggingConfig
 from scale_llm.config.model import ModelConfig
 from scale_llm.config.optim import OptimConfig
 from scale_llm.config.parallel import ParallelConfig
+from scale_llm.config.peft import PeftConfig
 from scale_llm.config.precision import PrecisionConfig
 from scale_llm.config.run import RunConfig
-from scale_llm.config.stage import EvaluateConfig, PretrainConfig, StageConfig
+from scale_llm.config.stage import EvaluateConfig, PretrainConfig, SftConfig, StageConfig
 from scale_llm.config.tokenizer import TokenizerConfig
 from scale_llm.config.train import TrainConfig
 
-STAGES: dict[str, type[StageConfig]] = {"pretrain": PretrainConfig, "evaluate": EvaluateConfig}
+STAGES: dict[str, type[StageConfig]] = {"pretrain": PretrainConfig, "sft": SftConfig, "evaluate": EvaluateConfig}
 
 SCHEMAS: dict[str, type] = {
     "model": ModelConfig,
@@ -32,6 +33,7 @@ SCHEMAS: dict[str, type] = {
     "train": TrainConfig,
     "parallel": ParallelConfig,
     "precision": PrecisionConfig,
+    "peft": PeftConfig,
     "optim": OptimConfig,
     "checkpoint": CheckpointConfig,
     "logging": LoggingConfig,

@@ -11,3 +11,5 @@ class TokenizerConfig:
     """Size of a tokenizer trained here, special tokens included."""
     eod_token: str = "<|endoftext|>"
     """End-of-document token."""
+    chat_template: str | None = None
+    """A Jinja file that turns a conversation into text; None: the tokenizer's own, else the built-in one."""

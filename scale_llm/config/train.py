@@ -26,7 +26,8 @@ class TrainConfig:
     global_batch_size while that many samples are consumed."""
     train_iters: int | None = None
     train_samples: int | None = None
-    """Exactly one of train_iters and train_samples."""
+    train_epochs: float | None = None
+    """Passes over the training conversations (sft). Exactly one of train_iters, train_samples and train_epochs."""
     eval_interval: int | None = None
     """Iterations between evaluations on the validation split; None: only at the end."""
     eval_iters: int = 10

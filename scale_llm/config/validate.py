@@ -14,6 +14,7 @@ from scale_llm.config.validate_batch import batch_problems
 from scale_llm.config.validate_files import file_problems
 from scale_llm.config.validate_layout import layout_problems
 from scale_llm.config.validate_model import model_problems
+from scale_llm.config.validate_peft import peft_problems
 from scale_llm.config.validate_values import sign_problems, value_problems
 
 Rule = Callable[[RunConfig], list[str]]
@@ -28,7 +29,7 @@ DIVIDED = ("model.", "parallel.", "train.", "cluster.")
 def problems_of(cfg: RunConfig, machine: Machine | None = None) -> list[str]:
     """Every problem of a resolved configuration; on this machine, if one is given."""
     signs = sign_problems(cfg)
-    found = signs + value_problems(cfg)
+    found = signs + value_problems(cfg) + peft_problems(cfg)
     if not any(sign.startswith(DIVIDED) for sign in signs):
         found += [problem for rule in ARITHMETIC for problem in rule(cfg)]
     found += file_problems(cfg)

@@ -7,7 +7,8 @@ from scale_llm.config.data import DataConfig
 from scale_llm.config.optim import OptimConfig
 from scale_llm.config.precision import PrecisionConfig
 from scale_llm.config.run import RunConfig
-from scale_llm.config.stage import EvaluateConfig
+from scale_llm.config.stage import EvaluateConfig, SftConfig
+from scale_llm.config.validate_sft import sft_problems
 
 POSITIVE = {
     "model": "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels seq_length "
@@ -15,7 +16,7 @@ POSITIVE = {
     "moe_router_topk moe_ffn_hidden_size",
     "tokenizer": "vocab_size",
     "data": "embedded_megabytes",
-    "train": "micro_batch_size global_batch_size train_iters train_samples eval_interval exit_interval "
+    "train": "micro_batch_size global_batch_size train_iters train_samples train_epochs eval_interval exit_interval "
     "exit_duration_in_mins log_interval recompute_num_layers",
     "parallel": "tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size "
     "context_parallel_size expert_model_parallel_size expert_tensor_parallel_size distributed_timeout_minutes",
@@ -136,14 +137,17 @@ def stage_problems(cfg: RunConfig) -> list[str]:
     """How long to run, and what an evaluation needs."""
     if isinstance(cfg.stage, EvaluateConfig):
         return _evaluate_problems(cfg, cfg.stage)
-    train = cfg.train
-    if train.train_iters is None and train.train_samples is None:
+    lengths = {f"train.{key}": getattr(cfg.train, key) for key in ("train_iters", "train_samples", "train_epochs")}
+    given = {key: value for key, value in lengths.items() if value is not None}
+    keys = ", ".join(f"{key}={value}" for key, value in given.items())
+    if not given:
         return ["train.train_iters=null, train.train_samples=null: no length given; set train.train_iters=1000"]
-    if train.train_iters is not None and train.train_samples is not None:
-        return [
-            f"train.train_iters={train.train_iters}, train.train_samples={train.train_samples}: two lengths; "
-            "set one of them, the other to null"
-        ]
+    if len(given) > 1:
+        return [f"{keys}: {len(given)} lengths; set one of them, the others to null"]
+    if isinstance(cfg.stage, SftConfig):
+        return sft_problems(cfg, cfg.stage)
+    if "train.train_epochs" in given:
+        return [f"{keys}: epochs are of conversations, for stage=sft; give train.train_iters or train.train_samples"]
     return []
 
 

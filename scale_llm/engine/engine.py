@@ -7,6 +7,7 @@ micro-batches and data- and context-parallel ranks.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,11 +16,15 @@ from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
+from scale_llm.config.model import Backend
+from scale_llm.config.peft import BaseQuantization, PeftMethod
 from scale_llm.config.run import RunConfig
 from scale_llm.engine.moe import load_balancing_losses
 from scale_llm.engine.optimizer import build_optimizer, build_scheduler
 from scale_llm.engine.update import update
 from scale_llm.models.gpt import build_gpt
+from scale_llm.models.packing import PackedSequences, packed_sequences
+from scale_llm.models.spec import choose_backend
 from scale_llm.models.transformer_config import transformer_config
 from scale_llm.parallel.context import shard_sequence
 from scale_llm.parallel.device import Device
@@ -41,22 +46,31 @@ class StepResult:
     learning_rate: float
     loss_scale: float
     skipped: bool
+    tokens: int | None = None
+    """That are no padding, over all ranks; None: every place of every sample."""
 
 
 class Engine:
     """A model, its optimizer and its schedule on one mesh."""
 
-    def __init__(self, cfg: RunConfig, mesh: Mesh, device: Device, *, vocab_size: int, trainable: bool = True):
+    def __init__(
+        self, cfg: RunConfig, mesh: Mesh, device: Device, *, vocab_size: int, trainable: bool = True,
+        noise: float = 0.0,
+    ):  # fmt: skip
+        """vocab_size: tokens before padding. noise: NEFTune's alpha."""
         self.mesh, self.device, self.vocab_size = mesh, device, vocab_size
-        self._micro_batch_size, self._seq_length = cfg.train.micro_batch_size, cfg.model.seq_length
         self.config = transformer_config(cfg.model, cfg.parallel, cfg.precision, cfg.train, on_cuda=device.is_cuda)
         self.modules = build_gpt(
-            cfg.model, self.config, mesh, vocab_size=vocab_size, seed=cfg.train.seed, on_cuda=device.is_cuda
-        )
+            cfg.model, self.config, mesh, vocab_size=vocab_size, seed=cfg.train.seed, on_cuda=device.is_cuda,
+            peft=cfg.peft, noise=noise,
+        )  # fmt: skip
+        self.peft = cfg.peft
         self.chunks: list[torch.nn.Module] = list(self.modules)
+        self._fused = choose_backend(cfg.model.backend, on_cuda=device.is_cuda) is Backend.transformer_engine
         self.optimizer = self.scheduler = None
         self._clip_grad, self._count_zeros = cfg.optim.clip_grad, cfg.logging.log_num_zeros_in_grad
         self._gathers_late = trainable and cfg.parallel.overlap_param_gather
+        self._counts: list[torch.Tensor] = []  # of the micro-batches of this step, on the last stage
         self._tokens = 1.0  # that counted in the last global batch
         self.updates = 0  # optimizer steps that were not skipped
         if trainable:
@@ -127,10 +141,29 @@ class Engine:
     def _finalize_gradients(self, chunks, num_tokens, pg_collection=None, force_all_reduce=False) -> None:
         """Reduces gradients over ranks as megatron-core does, and learns what the update must divide them by."""
         finalize_model_grads(chunks, None, pg_collection=pg_collection, force_all_reduce=force_all_reduce)
+        # Not megatron-core's own sum, which is of whole numbers: tokens may have weights.
+        count = torch.zeros((), dtype=torch.float64, device=self.device.device)
+        for part in self._counts:
+            count += part
         if self._p2p is not None:  # only the last stage has counted
-            dist.broadcast(num_tokens, src=self.mesh.last_stage_rank, group=self.mesh.groups.pp)
-        dist.all_reduce(num_tokens, group=self.mesh.groups.dp_cp)
-        self._tokens = max(float(num_tokens), 1.0)
+            dist.broadcast(count, src=self.mesh.last_stage_rank, group=self.mesh.groups.pp)
+        dist.all_reduce(count, group=self.mesh.groups.dp_cp)
+        self._tokens = float(count) or 1.0
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether a frozen base lies under what is trained."""
+        return self.peft.method is not PeftMethod.none
+
+    def begin_adapters(self, prompt: list[int]) -> None:
+        """Once the base is loaded: its weights into 4 bits if asked for, and what adapters begin with from it.
+
+        prompt: tokens whose embeddings virtual ones begin as. A collective.
+        """
+        for module in self.modules:
+            module.begin_adapters(quantise=self.peft.quantize_base is BaseQuantization.nf4, prompt=prompt)
+        if self.optimizer is not None:
+            self.optimizer.reload_model_params()
 
     def gather_parameters(self) -> None:
         """Makes every rank's weights whole: with overlap_param_gather they are so only in the next forward pass.
@@ -151,32 +184,77 @@ class Engine:
             chunk.eval()
         return self._run(list(batches), loss_fn, forward_only=True, mean=False)
 
+    @torch.no_grad()
+    def forward(self, batches: list[Batch], fn: Callable[[torch.Tensor, Batch], Any]) -> list[Any]:
+        """What `fn(model_output, batch)` gives for each micro-batch, without gradients and dropout; [] on ranks that do
+        not hold the last pipeline stage."""
+        self.gather_parameters()
+        for chunk in self.chunks:
+            chunk.eval()
+        return self._schedule_of(batches, fn, forward_only=True, collect_non_loss_data=True)
+
+    @property
+    def sequence_multiple(self) -> int:
+        """What the length of a row must be divisible by on this layout."""
+        sizes = self.mesh.sizes
+        context = 2 * sizes.cp if sizes.cp > 1 else 1
+        return context * (sizes.tp if self.config.sequence_parallel else 1)
+
     def _run(self, batches: list[Batch], loss_fn: Loss, *, forward_only: bool, mean: bool = True):
+        self._counts.clear()
+        counted = lambda output, batch: self._count(loss_fn(output, batch))  # noqa: E731
+        return self._reduce(self._schedule_of(batches, counted, forward_only=forward_only), mean)
+
+    def _schedule_of(self, batches: list[Batch], fn, **options) -> list[Any]:
+        """Every micro-batch through megatron-core's schedule of this layout."""
+
         def forward_step(iterator, model):
             batch = self._place(next(iterator))
-            output = model(batch["tokens"], batch["position_ids"], batch.get("attention_mask"))
-            return output, lambda out: _sum_count(loss_fn(out, batch))
+            output = model(
+                batch["tokens"], batch["position_ids"], batch.get("attention_mask"),
+                packed_seq_params=self._packed(batch),
+            )  # fmt: skip
+            return output, lambda out, **_: fn(out, batch)
 
-        results = self._schedule(
+        rows, tokens = batches[0]["tokens"].shape
+        assert self._p2p is None or all(batch["tokens"].shape == (rows, tokens) for batch in batches), (
+            "one shape a step"
+        )
+        return self._schedule(
             forward_step_func=forward_step,
             data_iterator=[iter(batches) for _ in self.chunks],
             model=self.chunks,
             num_microbatches=len(batches),
-            seq_length=self._seq_length,
-            micro_batch_size=self._micro_batch_size,
-            forward_only=forward_only,
+            seq_length=tokens,
+            micro_batch_size=rows,
             p2p_communicator=self._p2p,
             pg_collection=self.mesh.groups,
+            **options,
         )
-        return self._reduce(results, mean)
 
     def _place(self, batch: Batch) -> Batch:
-        """The batch on this rank's device, cut to its part of the sequence."""
+        """The batch on this rank's device, cut to its part of the sequence. Boundaries of packed sequences stay."""
         group = self.mesh.groups.cp
         return {
             key: shard_sequence(value, _SEQUENCE_DIM[key], group).to(self.device.device, non_blocking=True)
+            if key in _SEQUENCE_DIM
+            else value
             for key, value in batch.items()
         }
+
+    def _packed(self, batch: Batch) -> PackedSequences | None:
+        """What a row of several sequences tells attention: batches have `boundaries` int32 [n + 1], on the host."""
+        if "boundaries" not in batch:
+            return None
+        return packed_sequences(
+            batch["boundaries"], batch["position_ids"], self.mesh.groups.cp, self.device.device, fused=self._fused
+        )
+
+    def _count(self, result):
+        """What megatron-core's schedules expect: the sum, an integer count, and what to report."""
+        loss_sum, count, metrics = result
+        self._counts.append(count.detach())
+        return loss_sum, count.to(torch.int), metrics
 
     def _reduce(self, results: list[dict], mean: bool):
         """Sums over micro-batches, then over data- and context-parallel ranks, then tells every pipeline stage."""
@@ -197,10 +275,4 @@ class Engine:
         values = totals.tolist()
         if not mean:
             return {name: (values[i][0], values[i][1]) for i, name in enumerate(names)}
-        return {name: values[i][0] / max(values[i][1], 1.0) for i, name in enumerate(names)}
-
-
-def _sum_count(result):
-    """What megatron-core's schedules expect: the sum, an integer count, and what to report."""
-    loss_sum, count, metrics = result
-    return loss_sum, count.to(torch.int), metrics
+        return {name: values[i][0] / (values[i][1] or 1.0) for i, name in enumerate(names)}

@@ -6,6 +6,7 @@ model's own weights are the main weights.
 """
 
 from dataclasses import replace
+from enum import Enum
 from typing import Any
 
 import torch
@@ -15,15 +16,27 @@ from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_te
 
 from scale_llm.engine.engine import Engine
 from scale_llm.engine.optimizer import is_distributed, parts
+from scale_llm.models.adapters.names import is_adapter
 
 _PREFIX = "optimizer.state"
 
 
-def sharded_model_state(engine: Engine) -> dict[str, Any]:
+class Weights(Enum):
+    """Which of a model's weights: all (of one without adapters), those under adapters, or the adapters."""
+
+    all = "all"
+    base = "base"
+    adapters = "adapters"
+
+
+def sharded_model_state(engine: Engine, which: Weights = Weights.all) -> dict[str, Any]:
     """{"model": ...} or, with virtual pipeline stages, {"model0": ..., "model1": ...}, as Megatron-LM saves them."""
     engine.gather_parameters()
     metadata = _metadata(engine)
     states = [module.sharded_state_dict(metadata=metadata) for module in engine.modules]
+    if which is not Weights.all:
+        wanted = which is Weights.adapters
+        states = [{key: value for key, value in state.items() if is_adapter(key) == wanted} for state in states]
     if len(states) == 1:
         return {"model": states[0]}
     return {f"model{i}": state for i, state in enumerate(states)}
@@ -66,7 +79,8 @@ def load_model_state(engine: Engine, state: dict[str, Any], *, main_weights: boo
     Loading fills tensors in place, so main weights that came from the checkpoint must not be touched here.
     """
     for i, module in enumerate(engine.modules):
-        module.load_state_dict(state["model" if len(engine.modules) == 1 else f"model{i}"])
+        part = state["model" if len(engine.modules) == 1 else f"model{i}"]
+        module.load_state_dict(part, strict=not engine.has_adapters)
     if main_weights:
         follow_weights(engine)
 

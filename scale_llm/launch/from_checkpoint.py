@@ -2,9 +2,10 @@
 
 import json
 import os
+from dataclasses import fields
 from pathlib import Path
 
-from scale_llm.config.checkpoint_files import is_huggingface, latest_checkpoint
+from scale_llm.config.checkpoint_files import TOKENIZER_DIR, is_huggingface, latest_checkpoint
 from scale_llm.config.errors import UserError
 from scale_llm.config.io import CONFIG_FILE, load_config
 from scale_llm.config.model import ModelConfig
@@ -24,13 +25,17 @@ def take_model(cfg: RunConfig, given: set[str]) -> None:
         raise UserError(f"model={NAME}: give checkpoint.load=DIR, whose model it means")
     load = Path(os.path.expanduser(cfg.checkpoint.load))
     model, tokenizer = _huggingface(load) if is_huggingface(load) else _ours(load)
-    for key in given:
-        group, _, name = key.partition(".")
-        if group == "model" and hasattr(model, name):
-            setattr(model, name, getattr(cfg.model, name))
+    for name in _chosen(cfg.model) | {key.removeprefix("model.") for key in given if key.startswith("model.")}:
+        setattr(model, name, getattr(cfg.model, name))
     cfg.model = model
     if not any(key.startswith("tokenizer") for key in given) and tokenizer.path is not None:
         cfg.tokenizer = tokenizer
+
+
+def _chosen(model: ModelConfig) -> set[str]:
+    """Fields that an experiment has set: they are not what they are by default."""
+    default = ModelConfig(name=NAME)
+    return {field.name for field in fields(model) if getattr(model, field.name) != getattr(default, field.name)}
 
 
 def huggingface_problems(cfg: RunConfig) -> list[str]:
@@ -69,7 +74,8 @@ def _ours(directory: Path) -> tuple[ModelConfig, TokenizerConfig]:
             "instead of model=from_checkpoint"
         )
     cfg = load_config(found[1])
-    beside = found[1].parent / "huggingface"
-    if (beside / "tokenizer.json").is_file():  # an import, which may have been moved since
-        cfg.tokenizer.path = str(beside.resolve())
+    for place in (found[1] / TOKENIZER_DIR, found[1].parent / "huggingface"):  # of a run, of an import
+        if (place / "tokenizer.json").is_file():
+            cfg.tokenizer.path = str(place.resolve())
+            break
     return cfg.model, cfg.tokenizer

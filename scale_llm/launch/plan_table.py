@@ -5,6 +5,7 @@ from rich.table import Table
 
 from scale_llm.config.plan import Batches, Plan, make_plan
 from scale_llm.config.run import RunConfig
+from scale_llm.config.stage import Batching, SftConfig
 from scale_llm.launch.run_directory import greeting
 
 
@@ -12,7 +13,7 @@ def print_plan(cfg: RunConfig) -> None:
     """The plan as one table, a row a fact."""
     plan = make_plan(cfg)
     table = Table(title=f"plan of {cfg.run_dir}", show_header=False, title_justify="left")
-    for section in (_run(cfg), _layout(plan), _batches(plan.batches), _parameters(plan), _cost(plan)):
+    for section in (_run(cfg), _layout(plan), _batches(cfg, plan.batches), _parameters(plan), _cost(plan)):
         for name, value in section:
             table.add_row(name, value)
         table.add_section()
@@ -43,18 +44,24 @@ def _layout(plan: Plan) -> Rows:
     return rows
 
 
-def _batches(batches: Batches | None) -> Rows:
+def _batches(cfg: RunConfig, batches: Batches | None) -> Rows:
     if batches is None:
         return []
     ramp = ""
     if batches.first_micro_batches != batches.micro_batches:
         ramp = f" (from {batches.first_micro_batches}, growing)"
-    return [
-        ("step", f"{batches.samples_per_step} samples, {batches.tokens_per_step:,} tokens"),
-        ("micro-batches a step", f"{batches.micro_batches}{ramp}"),
-        ("iterations", f"{batches.iterations:,}"),
-        ("whole run", f"{batches.total_samples:,} samples, {batches.total_tokens:,} tokens"),
-    ]
+    step = f"{batches.samples_per_step} samples"
+    if not isinstance(cfg.stage, SftConfig) or cfg.stage.batching is Batching.packed:
+        step += f", {batches.tokens_per_step:,} tokens"
+    rows = [("step", step), ("micro-batches a step", f"{batches.micro_batches}{ramp}")]
+    if isinstance(cfg.stage, SftConfig) and cfg.stage.batching is Batching.token_budget:
+        rows[1] = ("micro-batches a step", f"as many as {cfg.stage.max_tokens_per_micro_batch:,} tokens each make")
+    if batches.iterations is None:
+        return [*rows, ("whole run", f"{cfg.train.train_epochs:g} epochs; iterations are known once data are read")]
+    total = f"{batches.total_samples:,} samples"
+    if not isinstance(cfg.stage, SftConfig):
+        total += f", {batches.total_tokens:,} tokens"
+    return [*rows, ("iterations", f"{batches.iterations:,}"), ("whole run", total)]
 
 
 def _parameters(plan: Plan) -> Rows:

@@ -1,19 +1,23 @@
-"""Data before ranks: tokenizer and indexed tokens are made once, and what is wrong with them is found here."""
-
-from pathlib import Path
+"""Data before ranks: tokenizer, tokens and conversations are made once, and what is wrong with them is found here."""
 
 from scale_llm.config.errors import UserError
 from scale_llm.config.run import RunConfig
-from scale_llm.config.stage import EvaluateConfig
+from scale_llm.config.stage import EvaluateConfig, SftConfig
 
 
 def prepare_data(cfg: RunConfig) -> None:
     """Make or find the data of a run; raises UserError for anything wrong with them."""
-    from scale_llm.data.prepare import check_splits, prepare
+    from scale_llm.data.chat.examples import PreparedExamples
+    from scale_llm.data.chat.reading import report_lines
+    from scale_llm.data.of_stage import prepare_run
+    from scale_llm.data.prepare import check_splits
 
-    assert cfg.data.cache_dir is not None, "resolved"
-    prepared = prepare(cfg.data, cfg.tokenizer, Path(cfg.data.cache_dir), show_progress=cfg.logging.progress)
-    problems = check_splits(prepared, cfg.data, seq_length=cfg.model.seq_length, splits=splits_used(cfg))
+    prepared = prepare_run(cfg, show_progress=cfg.logging.progress)
+    problems = []
+    if isinstance(prepared, PreparedExamples):
+        print("\n".join([*report_lines(prepared.report), *packing_lines(cfg, prepared)]), flush=True)
+    else:
+        problems = check_splits(prepared, cfg.data, seq_length=cfg.model.seq_length, splits=splits_used(cfg))
     if cfg.model.vocab_size is not None and prepared.vocab_size > cfg.model.vocab_size:
         problems.append(
             f"model.vocab_size={cfg.model.vocab_size}: smaller than the {prepared.vocab_size} tokens of "
@@ -21,6 +25,21 @@ def prepare_data(cfg: RunConfig) -> None:
         )
     if problems:
         raise UserError(problems)
+
+
+def packing_lines(cfg: RunConfig, prepared) -> list[str]:
+    """How well the training conversations fill their rows."""
+    from scale_llm.data.chat.examples import load_examples, split_indices
+    from scale_llm.data.sequence_stream import filled
+
+    assert isinstance(cfg.stage, SftConfig)
+    examples = load_examples(prepared)
+    lengths = examples.lengths[split_indices(len(examples), cfg.data.split, "train")] - 1
+    share = filled(
+        cfg.stage, lengths, row_tokens=cfg.model.seq_length, micro_batch_size=cfg.train.micro_batch_size,
+        seed=cfg.train.seed,
+    )  # fmt: skip
+    return [f"{cfg.stage.batching.value}: {share:.1%} of the places of a step hold a token"]
 
 
 def splits_used(cfg: RunConfig) -> tuple[str, ...]:

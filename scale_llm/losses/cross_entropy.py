@@ -8,82 +8,90 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from scale_llm.parallel.fused import compiling, fused
-
-_CHUNK_ELEMENTS = 1 << 19
-"""Logits converted to FP32 at a time where nothing is compiled: 2 MiB, which stays in a second-level cache."""
+from scale_llm.losses.vocabulary import Shard, chunks, empty_log_sum, log_sum_exp, weights_of_ranks, widened
+from scale_llm.parallel.fused import fused
 
 
 def vocab_parallel_cross_entropy(
-    logits: torch.Tensor, labels: torch.Tensor, tp_group: dist.ProcessGroup | None, vocab_size: int
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    tp_group: dist.ProcessGroup | None,
+    vocab_size: int,
+    *,
+    label_smoothing: float = 0.0,
+    temperature: float = 1.0,
 ) -> torch.Tensor:
-    """-log softmax(logits)[label] of every token, FP32.
+    """-log softmax(logits / temperature)[label] of every token, FP32.
 
-    logits: [..., v/p] of any float type, rank r's columns r*v/p to (r+1)*v/p. labels: [...] token ids below vocab_size.
-    vocab_size: tokens before padding; the columns above take no part. FP32 arithmetic, and no FP32 tensor of the
-    logits' size is held. Memory for backward: the logits themselves.
+    logits: [..., v/p] of any float type, rank r's columns r*v/p to (r+1)*v/p. labels: [...] token ids below vocab_size;
+    what other ids give is finite and without meaning. vocab_size: tokens before padding; the columns above take no
+    part. FP32 arithmetic, and no FP32 tensor of the logits' size is held. Memory for backward: the logits themselves.
+    label_smoothing e: (1 - e) * the above + e * the mean over all vocab_size tokens of -log p (Szegedy et al. 2016,
+    section 7), which is what torch and Hugging Face do; Megatron-LM spreads e over the other tokens only.
     """
-    return _CrossEntropy.apply(logits, labels, tp_group, vocab_size)
+    assert 0.0 <= label_smoothing < 1.0 and temperature > 0.0
+    return _CrossEntropy.apply(logits, labels, tp_group, vocab_size, label_smoothing, temperature)
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, labels, group, vocab_size):
+    def forward(ctx, logits, labels, group, vocab_size, smoothing, temperature):
         flat, targets = logits.flatten(0, -2), labels.flatten()
-        size = group.size() if group is not None else 1
-        start = (group.rank() if group is not None else 0) * flat.size(1)
-        valid = max(0, min(flat.size(1), vocab_size - start))  # columns of this rank that are no padding
-        here = (targets >= start) & (targets < start + valid)
-        column = (targets - start).clamp(0, max(valid - 1, 0))[:, None]
-        log_sum = torch.full(targets.shape, -torch.inf, dtype=_wide(flat), device=flat.device)
-        if valid:
-            for rows in _chunks(flat):
-                _log_sum_exp(flat[rows, :valid], log_sum[rows])
-        target = flat.gather(1, column).squeeze(1).to(log_sum.dtype) * here
-        if size > 1:
-            highest = log_sum.clone()
-            dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
-            sums = torch.stack([(log_sum - highest).exp(), target])
+        shard = Shard.of(flat, group, vocab_size)
+        here = (targets >= shard.start) & (targets < shard.start + shard.valid)
+        column = (targets - shard.start).clamp(0, max(shard.valid - 1, 0))[:, None]
+        log_sum = empty_log_sum(flat)
+        for rows in chunks(flat, shard):
+            log_sum_exp(flat[rows, : shard.valid], temperature, log_sum[rows])
+        wanted = widened(flat.gather(1, column).squeeze(1), log_sum.dtype, temperature) * here
+        if smoothing:
+            wanted = (1 - smoothing) * wanted + smoothing / vocab_size * _row_sums(flat, shard, temperature, log_sum)
+        if shard.ranks > 1:
+            weight, highest = weights_of_ranks(log_sum, group)
+            sums = torch.stack([weight, wanted])
             dist.all_reduce(sums, group=group)
-            log_sum, target = highest + sums[0].log(), sums[1]
+            log_sum, wanted = highest + sums[0].log(), sums[1]
         ctx.save_for_backward(flat, log_sum, here, column)
-        ctx.valid = valid
-        return (log_sum - target).float().view(labels.shape)
+        ctx.shard, ctx.temperature, ctx.smoothing, ctx.uniform = shard, temperature, smoothing, smoothing / vocab_size
+        return (log_sum - wanted).float().view(labels.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
-        """softmax minus the one-hot target, times the token's gradient."""
+        """softmax minus the target distribution, times the token's gradient."""
         flat, log_sum, here, column = ctx.saved_tensors
-        scale = grad_output.flatten().to(log_sum.dtype)
+        shard, temperature, uniform = ctx.shard, ctx.temperature, ctx.uniform
+        scale = widened(grad_output.flatten(), log_sum.dtype, temperature)
         grad = torch.empty_like(flat)
-        grad[:, ctx.valid :] = 0
-        if ctx.valid:
-            for rows in _chunks(flat):
-                _softmax(flat[rows, : ctx.valid], log_sum[rows], scale[rows], grad[rows, : ctx.valid])
+        grad[:, shard.valid :] = 0
+        for rows in chunks(flat, shard):
+            out = grad[rows, : shard.valid]
+            _softmax(flat[rows, : shard.valid], temperature, log_sum[rows], uniform, scale[rows], out)
+        if shard.valid:
             # From the logit again, so that probability - 1 is rounded once
-            target = (flat.gather(1, column).squeeze(1).to(log_sum.dtype) - log_sum).exp() - here.to(log_sum.dtype)
+            logit = widened(flat.gather(1, column).squeeze(1), log_sum.dtype, temperature)
+            target = (logit - log_sum).exp() - here.to(log_sum.dtype) * (1 - ctx.smoothing) - uniform
             rows = torch.arange(flat.size(0), device=flat.device)
             grad[rows, column[:, 0]] = (target * scale).to(grad.dtype)  # scatter_ would copy all of it
-        return grad.view(*grad_output.shape, -1), None, None, None
+        return grad.view(*grad_output.shape, -1), None, None, None, None, None
 
 
-def _wide(x: torch.Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def _chunks(flat: torch.Tensor) -> list[slice]:
-    rows = flat.size(0) if compiling() else max(1, _CHUNK_ELEMENTS // max(1, flat.size(1)))
-    return [slice(i, i + rows) for i in range(0, flat.size(0), rows)]
-
-
-@fused
-def _log_sum_exp(x, out):
-    """x [n, v] -> the logarithm of every row's sum of exponentials into out [n]."""
-    out.copy_(torch.logsumexp(x.to(out.dtype), dim=1))
+def _row_sums(flat, shard, temperature, like):
+    """[n] sums of this rank's logits, as wide as `like`."""
+    sums = torch.zeros_like(like)
+    for rows in chunks(flat, shard):
+        _sum(flat[rows, : shard.valid], temperature, sums[rows])
+    return sums
 
 
 @fused
-def _softmax(x, log_sum, scale, out):
-    """softmax of x [n, v] times scale [n] into out."""
-    out.copy_(torch.exp(x.to(scale.dtype) - log_sum[:, None]) * scale[:, None])
+def _sum(x, temperature, out):
+    """x [n, v] -> every row's sum into out [n]."""
+    out.copy_(widened(x, out.dtype, temperature).sum(dim=1))
+
+
+@fused
+def _softmax(x, temperature, log_sum, uniform, scale, out):
+    """softmax of x [n, v] less `uniform`, times scale [n], into out."""
+    probability = torch.exp(widened(x, scale.dtype, temperature) - log_sum[:, None])
+    out.copy_((probability - uniform if uniform else probability) * scale[:, None])

@@ -1,17 +1,27 @@
 """Builds the GPTModel chunks of this rank."""
 
+from functools import partial
+
 import torch
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 
-from scale_llm.config.model import Head, ModelConfig
+from scale_llm.config.model import Backend, Head, ModelConfig
 from scale_llm.config.parameters import padded_rows
+from scale_llm.config.peft import PeftConfig, PeftMethod
+from scale_llm.config.peft_targets import chosen_parts
+from scale_llm.models.adapters.layers import Adapted, adapt_spec
+from scale_llm.models.adapters.names import is_adapter
+from scale_llm.models.adapters.prompt import VirtualTokens
 from scale_llm.models.heads import ScalarHead
 from scale_llm.models.init import initialise
+from scale_llm.models.neftune import add_noise
 from scale_llm.models.rope_scaling import stretched
 from scale_llm.models.spec import block_spec, choose_backend
 from scale_llm.parallel.mesh import Mesh
+
+LOW_RANK = (PeftMethod.lora, PeftMethod.dora)
 
 
 class GPT(GPTModel):
@@ -19,13 +29,55 @@ class GPT(GPTModel):
     for each token [s, b, 1], and whose tied output layer finds its data-parallel rank in its own groups instead of the
     global ones."""
 
-    def __init__(self, *args, model: ModelConfig, **kwargs):
+    def __init__(self, *args, model: ModelConfig, vocabulary: int, peft: PeftConfig, noise: float, **kwargs):
+        """vocabulary: tokens before padding; noise: NEFTune's alpha."""
         super().__init__(*args, **kwargs)
+        self._noise, self._is_frozen = noise, peft.method is not PeftMethod.none
+        self.virtual_tokens = None
+        if self.pre_process and peft.method is PeftMethod.prompt_tuning:
+            self.virtual_tokens = VirtualTokens(peft.num_virtual_tokens, self.embedding, vocabulary)
         if self.position_embedding_type == "rope":
             self.rotary_pos_emb.inv_freq = stretched(self.rotary_pos_emb.inv_freq, model)
         self._scores = model.head is not Head.language_model
         if self._scores and self.post_process:
             self.output_layer = ScalarHead(self.config, self.pg_collection.tp, bias=model.head is Head.value)
+
+    def _preprocess(self, input_ids, position_ids, decoder_input=None, *args, packed_seq_params=None, **kwargs):
+        """Embeddings with virtual tokens and noise, where there are any."""
+        virtual = self.virtual_tokens
+        known = input_ids if virtual is None else virtual.known(input_ids)
+        embedded, *rest = super()._preprocess(
+            known, position_ids, decoder_input, *args, packed_seq_params=packed_seq_params, **kwargs
+        )
+        if self.pre_process:
+            if virtual is not None:
+                embedded = virtual.put(embedded, input_ids)
+            if self.training and self._noise:
+                embedded = add_noise(embedded, self._lengths(embedded, input_ids, packed_seq_params), self._noise)
+            if self.training and self._is_frozen and not embedded.requires_grad:
+                embedded.requires_grad_()  # recomputed layers learn nothing unless something that enters them does
+        return embedded, *rest
+
+    def _lengths(self, embedded, input_ids, packed):
+        """The length of the sequence that each place belongs to, as `add_noise` takes it."""
+        if packed is None:
+            return input_ids.size(1) * self.cp_group.size()
+        lengths = packed.length_of_place
+        tp = self.pg_collection.tp
+        return lengths.chunk(tp.size())[tp.rank()] if self.config.sequence_parallel else lengths
+
+    def freeze(self) -> None:
+        """Leaves adapters alone to be trained."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad = is_adapter(name)
+
+    def begin_adapters(self, *, quantise: bool, prompt: list[int]) -> None:
+        """Once the base is loaded: its weights into 4 bits if asked for, and what adapters begin with from it."""
+        if self.virtual_tokens is not None:
+            self.virtual_tokens.begin(self.embedding.word_embeddings, prompt)
+        for module in self.modules():
+            if isinstance(module, Adapted):
+                module.begin(quantise=quantise)
 
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
@@ -63,15 +115,20 @@ class GPT(GPTModel):
 
 
 def build_gpt(
-    model: ModelConfig, config: TransformerConfig, mesh: Mesh, *, vocab_size: int, seed: int, on_cuda: bool
-) -> list[GPT]:
+    model: ModelConfig, config: TransformerConfig, mesh: Mesh, *, vocab_size: int, seed: int, on_cuda: bool,
+    peft: PeftConfig | None = None, noise: float = 0.0,
+) -> list[GPT]:  # fmt: skip
     """This rank's chunks of the model, one per virtual pipeline stage, with initial weights.
 
     vocab_size: tokens before padding. The weights depend on the seed and on global names alone, not on the mesh.
+    peft: adapters, beside which all else is frozen. noise: NEFTune's alpha, on embeddings while training.
     """
+    peft = peft or PeftConfig()
     backend = choose_backend(model.backend, on_cuda=on_cuda)
+    if backend is Backend.transformer_engine and peft.method in LOW_RANK:
+        backend = Backend.torch
     chunks = [
-        _build_chunk(model, config, mesh, vocab_size, vp_stage=stage, backend=backend)
+        _build_chunk(model, config, mesh, vocab_size, vp_stage=stage, backend=backend, peft=peft, noise=noise)
         for stage in range(mesh.sizes.vpp or 1)
     ]
     for chunk in chunks:
@@ -81,14 +138,17 @@ def build_gpt(
     return chunks
 
 
-def _build_chunk(model, config, mesh, vocab_size, *, vp_stage, backend) -> GPT:
+def _build_chunk(model, config, mesh, vocab_size, *, vp_stage, backend, peft, noise) -> GPT:
     vpp = mesh.sizes.vpp
     pre = mesh.is_first_stage and (vpp is None or vp_stage == 0)
     post = mesh.is_last_stage and (vpp is None or vp_stage == vpp - 1)
     stage = vp_stage if vpp is not None else None
-    return GPT(
+    adapters = None
+    if peft.method in LOW_RANK:
+        adapters = partial(adapt_spec, parts=chosen_parts(model, peft.target_modules), peft=peft)
+    chunk = GPT(
         config=config,
-        transformer_layer_spec=block_spec(config, backend, vp_stage=stage, pp_rank=mesh.pp_rank),
+        transformer_layer_spec=block_spec(config, backend, vp_stage=stage, pp_rank=mesh.pp_rank, adapters=adapters),
         vocab_size=padded_rows(vocab_size, model.make_vocab_size_divisible_by, mesh.sizes.tp),
         max_sequence_length=model.max_position_embeddings or model.seq_length,
         pre_process=pre,
@@ -103,4 +163,10 @@ def _build_chunk(model, config, mesh, vocab_size, *, vp_stage, backend) -> GPT:
         pg_collection=mesh.groups,
         vp_stage=stage,
         model=model,
+        vocabulary=vocab_size,
+        peft=peft,
+        noise=noise,
     )
+    if peft.method is not PeftMethod.none:
+        chunk.freeze()
+    return chunk

@@ -48,6 +48,8 @@ def shards(state) -> Iterator[ShardedTensor]:
 def draw_shard(shard: ShardedTensor, config, seed: int) -> torch.Tensor:
     """Values of one shard, in FP32, shaped like its data."""
     key, leading = shard.key, shard.prepend_axis_num
+    if ".adapter." in key:
+        return _draw_adapter(shard, seed)
     if key.endswith(("bias", "layer_norm_bias")):
         return torch.zeros(shard.local_shape)
     if key.endswith(("layer_norm_weight", "layernorm.weight")):
@@ -58,6 +60,16 @@ def draw_shard(shard: ShardedTensor, config, seed: int) -> torch.Tensor:
     name = f"{seed}/{key}/{'.'.join(map(str, shard.global_offset[:leading]))}"
     values = normal_slice(name, shard.global_shape[leading:], shard.global_offset[leading:], shard.local_shape)
     return torch.from_numpy(values * np.float32(std))
+
+
+def _draw_adapter(shard: ShardedTensor, seed: int) -> torch.Tensor:
+    """A low-rank adapter changes nothing at first: B is 0. A has the variance of torch's linear layers, 1/(3 in)."""
+    key, leading = shard.key, shard.prepend_axis_num
+    if not key.endswith("linear_in.weight"):
+        return torch.zeros(shard.local_shape) if key.endswith("weight") else torch.ones(shard.local_shape)
+    name = f"{seed}/{key}/{'.'.join(map(str, shard.global_offset[:leading]))}"
+    values = normal_slice(name, shard.global_shape[leading:], shard.global_offset[leading:], shard.local_shape)
+    return torch.from_numpy(values / np.float32(math.sqrt(3.0 * shard.global_shape[-1])))
 
 
 def normal_slice(name: str, shape: Sequence[int], offset: Sequence[int], local_shape: Sequence[int]) -> np.ndarray:

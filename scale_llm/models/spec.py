@@ -1,9 +1,12 @@
 """Layer specs: which class stands for which part of a transformer layer."""
 
+from collections.abc import Callable
+
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
     get_gpt_layer_local_spec,
 )
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -33,8 +36,11 @@ def choose_backend(backend: Backend, *, on_cuda: bool) -> Backend:
     return Backend.torch
 
 
-def block_spec(config: TransformerConfig, backend: Backend, *, vp_stage: int | None, pp_rank: int):
-    """Spec of the transformer block of one pipeline stage (and virtual stage)."""
+def block_spec(
+    config: TransformerConfig, backend: Backend, *, vp_stage: int | None, pp_rank: int,
+    adapters: Callable[[ModuleSpec], None] | None = None,
+):  # fmt: skip
+    """Spec of the transformer block of one pipeline stage (and virtual stage). adapters: changes a layer's spec."""
     if backend is Backend.transformer_engine:
         return get_gpt_decoder_block_spec(
             config, use_transformer_engine=True, normalization=config.normalization, vp_stage=vp_stage, pp_rank=pp_rank
@@ -52,6 +58,8 @@ def block_spec(config: TransformerConfig, backend: Backend, *, vp_stage: int | N
     else:
         norm = TorchRMSNorm if config.normalization == "RMSNorm" else TorchLayerNorm
         _use_torch_layers(layer.submodules, norm, config)
+    if adapters is not None:
+        adapters(layer.submodules)
     layers = get_num_layers_to_build(config, vp_stage=vp_stage, pp_rank=pp_rank)
     return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)
 

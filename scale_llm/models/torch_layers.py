@@ -12,6 +12,7 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 
 from scale_llm.models.ops import attention, rms_norm, rotary, rotary_tables, split_rotary, swiglu
+from scale_llm.models.packing import PackedSequences
 from scale_llm.parallel.context import gather_sequence, sequence_chunks
 
 
@@ -65,13 +66,14 @@ class TorchSelfAttention(SelfAttention):
     ):
         """hidden_states [s/c, b, h], mask [b, 1, s/c, s] True where hidden, rotary angles [s/c, 1, 1, rot]
         -> (output [s/c, b, h], bias or None)."""
-        if inference_context is not None or kwargs.get("packed_seq_params") is not None:
+        packed = kwargs.get("packed_seq_params")
+        if inference_context is not None:
             return super().forward(
                 hidden_states, attention_mask, key_value_states, inference_context, rotary_pos_emb, **kwargs
             )
         mixed, _ = self.linear_qkv(hidden_states)
         groups, size = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
-        tables = None if rotary_pos_emb is None else self._tables_of(rotary_pos_emb, mixed.dtype)
+        tables = None if rotary_pos_emb is None else self._tables_of(rotary_pos_emb, mixed.dtype, packed)
         if self.q_layernorm is None and self.k_layernorm is None:
             query, key, value = split_rotary(mixed, tables, groups=groups, head_size=size)
         else:
@@ -80,16 +82,20 @@ class TorchSelfAttention(SelfAttention):
             if tables is not None:
                 query, key = rotary(query, tables), rotary(key, tables)
         attend = self._checkpointed_attention_forward if self._recomputes() else self.core_attention
-        context = attend(query, key, value, attention_mask, attn_mask_type=self.attn_mask_type)
+        context = attend(
+            query, key, value, attention_mask, attn_mask_type=self.attn_mask_type, packed_seq_params=packed
+        )
         return self.linear_proj(context)
 
     def _recomputes(self) -> bool:
         return self.checkpoint_core_attention and self.training
 
-    def _tables_of(self, angles, dtype):
+    def _tables_of(self, angles, dtype, packed: PackedSequences | None):
         """Cosines and sines; megatron-core hands the same angles to every layer and step."""
         if isinstance(angles, tuple):
             angles = angles[0]
+        if packed is not None:
+            return packed.rotary_tables(angles, dtype)
         if self._tables is None or self._tables[0] is not angles:
             self._tables = (angles, rotary_tables(angles, dtype))
         return self._tables[1]
@@ -116,8 +122,10 @@ class TorchAttention(torch.nn.Module):
         self, query, key, value, attention_mask, attn_mask_type=None, attention_bias=None, packed_seq_params=None
     ):
         """query [s/c, b, n, d] or [s/c, b, g, r, d]; key, value [s/c, b, g, d]; mask [b, 1, s/c, s] True where hidden
-        -> [s/c, b, n*d]."""
-        assert packed_seq_params is None and attention_bias is None
+        -> [s/c, b, n*d]. packed_seq_params: the row holds several sequences, and b is 1."""
+        assert attention_bias is None
+        if packed_seq_params is not None:
+            return self._packed(query, key, value, packed_seq_params)
         if self.cp_group is not None and self.cp_group.size() > 1:
             return self._context_parallel(query, key, value, attention_mask)
         causal = attn_mask_type is not AttnMaskType.no_mask
@@ -126,6 +134,24 @@ class TorchAttention(torch.nn.Module):
     def _attend(self, query, key, value, **where):
         dropout = self.dropout if self.training else 0.0
         return attention(query, key, value, scale=self.scale, dropout_p=dropout, window=self.window, **where)
+
+    def _packed(self, query, key, value, packed: PackedSequences):
+        """Each sequence attends to itself alone; padding, which nothing reads, gives 0."""
+        chunk = query.size(0)
+        chunks: tuple[int, ...] = (0,)
+        if self.cp_group is not None and self.cp_group.size() > 1:
+            key, value = gather_sequence(key, self.cp_group), gather_sequence(value, self.cp_group)
+            chunk, chunks = chunk // 2, sequence_chunks(self.cp_group)
+        outs = []
+        for half, index in enumerate(chunks):
+            start, end = index * chunk, (index + 1) * chunk  # of the row; its queries begin at half * chunk here
+            for first, low, high in packed.parts(start, end):
+                rows = slice(low - start + half * chunk, high - start + half * chunk)
+                outs.append(self._attend(query[rows], key[first:high], value[first:high]))
+            padding = end - max(start, min(end, sum(packed.lengths)))
+            if padding:
+                outs.append(query.new_zeros(padding, query.size(1), query[0, 0].numel()))
+        return torch.cat(outs)
 
     def _context_parallel(self, query, key, value, attention_mask):
         keys, values = gather_sequence(key, self.cp_group), gather_sequence(value, self.cp_group)  # [s, b, g, d]

@@ -15,6 +15,11 @@ def run(cfg: RunConfig) -> None:
             from scale_llm.stages.pretrain import Pretrain
 
             train(context, Pretrain(context))
+        elif cfg.stage.name == "sft":
+            from scale_llm.stages.loop import train
+            from scale_llm.stages.sft import Sft
+
+            train(context, Sft(context))
         else:
             from scale_llm.stages.evaluate import evaluate
 

@@ -1,8 +1,17 @@
 """What the loop asks of a stage."""
 
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from scale_llm.engine.engine import Engine, StepResult
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """metrics by their TensorBoard tag; texts (Markdown) by theirs. Empty where there is nothing to evaluate."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
 
 
 class Stage(Protocol):
@@ -10,11 +19,14 @@ class Stage(Protocol):
 
     engine: Engine
 
+    def start(self, *, fresh: bool) -> Evaluation:
+        """What to do and to report once weights are loaded. fresh: no step has been done yet."""
+
     def step(self, consumed_samples: int, global_batch_size: int) -> StepResult:
         """One optimizer step on the global batch that begins at sample `consumed_samples`."""
 
-    def evaluate(self) -> dict[str, float]:
-        """Metrics by their TensorBoard tag; empty where there is nothing to evaluate."""
+    def evaluate(self) -> Evaluation:
+        """Changes nothing of the engine."""
 
     def state(self) -> dict[str, Any]:
         """Plain state beyond the engine's, the same on every rank."""

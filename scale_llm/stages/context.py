@@ -1,13 +1,14 @@
 """What every stage of a run starts from: the configuration, this rank's device and mesh, the prepared data."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch.distributed as dist
 
 from scale_llm.config.cluster import Device as DeviceKind
 from scale_llm.config.parallel import ParallelConfig
 from scale_llm.config.run import RunConfig
-from scale_llm.data.prepare import PreparedData, prepare
+from scale_llm.data.of_stage import prepare_run
 from scale_llm.parallel.device import Device, seed_everything, start
 from scale_llm.parallel.mesh import Mesh, MeshSizes, build_mesh
 
@@ -17,7 +18,8 @@ class RunContext:
     cfg: RunConfig
     device: Device
     mesh: Mesh
-    prepared: PreparedData
+    prepared: Any
+    """PreparedData, or PreparedExamples of a stage of conversations."""
 
     @property
     def vocab_size(self) -> int:
@@ -57,6 +59,4 @@ def start_rank(cfg: RunConfig) -> RunContext:
     seed_everything(
         cfg.train.seed, tp_rank=mesh.tp_rank, pp_rank=mesh.pp_rank, ep_rank=mesh.ep_rank, etp_rank=mesh.etp_rank
     )
-    assert cfg.data.cache_dir is not None, "resolved"
-    prepared = prepare(cfg.data, cfg.tokenizer, cfg.data.cache_dir)  # made by the launcher, found here
-    return RunContext(cfg, device, mesh, prepared)
+    return RunContext(cfg, device, mesh, prepare_run(cfg))  # made by the launcher, found here

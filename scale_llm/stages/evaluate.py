@@ -29,7 +29,7 @@ def evaluate(run: RunContext) -> None:
             f"checkpoint.load={cfg.checkpoint.load}: no checkpoint there; name one that training has written"
         )
     engine = Engine(cfg, run.mesh, run.device, vocab_size=run.vocab_size, trainable=False)
-    load_weights(engine, found[1], cfg.model)
+    load_weights(run, engine, found[1])
     loss_fn = partial(language_model_loss, tp_group=run.mesh.groups.tp, vocab_size=run.vocab_size)
     loss, tokens = LanguageModelEvaluation(run, stage.split, loss_fn).totals(engine)
     if tokens == 0:

@@ -12,19 +12,20 @@ from scale_llm.stages.base import Stage
 from scale_llm.stages.context import RunContext
 from scale_llm.stages.progress import Progress, StopRequest
 from scale_llm.stages.report import Reporter
-from scale_llm.stages.run_state import restore, state_to_save, write_config
+from scale_llm.stages.run_state import load_weights, restore, state_to_save, write_files
 
 
 def train(run: RunContext, stage: Stage) -> None:
     """Trains until the configuration's end, a stop request, or an error; the last state is saved."""
     cfg = run.cfg
     checkpointer = Checkpointer(cfg.checkpoint.save, run.mesh.host_group, asynchronous=cfg.checkpoint.async_save)
-    progress = resume(stage, cfg)
+    progress = resume(run, stage)
     reporter = Reporter(run, stage.engine, progress, total_iterations(cfg.train))
     stop = StopRequest(run.mesh.host_group, cfg.train.exit_duration_in_mins)
     saved = evaluated = progress.iteration
     reason = None
     try:
+        reporter.evaluation(progress, stage.start(fresh=progress.iteration == 0))
         while reason is None and not finished(cfg, progress):
             size = global_batch_size(cfg.train, progress.consumed_samples)
             reporter.step_started()
@@ -37,10 +38,10 @@ def train(run: RunContext, stage: Stage) -> None:
             checkpointer.poll()
             reason = exit_reason(cfg, progress, stop)
             if every(cfg.checkpoint.save_interval, progress.iteration):
-                save(checkpointer, stage, progress, cfg, reporter)
+                save(checkpointer, stage, progress, run, reporter)
                 saved = progress.iteration
         if saved != progress.iteration:
-            save(checkpointer, stage, progress, cfg, reporter)
+            save(checkpointer, stage, progress, run, reporter)
         checkpointer.finish()
         if finished(cfg, progress) and evaluated != progress.iteration:
             reporter.evaluation(progress, stage.evaluate())
@@ -49,18 +50,23 @@ def train(run: RunContext, stage: Stage) -> None:
         reporter.close(progress, reason)
 
 
-def resume(stage: Stage, cfg: RunConfig) -> Progress:
-    """From the run's own latest checkpoint, else from checkpoint.load, else from the start."""
+def resume(run: RunContext, stage: Stage) -> Progress:
+    """From the run's own latest checkpoint, else from checkpoint.load, else from the start. What lies under adapters is
+    in checkpoint.load in either case."""
+    cfg = run.cfg
     own = latest_checkpoint(cfg.checkpoint.save)
-    if own is not None:
-        return restore(stage, own[1], cfg, own=True)
-    if cfg.checkpoint.load is not None:
-        found = latest_checkpoint(cfg.checkpoint.load)
-        if found is None:
+    base = None
+    if cfg.checkpoint.load is not None and (own is None or stage.engine.has_adapters):
+        base = latest_checkpoint(cfg.checkpoint.load)
+        if base is None:
             raise UserError(f"checkpoint.load={cfg.checkpoint.load}: no checkpoint there; name a directory that holds "
                             "latest_checkpointed_iteration.txt")  # fmt: skip
-        return restore(stage, found[1], cfg, own=False)
-    return Progress()
+    if base is not None and stage.engine.has_adapters:
+        load_weights(run, stage.engine, base[1])
+        base = None
+    if own is not None:
+        return restore(stage, own[1], cfg, own=True)
+    return Progress() if base is None else restore(stage, base[1], cfg, own=False)
 
 
 def finished(cfg: RunConfig, progress: Progress) -> bool:
@@ -98,6 +104,6 @@ def exit_reason(cfg: RunConfig, progress: Progress, stop: StopRequest) -> str | 
     return reason
 
 
-def save(checkpointer: Checkpointer, stage: Stage, progress: Progress, cfg: RunConfig, reporter: Reporter) -> None:
-    with reporter.saving(progress, Path(cfg.checkpoint.save)):
-        checkpointer.save(progress.iteration, state_to_save(stage, progress), write_config(cfg))
+def save(checkpointer: Checkpointer, stage: Stage, progress: Progress, run: RunContext, reporter: Reporter) -> None:
+    with reporter.saving(progress, Path(run.cfg.checkpoint.save)):
+        checkpointer.save(progress.iteration, state_to_save(stage, progress), write_files(run))

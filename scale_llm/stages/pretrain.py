@@ -8,6 +8,7 @@ from scale_llm.data.datasets import build_dataset
 from scale_llm.data.loader import Loader
 from scale_llm.engine.engine import Engine, StepResult
 from scale_llm.losses.language_model import language_model_loss
+from scale_llm.stages.base import Evaluation
 from scale_llm.stages.context import RunContext
 from scale_llm.stages.evaluation import LanguageModelEvaluation
 
@@ -37,12 +38,15 @@ class Pretrain:
         )
         self._evaluation = LanguageModelEvaluation(run, "validation", self._loss)
 
+    def start(self, *, fresh: bool) -> Evaluation:
+        return Evaluation()
+
     def step(self, consumed_samples: int, global_batch_size: int) -> StepResult:
         batches = self._loader.global_batch(consumed_samples, global_batch_size)
         return self.engine.train_step(batches, self._loss, samples=global_batch_size)
 
-    def evaluate(self) -> dict[str, float]:
-        return self._evaluation.run(self.engine)
+    def evaluate(self) -> Evaluation:
+        return Evaluation(self._evaluation.run(self.engine))
 
     def state(self) -> dict[str, Any]:
         return {}

@@ -17,6 +17,7 @@ from scale_llm.engine.norms import parameter_norm
 from scale_llm.models.transformer_config import model_dtype
 from scale_llm.parallel.device import matmul_rate
 from scale_llm.stages.bar import ProgressBar
+from scale_llm.stages.base import Evaluation
 from scale_llm.stages.context import RunContext
 from scale_llm.stages.progress import Progress
 
@@ -55,7 +56,8 @@ class Reporter:
         """Adds one step; writes where the interval ends."""
         self._seconds += time.perf_counter() - self._started
         self._steps += 1
-        self._tokens += samples * self._run.cfg.model.seq_length
+        everywhere = samples * self._run.cfg.model.seq_length
+        self._tokens += everywhere if result.tokens is None else result.tokens
         progress.add_metrics(result.metrics)
         if progress.iteration % self._interval and progress.iteration not in (1, self._iterations):
             if self._bar is not None:
@@ -102,8 +104,12 @@ class Reporter:
         shown = f"loss {loss:.3f}  " if loss is not None else ""
         return f"{shown}{rate:,.0f} tokens/s  MFU {tflops * 1e12 / self._peak:.0%}"
 
-    def evaluation(self, progress: Progress, metrics: dict[str, float]) -> None:
+    def evaluation(self, progress: Progress, found: Evaluation) -> None:
         """Writes the result of an evaluation."""
+        if self._tensorboard is not None:
+            for tag, text in found.texts.items():
+                self._tensorboard.add_text(tag, text, progress.iteration)
+        metrics = found.metrics
         if not self._writes or not metrics:
             return
         self._write(

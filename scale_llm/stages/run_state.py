@@ -1,21 +1,26 @@
 """A run's whole state to a checkpoint and back."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch.distributed as dist
 
 from scale_llm import __version__
 from scale_llm.checkpoint.checkpointer import load_sharded, per_rank_object, read_plain
 from scale_llm.checkpoint.huggingface.loading import load_huggingface
-from scale_llm.config.checkpoint_files import is_huggingface
-from scale_llm.config.io import save_config
-from scale_llm.config.model import ModelConfig
+from scale_llm.config.checkpoint_files import TOKENIZER_DIR, TOKENIZER_FILES, is_huggingface, latest_checkpoint
+from scale_llm.config.errors import UserError
+from scale_llm.config.io import CONFIG_FILE, load_raw, save_config
 from scale_llm.config.run import RunConfig
+from scale_llm.data.tokenizer import Tokenizer
 from scale_llm.engine import state as engine_state
 from scale_llm.engine.engine import Engine
+from scale_llm.engine.state import Weights
 from scale_llm.parallel.rng import rng_state, set_rng_state
 from scale_llm.stages.base import Stage
+from scale_llm.stages.context import RunContext
 from scale_llm.stages.progress import Progress
 
 CHECKPOINT_VERSION = 3.0
@@ -24,13 +29,18 @@ CHECKPOINT_VERSION = 3.0
 
 def state_to_save(stage: Stage, progress: Progress) -> dict[str, Any]:
     """The sharded state dict of everything that a resumed run needs."""
-    model = engine_state.sharded_model_state(stage.engine)
+    model = engine_state.sharded_model_state(stage.engine, _saved(stage.engine))
     return {
         **model,
         "optimizer": engine_state.sharded_optimizer_state(stage.engine, model, loading=False),
         "rng_state": per_rank_object("rng_state", rng_state()),
         **_plain(stage, progress),
     }
+
+
+def _saved(engine: Engine) -> Weights:
+    """What a checkpoint of this model holds: a frozen base is in the checkpoint that the run began from."""
+    return Weights.adapters if engine.has_adapters else Weights.all
 
 
 def _plain(stage: Stage, progress: Progress) -> dict[str, Any]:
@@ -45,20 +55,75 @@ def _plain(stage: Stage, progress: Progress) -> dict[str, Any]:
     }
 
 
-def write_config(cfg: RunConfig):
-    """What to add to a checkpoint's directory: the resolved configuration of the run that wrote it."""
-    return lambda directory: save_config(cfg, directory)
+def write_files(run: RunContext):
+    """What to add to a checkpoint's directory: the resolved configuration of the run that wrote it, its tokenizer."""
+
+    def write(directory: Path) -> None:
+        save_config(run.cfg, directory)
+        beside = Path(run.prepared.tokenizer_path).parent
+        kept = directory / TOKENIZER_DIR
+        kept.mkdir()
+        for name in TOKENIZER_FILES:
+            if (beside / name).is_file():
+                shutil.copyfile(beside / name, kept / name)
+        template = getattr(run.prepared, "chat_template", None)
+        if template is not None:
+            (kept / "chat_template.jinja").write_text(template, encoding="utf-8")
+
+    return write
 
 
-def load_weights(engine: Engine, path: Path, model: ModelConfig) -> None:
-    """The weights alone, from a checkpoint of any layout or from a Hugging Face model."""
-    wanted = engine_state.sharded_model_state(engine)
+def load_weights(run: RunContext, engine: Engine, path: Path) -> None:
+    """The weights alone, from a checkpoint of any layout or from a Hugging Face model.
+
+    A checkpoint of adapters gives them and, from where its run began, what lies under them.
+    """
+    adapters = None
+    while (base := base_of(path)) is not None:
+        if not engine.has_adapters or adapters is not None:
+            raise UserError(
+                f"checkpoint.load={path}: holds adapters alone; merge them into their base with "
+                f"tools/convert_checkpoint.py merge {path} OUT, and load that"
+            )
+        adapters, path = path, base
+    weights = Weights.base if engine.has_adapters else Weights.all
+    wanted = engine_state.sharded_model_state(engine, weights)
     if is_huggingface(path):
-        load_huggingface(path, wanted, model)
+        load_huggingface(path, wanted, run.cfg.model)
         engine_state.follow_weights(engine)
     else:
         main_weights = engine.optimizer is not None
         engine_state.load_model_state(engine, load_sharded(path, wanted), main_weights=main_weights)
+    if engine.has_adapters:
+        engine.begin_adapters(prompt_tokens(run))
+    if adapters is not None:
+        wanted = engine_state.sharded_model_state(engine, Weights.adapters)
+        loaded = load_sharded(adapters, wanted)
+        engine_state.load_model_state(engine, loaded, main_weights=engine.optimizer is not None)
+
+
+def base_of(path: Path) -> Path | None:
+    """The checkpoint that the adapters in a checkpoint belong to; None where it holds a whole model."""
+    if is_huggingface(path) or not (path / CONFIG_FILE).is_file():
+        return None
+    written = load_raw(path / CONFIG_FILE)
+    if (written.get("peft") or {}).get("method", "none") == "none":
+        return None
+    base = written["checkpoint"]["load"]
+    found = latest_checkpoint(base)
+    if found is None:
+        raise UserError(f"{path}: holds adapters of {base}, where no checkpoint is; put it back, or write where it is "
+                        f"into {path / CONFIG_FILE} (checkpoint.load)")  # fmt: skip
+    return found[1]
+
+
+def prompt_tokens(run: RunContext) -> list[int]:
+    """Tokens that virtual ones begin as: of peft.prompt_init_text, else drawn from the vocabulary."""
+    peft = run.cfg.peft
+    if peft.prompt_init_text:
+        return Tokenizer.load(run.prepared.tokenizer_path, run.cfg.tokenizer.eod_token).encode(peft.prompt_init_text)
+    random = np.random.Generator(np.random.Philox(run.cfg.train.seed))
+    return random.integers(run.vocab_size, size=max(peft.num_virtual_tokens, 1)).tolist()
 
 
 def restore(stage: Stage, path: Path, cfg: RunConfig, *, own: bool) -> Progress:
@@ -68,7 +133,8 @@ def restore(stage: Stage, path: Path, cfg: RunConfig, *, own: bool) -> Progress:
     out.
     """
     if is_huggingface(path):
-        load_weights(stage.engine, path, cfg.model)
+        load_huggingface(path, engine_state.sharded_model_state(stage.engine), cfg.model)
+        engine_state.follow_weights(stage.engine)
         return Progress()
     plain = read_plain(path)
     options = cfg.checkpoint
@@ -77,7 +143,7 @@ def restore(stage: Stage, path: Path, cfg: RunConfig, *, own: bool) -> Progress:
     with_optimizer = own or not (finetune or options.no_load_optim)
     same_ranks = plain.get("world_size") == dist.get_world_size()
     with_rng = same_ranks and (own or not (finetune or options.no_load_rng))
-    wanted = dict(engine_state.sharded_model_state(stage.engine))
+    wanted = dict(engine_state.sharded_model_state(stage.engine, _saved(stage.engine)))
     if with_optimizer:
         wanted["optimizer"] = engine_state.sharded_optimizer_state(stage.engine, wanted, loading=True)
     if with_rng:

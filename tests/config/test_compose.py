@@ -34,7 +34,7 @@ def test_every_option_composes(group):
 def test_options_are_listed():
     """Adding an option means defending it here."""
     assert {group: options(group) for group in GROUPS} == {
-        "stage": ["evaluate", "pretrain"],
+        "stage": ["evaluate", "pretrain", "sft"],
         "model": [
             "demo",
             "from_checkpoint",
@@ -50,11 +50,12 @@ def test_options_are_listed():
         "train": ["default"],
         "parallel": ["cp2", "distopt", "ep2", "pp2", "pp2_vpp2", "single", "tp2", "tp2_pp2", "tp2_sp"],
         "precision": ["auto", "bf16", "fp16", "fp32"],
+        "peft": ["dora", "lora", "none", "prompt_tuning", "qlora"],
         "optim": ["adam", "adamw", "sgd"],
         "checkpoint": ["default"],
         "logging": ["default", "plain"],
         "cluster": ["local", "local_cpu"],
-        "experiment": ["demo_evaluate", "demo_pretrain"],
+        "experiment": ["demo_evaluate", "demo_pretrain", "demo_sft"],
     }
 
 

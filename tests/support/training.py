@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from scale_llm.config.model import Normalization, PositionEmbedding
 from scale_llm.config.optim import DecayStyle, Optimizer
+from scale_llm.config.peft import BaseQuantization, PeftMethod
 from scale_llm.config.run import RunConfig
 from scale_llm.config.train import RecomputeGranularity, RecomputeMethod
 from scale_llm.engine.engine import Engine
@@ -29,6 +30,7 @@ TINY = {
 _ENUMS = {
     "model.normalization": Normalization, "model.position_embedding_type": PositionEmbedding,
     "optim.optimizer": Optimizer, "optim.lr_decay_style": DecayStyle,
+    "peft.method": PeftMethod, "peft.quantize_base": BaseQuantization,
     "train.recompute_granularity": RecomputeGranularity, "train.recompute_method": RecomputeMethod,
 }  # fmt: skip
 

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 
-from scale_llm.checkpoint.huggingface.source import FOLDER, SIDE_FILES, read_json
+from scale_llm.checkpoint.huggingface.source import FOLDER, read_json
 from scale_llm.checkpoint.safetensors_files import Planned, shards_of, write_file, write_index
 from scale_llm.checkpoint.staging import output_problems, refuse, staged
 from scale_llm.checkpoint.torch_dist import TorchDistReader, checkpoint_config, find_checkpoint
 from scale_llm.checkpoint.work import every_nth, is_first
+from scale_llm.config.checkpoint_files import TOKENIZER_DIR, TOKENIZER_FILES
 from scale_llm.config.model import ModelConfig
 from scale_llm.config.run import RunConfig
 from scale_llm.models.huggingface import Family, Form, Tensor, export_family, write_config
@@ -113,7 +114,7 @@ def _write_model_files(
 ) -> None:
     places = _places(path, cfg)
     for place in reversed(places):
-        for name in SIDE_FILES:
+        for name in TOKENIZER_FILES:
             if (place / name).is_file():
                 shutil.copyfile(place / name, directory / name)
     given = Path(cfg.tokenizer.path) if cfg.tokenizer.path else None
@@ -134,7 +135,7 @@ def _write_model_files(
 
 def _places(path: Path, cfg: RunConfig) -> list[Path]:
     """Where the tokenizer and the first configuration may lie, the likeliest first."""
-    places = [path.parent / FOLDER]
+    places = [path / TOKENIZER_DIR, path.parent / FOLDER]
     if cfg.tokenizer.path is not None:
         places.append(Path(cfg.tokenizer.path))
     elif cfg.data.cache_dir is not None:

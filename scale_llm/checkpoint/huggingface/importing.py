@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from scale_llm import __version__
-from scale_llm.checkpoint.huggingface.source import FOLDER, SIDE_FILES, HuggingFaceModel
+from scale_llm.checkpoint.huggingface.source import FOLDER, HuggingFaceModel
 from scale_llm.checkpoint.staging import output_problems, refuse, staged
 from scale_llm.checkpoint.torch_dist import Chunk, write_chunks
 from scale_llm.checkpoint.work import is_first, my_share
-from scale_llm.config.checkpoint_files import iteration_dir, write_latest
+from scale_llm.config.checkpoint_files import TOKENIZER_FILES, iteration_dir, write_latest
 from scale_llm.config.io import save_config
 from scale_llm.config.model import ModelConfig
 from scale_llm.config.parameters import padded_vocab_size
@@ -96,7 +96,7 @@ def _write_beside(model: HuggingFaceModel, directory: Path, checkpoint: Path, fi
     }))  # fmt: skip
     beside = directory / FOLDER
     beside.mkdir(exist_ok=True)
-    for name in ("config.json", *SIDE_FILES):
+    for name in ("config.json", *TOKENIZER_FILES):
         if (model.directory / name).is_file():
             shutil.copyfile(model.directory / name, beside / name)
     cfg = RunConfig(run_dir="", model=model.model)

@@ -15,12 +15,6 @@ from scale_llm.config.tokenizer import TokenizerConfig
 from scale_llm.models.huggingface import Family, Tensor, family_of, read_model
 from scale_llm.models.huggingface.forms import STACKED, to_megatron
 
-SIDE_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json", "generation_config.json",
-)  # fmt: skip
-"""What lies beside the weights of a Hugging Face model and travels with them."""
-
 FOLDER = "huggingface"
 """Where an imported checkpoint keeps those files and the config.json it came with."""
 

@@ -1,0 +1,74 @@
+"""Whether adapters fit the model and the run."""
+
+import importlib.util
+
+from scale_llm.config.model import Backend
+from scale_llm.config.peft import BaseQuantization, PeftConfig, PeftMethod
+from scale_llm.config.peft_targets import chosen_parts, known_targets, unmatched
+from scale_llm.config.run import RunConfig
+from scale_llm.config.stage import PretrainConfig
+
+
+def peft_problems(cfg: RunConfig) -> list[str]:
+    """Problems of the peft group."""
+    peft = cfg.peft
+    if peft.method is PeftMethod.none:
+        return _without(peft)
+    found = []
+    if isinstance(cfg.stage, PretrainConfig):
+        found.append(
+            f"peft.method={peft.method.value}: pretraining trains all weights; set peft=none, or stage=sft with a "
+            "checkpoint.load"
+        )
+    return found + (_prompt(cfg) if peft.method is PeftMethod.prompt_tuning else _low_rank(cfg))
+
+
+def _without(peft: PeftConfig) -> list[str]:
+    if peft.quantize_base is BaseQuantization.none:
+        return []
+    return [
+        f"peft.quantize_base={peft.quantize_base.value}: only weights that are not trained can be kept in 4 bits; set "
+        "peft=qlora or peft.quantize_base=none"
+    ]
+
+
+def _prompt(cfg: RunConfig) -> list[str]:
+    peft, found = cfg.peft, []
+    if peft.num_virtual_tokens < 1 or peft.num_virtual_tokens >= cfg.model.seq_length:
+        found.append(
+            f"peft.num_virtual_tokens={peft.num_virtual_tokens}: must be at least 1 and leave room in "
+            f"model.seq_length={cfg.model.seq_length}; 20 is usual"
+        )
+    if peft.quantize_base is not BaseQuantization.none:
+        found.append(
+            f"peft.quantize_base={peft.quantize_base.value}: goes with lora and dora, this is prompt_tuning; set "
+            "peft.quantize_base=none"
+        )
+    return found
+
+
+def _low_rank(cfg: RunConfig) -> list[str]:
+    peft, found = cfg.peft, []
+    if peft.rank < 1:
+        found.append(f"peft.rank={peft.rank}: must be at least 1; 8 to 64 is usual")
+    if peft.alpha <= 0:
+        found.append(f"peft.alpha={peft.alpha}: must be larger than 0; twice the rank is usual")
+    if not 0.0 <= peft.dropout < 1.0:
+        found.append(f"peft.dropout={peft.dropout}: is a share; give a number of at least 0 and below 1")
+    wrong = unmatched(cfg.model, peft.target_modules)
+    if wrong or not chosen_parts(cfg.model, peft.target_modules):
+        found.append(
+            f"peft.target_modules={peft.target_modules}: {', '.join(wrong) or 'nothing'} matches no module of "
+            f"{cfg.model.name}; choose from {known_targets(cfg.model)}"
+        )
+    if cfg.model.backend is Backend.local:
+        found.append(f"peft.method={peft.method.value}: has no layers for model.backend=local; set model.backend=torch")
+    if peft.quantize_base is BaseQuantization.nf4:
+        if importlib.util.find_spec("bitsandbytes") is None:
+            found.append(
+                "peft.quantize_base=nf4: needs the package bitsandbytes, which is not installed; pip install "
+                "'scale-llm[qlora]', or set peft.quantize_base=none"
+            )
+        if cfg.checkpoint.load is None:
+            found.append("peft.quantize_base=nf4: there are no weights to quantise; give checkpoint.load")
+    return found

@@ -1,0 +1,101 @@
+"""Instruction pairs that every machine has: docstrings of the running Python's standard library.
+
+A question about each function, method and class, answered by the start of its docstring.
+"""
+
+import ast
+import hashlib
+import inspect
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from scale_llm.data.chat.conversation import Conversation
+from scale_llm.data.rows import OnBytes
+
+SHORTEST_ANSWER = 40
+LONGEST_ANSWER = 400
+"""Characters; whole paragraphs up to this."""
+
+FUNCTION_QUESTIONS = (
+    "What does {name} do in Python?",
+    "Explain the Python function {name}.",
+    "What is {name} for?",
+    "Describe what {name} does.",
+)
+CLASS_QUESTIONS = (
+    "What is the Python class {name}?",
+    "Explain the class {name}.",
+    "What is {name} for?",
+    "Describe the class {name} of Python's standard library.",
+)
+Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+
+
+def embedded_conversations(files: list[str], on_bytes: OnBytes | None = None) -> Iterator[Conversation]:
+    """The pairs of `files` (see corpus.embedded_files), in their order; what was asked or answered before left out."""
+    seen: set[str] = set()
+    for file in files:
+        raw = Path(file).read_bytes()
+        if on_bytes:
+            on_bytes(len(raw))
+        for name, node in _definitions(raw, _module(file)):
+            answer = _answer(node)
+            if answer is None or name in seen or answer in seen:
+                continue
+            seen |= {name, answer}
+            messages = [{"role": "user", "content": _question(name, node)}, {"role": "assistant", "content": answer}]
+            yield Conversation(messages=messages, file=file, line=node.lineno)
+
+
+def _module(file: str) -> str:
+    """The dotted name under which a file of the library is imported."""
+    parts = Path(file).relative_to(sysconfig.get_path("stdlib")).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+def _definitions(raw: bytes, module: str) -> list[tuple[str, Definition]]:
+    """(qualified name, node) of everything defined at the top of a file, or in its classes."""
+    if b'"""' not in raw and b"'''" not in raw:
+        return []
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of strings with odd escapes
+            tree = ast.parse(raw)
+    except (SyntaxError, ValueError):  # the library's tests hold some on purpose
+        return []
+    return _below(tree, module)
+
+
+def _below(node: ast.AST, name: str) -> list[tuple[str, Definition]]:
+    found: list[tuple[str, Definition]] = []
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, Definition):
+            below = f"{name}.{child.name}"
+            found.append((below, child))
+            found += _below(child, below) if isinstance(child, ast.ClassDef) else []
+    return found
+
+
+def _answer(node: Definition) -> str | None:
+    """The docstring's first paragraphs."""
+    text = inspect.cleandoc(ast.get_docstring(node, clean=False) or "")
+    answer = ""
+    for paragraph in text.split("\n\n"):
+        longer = f"{answer}\n\n{paragraph}" if answer else paragraph
+        if len(longer) > LONGEST_ANSWER:
+            break
+        answer = longer
+    answer = answer.strip()
+    try:
+        answer.encode("utf-8")
+    except UnicodeEncodeError:
+        return None
+    return answer if len(answer) >= SHORTEST_ANSWER else None
+
+
+def _question(name: str, node: Definition) -> str:
+    phrasings = CLASS_QUESTIONS if isinstance(node, ast.ClassDef) else FUNCTION_QUESTIONS
+    choice = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % len(phrasings)
+    return phrasings[choice].format(name=name)

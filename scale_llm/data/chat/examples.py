@@ -1,0 +1,272 @@
+"""Tokenised conversations: prepared once, then found again and mapped.
+
+cache_dir/examples/<fingerprint>/   arrays (see writing.py), report.json, prepared.json
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy
+
+from scale_llm.config.data import DataConfig
+from scale_llm.config.errors import UserError
+from scale_llm.config.stage import TrainOn
+from scale_llm.config.tokenizer import TokenizerConfig
+from scale_llm.data.chat.embedded import embedded_conversations
+from scale_llm.data.chat.reading import Report, bad_rows, read_conversations, report_lines
+from scale_llm.data.corpus import embedded_files
+from scale_llm.data.files import build_once, fingerprint, stamp, write_json
+from scale_llm.data.progress import byte_progress
+from scale_llm.data.rows import Problems
+from scale_llm.data.sources import Source, parse_path
+from scale_llm.data.splits import SPLITS, split_problems, split_ranges
+
+__all__ = [
+    "Example",
+    "Examples",
+    "PreparedExamples",
+    "load_examples",
+    "load_prepared_examples",
+    "prepare_examples",
+    "report_lines",
+    "split_indices",
+]
+
+FORMAT = 2
+"""Raised when the same input would give other files, so that old cache entries are left alone."""
+SPLIT_KEY = 20260101
+"""Of the permutation that splits are cut from: not the run's seed, or another seed would train on validation."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PreparedExamples:
+    """What ranks need to know of the examples; written to prepared.json."""
+
+    path: str
+    """Where this was written."""
+    tokenizer_path: str
+    vocab_size: int
+    """Tokens of the tokenizer; the model may pad it."""
+    eod: int
+    num_examples: int
+    num_tokens: int
+    num_trained: int
+    """Tokens that the loss counts."""
+    report: dict[str, Any]
+    """See reading.Report."""
+    chat_template: str
+    """The template's text."""
+
+
+class Example(NamedTuple):
+    tokens: numpy.ndarray
+    """int64 [s]"""
+    trained: numpy.ndarray
+    """bool [s]: does the loss count the token as a target?"""
+    weight: float
+
+
+class Examples:
+    """The examples of a directory; arrays are mapped, not read."""
+
+    def __init__(self, directory: str | Path, files: list[str]):
+        """files: the report's, which `where` names."""
+        self.directory = Path(directory)
+        self.files = files
+        self.starts = self._array("starts.npy")
+        self.weights = self._array("weights.npy")
+        """float32 [n]"""
+        count = int(self.starts[-1])
+        self._tokens = self._flat("tokens.bin", numpy.int32, count)
+        self._trained = self._flat("trained.bin", numpy.uint8, count)
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    @property
+    def lengths(self) -> numpy.ndarray:
+        """Tokens of each example, int64 [n]."""
+        return numpy.diff(self.starts)
+
+    def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        part = slice(int(self.starts[index]), int(self.starts[index + 1]))
+        tokens = self._tokens[part].astype(numpy.int64)
+        return Example(tokens, self._trained[part].astype(bool), float(self.weights[index]))
+
+    def where(self, index: int) -> str:
+        """`file:line` of the row."""
+        return f"{self.files[self._array('files.npy')[index]]}:{self._array('where.npy')[index]}"
+
+    def _array(self, name: str) -> numpy.ndarray:
+        try:
+            return numpy.load(self.directory / name, mmap_mode="r")
+        except (OSError, ValueError) as error:
+            raise self._damaged(name) from error
+
+    def _flat(self, name: str, dtype: type, count: int) -> numpy.ndarray:
+        path = self.directory / name
+        if not path.is_file() or path.stat().st_size != count * numpy.dtype(dtype).itemsize:
+            raise self._damaged(name)
+        return numpy.memmap(path, dtype, mode="r")
+
+    def _damaged(self, name: str) -> UserError:
+        return UserError(f"{self.directory / name}: missing or damaged; delete {self.directory} and run again")
+
+
+def prepare_examples(
+    data: DataConfig,
+    tokenizer: TokenizerConfig,
+    *,
+    train_on: TrainOn,
+    seq_length: int,
+    cache_dir: str | Path,
+    show_progress: bool = False,
+) -> PreparedExamples:
+    """Tokenises the conversations of `data`, or finds what an earlier call made of the same input.
+
+    Any number of processes may call this at once: one does the work, the others wait for it.
+
+    Raises:
+        UserError: with every problem found.
+    """
+    from scale_llm.data.chat.template import ChatTemplate
+    from scale_llm.data.tokenizer import file_digest
+
+    files, tokenizer_path = _checked(data, tokenizer)
+    template = ChatTemplate.load(tokenizer_path, tokenizer)
+    loaded = template.tokenizer
+    contents = [[stamp(file) for file in files], loaded.path, file_digest(loaded.path), loaded.eod, template.digest]
+    settings = [
+        data.path is None,
+        asdict(data.fields),
+        data.format.value,
+        data.on_bad_row.value,
+        data.on_too_long.value,
+    ]
+    key = fingerprint([FORMAT, contents, settings, train_on.value, seq_length])
+    entry = Path(cache_dir).expanduser().absolute() / "examples" / key
+
+    def build(directory: Path) -> None:
+        report = _build(directory, files, data, template, train_on, seq_length, show_progress)
+        write_json(directory / "report.json", report)
+        prepared = PreparedExamples(
+            path=str(entry / "prepared.json"),
+            tokenizer_path=loaded.path,
+            vocab_size=loaded.vocab_size,
+            eod=loaded.eod,
+            num_examples=report["kept"],
+            num_tokens=report["tokens"],
+            num_trained=report["trained_tokens"],
+            report=report,
+            chat_template=template.source.text,
+        )
+        write_json(directory / "prepared.json", asdict(prepared))
+
+    return load_prepared_examples(build_once(entry, build))
+
+
+def load_prepared_examples(path: str | Path) -> PreparedExamples:
+    """Reads a prepared.json, or the one in a directory."""
+    file = Path(path)
+    file = file / "prepared.json" if file.is_dir() else file
+    return PreparedExamples(**json.loads(file.read_text(encoding="utf-8")))
+
+
+def load_examples(prepared: PreparedExamples | str | Path) -> Examples:
+    """Maps the examples that `prepare_examples` wrote."""
+    found = prepared if isinstance(prepared, PreparedExamples) else load_prepared_examples(prepared)
+    return Examples(Path(found.path).parent, found.report["files"])
+
+
+def split_indices(num_examples: int, split: str, name: str) -> numpy.ndarray:
+    """Which examples belong to train, validation or test: int64, in an order that is always the same.
+
+    A share of a fixed random permutation, so a fair sample. At least one of three or more is for validation if it has a
+    share at all.
+
+    Args:
+        split: as in data.split, "949,50,1".
+    """
+    # Sorting raw random words gives the same permutation whatever numpy's own shuffle comes to be
+    words = numpy.random.Philox(key=SPLIT_KEY).random_raw(num_examples)
+    order = numpy.argsort(words, kind="stable").astype(numpy.int64)
+    ranges = split_ranges(split, num_examples)
+    sizes = {each: end - begin for each, (begin, end) in ranges.items()}
+    shares = dict(zip(SPLITS, map(float, split.split(",")), strict=False))
+    if shares.get("validation") and num_examples >= 3 and not sizes["validation"]:
+        sizes[max(sizes, key=lambda each: sizes[each])] -= 1
+        sizes["validation"] = 1
+    begin = sum(sizes[each] for each in SPLITS[: SPLITS.index(name)])
+    return order[begin : begin + sizes[name]]
+
+
+def _checked(data: DataConfig, tokenizer: TokenizerConfig) -> tuple[list[str], str]:
+    """(files of conversations, tokenizer); a UserError with every problem."""
+    problems = split_problems(data.split)
+    if tokenizer.path is None:
+        problems.append(
+            "tokenizer.path=null: fine-tuning needs the tokenizer of its base model; set model=from_checkpoint with "
+            "checkpoint.load, or tokenizer.path"
+        )
+    sources: list[Source] = []
+    try:
+        sources = parse_path(data.path)
+    except UserError as error:
+        problems += error.problems
+    if any(source.weight is not None for source in sources):
+        problems.append(
+            "data.path: weights are not for conversations, each is used once an epoch; leave the numbers out, or weigh "
+            "rows by their field data.fields.weight"
+        )
+    problems += [problem for source in sources for problem in _unfit(source)]
+    if problems or tokenizer.path is None:
+        raise UserError(problems)
+    if data.path is None:
+        return embedded_files(data.embedded_megabytes), tokenizer.path
+    return [file for source in sources for file in source.files], tokenizer.path
+
+
+def _unfit(source: Source) -> list[str]:
+    """Files of a source that hold no conversations."""
+    if source.kind == "embedded":
+        return []
+    unfit = [file for file in source.files if source.kind == "indexed" or file.removesuffix(".gz").endswith(".txt")]
+    kind = "indexed tokens" if source.kind == "indexed" else "plain text"
+    return [f"data.path={file}: {kind} cannot hold conversations; give JSONL, JSON or Parquet" for file in unfit]
+
+
+def _build(
+    directory: Path, files: list[str], data: DataConfig, template, train_on: TrainOn, seq_length: int, progress: bool
+) -> dict[str, Any]:
+    """Writes the arrays; returns the report."""
+    from scale_llm.data.chat.writing import Encoder, write_examples
+
+    report = Report(files=list(files))
+    bad = bad_rows(data.on_bad_row, report)
+    encoder = Encoder(
+        template=template,
+        train_on=train_on,
+        seq_length=seq_length,
+        on_too_long=data.on_too_long,
+        bad=bad,
+        long=Problems(),
+        report=report,
+    )
+    with byte_progress("tokenise conversations", sum(os.path.getsize(file) for file in files), progress) as on_bytes:
+        if data.path is None:
+            conversations = embedded_conversations(files, on_bytes)
+        else:
+            conversations = read_conversations(files, data, bad, on_bytes)
+        write_examples(directory, encoder.examples(conversations), report)
+    problems = bad.found + encoder.long.found
+    finished = report.finished()
+    if not problems and not report.kept:
+        problems = [f"data.path={data.path}: no usable row; {'; '.join(report_lines(finished)[1:]) or 'all are empty'}"]
+    if problems:
+        raise UserError(problems)
+    return finished

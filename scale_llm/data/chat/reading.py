@@ -1,0 +1,121 @@
+"""Conversations of files; what becomes of rows that are none; the count of both."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from scale_llm.config.data import BadRow, ChatFormat, DataConfig
+from scale_llm.data.chat.conversation import Conversation, conversation_of, format_of
+from scale_llm.data.chat.turns import RowError
+from scale_llm.data.rows import OnBytes, Problems, read_rows
+
+FIRST = 3
+"""Dropped rows that the report shows of each kind."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Report:
+    """What became of the rows; written to report.json."""
+
+    files: list[str] = field(default_factory=list)
+    rows: int = 0
+    kept: int = 0
+    truncated: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    """How many for each reason."""
+    first_dropped: dict[str, list[str]] = field(default_factory=dict)
+    """`file:line: what` of the first for each reason."""
+    tokens: int = 0
+    trained_tokens: int = 0
+    """Tokens that the loss counts."""
+    longest: int = 0
+    """Tokens of the longest example."""
+    mean: float = 0.0
+    """Tokens of an example."""
+
+    def drop(self, file: str, line: int, message: str, kind: str) -> None:
+        self.dropped[kind] = self.dropped.get(kind, 0) + 1
+        first = self.first_dropped.setdefault(kind, [])
+        if len(first) < FIRST:
+            first.append(f"{file}:{line}: {message}")
+
+    def finished(self) -> dict[str, Any]:
+        self.rows = self.kept + sum(self.dropped.values())
+        self.mean = round(self.tokens / max(self.kept, 1), 1)
+        return asdict(self)
+
+
+@dataclass(kw_only=True, slots=True)
+class DroppedRows(Problems):
+    """Bad rows that are counted and left out; a file that cannot be read is an error all the same."""
+
+    report: Report
+
+    def add(self, file: str, line: int, message: str, kind: str = "bad row") -> None:
+        self.report.drop(file, line, message, kind)
+
+    def add_file(self, file: str, line: int, message: str) -> None:
+        Problems.add(self, file, line, message)
+        self.raise_any()
+
+
+def bad_rows(policy: BadRow, report: Report) -> Problems:
+    """Where bad rows go."""
+    return DroppedRows(report=report) if policy is BadRow.drop else Problems()
+
+
+def read_conversations(
+    files: Iterable[str], data: DataConfig, problems: Problems, on_bytes: OnBytes | None = None
+) -> Iterator[Conversation]:
+    """The conversations of all files in order."""
+    for file in files:
+        yield from _file_conversations(file, data, problems, on_bytes)
+
+
+def _file_conversations(
+    file: str, data: DataConfig, problems: Problems, on_bytes: OnBytes | None
+) -> Iterator[Conversation]:
+    form = data.format
+    known = _Counted(inner=problems)
+    empty = True
+    for row in read_rows(file, known, on_bytes):
+        empty = False
+        try:
+            if form is ChatFormat.auto:
+                form = format_of(row.values, data.fields)
+            yield conversation_of(row, form, data.fields)
+        except RowError as error:
+            known.add(file, row.line, error.message, error.kind)
+    if empty and not known.count:
+        problems.add_file(file, 1, "holds no rows; give a file with conversations in it")
+
+
+@dataclass(kw_only=True, slots=True)
+class _Counted(Problems):
+    """Passes on what is added, and knows how much it was."""
+
+    inner: Problems
+    count: int = 0
+
+    def add(self, file: str, line: int, message: str, kind: str = "bad row") -> None:
+        self.count += 1
+        self.inner.add(file, line, message, kind)
+
+    def add_file(self, file: str, line: int, message: str) -> None:
+        self.count += 1
+        self.inner.add_file(file, line, message)
+
+
+def report_lines(report: dict[str, Any]) -> list[str]:
+    """A report for the terminal."""
+    share = report["trained_tokens"] / max(report["tokens"], 1)
+    lines = [
+        f"{report['kept']:,} examples of {report['rows']:,} rows: {report['tokens']:,} tokens, "
+        f"{report['trained_tokens']:,} of them trained ({share:.0%}); longest {report['longest']:,}, "
+        f"mean {report['mean']:,}"
+    ]
+    if report["truncated"]:
+        lines.append(f"cut off at model.seq_length: {report['truncated']:,}")
+    for kind, count in sorted(report["dropped"].items(), key=lambda item: -item[1]):
+        lines.append(f"dropped, {kind}: {count:,}, first {report['first_dropped'][kind][0]}")
+    return lines

@@ -1,0 +1,116 @@
+"""Conversations to arrays on disk: tokenised in batches, fitted to the sequence length, written as they come.
+
+tokens.bin   int32 [sum of lengths]    trained.bin  uint8 [sum of lengths]: does the loss count the token
+starts.npy   int64 [n + 1]             weights.npy  float32 [n]
+where.npy    int64 [n], line (or row) from 1       files.npy  int32 [n], which of the report's files
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy
+
+from scale_llm.config.data import TooLong
+from scale_llm.config.stage import TrainOn
+from scale_llm.data.chat.conversation import Conversation
+from scale_llm.data.chat.reading import Report
+from scale_llm.data.chat.template import ChatTemplate, Encoded, Marked
+from scale_llm.data.chat.turns import RowError
+from scale_llm.data.rows import Problems
+
+BATCH_CHARACTERS = 1 << 20
+"""Text tokenised at a time, enough to keep all cores busy."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Encoder:
+    """Turns conversations into examples; what cannot be one goes to `bad`, `long` or the report."""
+
+    template: ChatTemplate
+    train_on: TrainOn
+    seq_length: int
+    on_too_long: TooLong
+    bad: Problems
+    long: Problems
+    """Too long ones, where that is an error."""
+    report: Report
+
+    def examples(self, conversations: Iterable[Conversation]) -> Iterator[tuple[Conversation, Encoded]]:
+        for batch in self._batches(conversations):
+            encoded = self.template.tokenise([marked for _, marked in batch])
+            for (conversation, _), each in zip(batch, encoded, strict=True):
+                fitted = self._fitted(conversation, each)
+                if fitted is not None:
+                    yield conversation, fitted
+
+    def _batches(self, conversations: Iterable[Conversation]) -> Iterator[list[tuple[Conversation, Marked]]]:
+        batch: list[tuple[Conversation, Marked]] = []
+        size = 0
+        for conversation in conversations:
+            try:
+                marked = self.template.mark(conversation.messages, conversation.tools, self.train_on)
+            except RowError as error:
+                self.bad.add(conversation.file, conversation.line, error.message, error.kind)
+                continue
+            batch.append((conversation, marked))
+            size += len(marked.text)
+            if size >= BATCH_CHARACTERS:
+                yield batch
+                batch, size = [], 0
+        if batch:
+            yield batch
+
+    def _fitted(self, conversation: Conversation, encoded: Encoded) -> Encoded | None:
+        """The example, of at most `seq_length` tokens, or None."""
+        place = conversation.file, conversation.line
+        if not any(encoded.trained):
+            message = "the chat template gives no token that the loss could count; change the row or stage.train_on"
+            self.bad.add(*place, message, "nothing trained")
+            return None
+        if len(encoded.tokens) <= self.seq_length:
+            return encoded
+        excess = f"{len(encoded.tokens)} tokens are more than model.seq_length={self.seq_length}"
+        if self.on_too_long is TooLong.fail:
+            self.long.add(*place, f"{excess}; raise it, or set data.on_too_long=truncate or drop", "too long")
+            return None
+        if self.on_too_long is TooLong.drop:
+            self.report.drop(*place, f"{excess}; raise it", "too long")
+            return None
+        cut = Encoded(encoded.tokens[: self.seq_length], encoded.trained[: self.seq_length])
+        if not any(cut.trained):
+            self.report.drop(*place, f"{excess}, and only later ones count; raise it", "nothing trained within length")
+            return None
+        self.report.truncated += 1
+        return cut
+
+
+def write_examples(directory: Path, examples: Iterable[tuple[Conversation, Encoded]], report: Report) -> None:
+    """Writes the arrays; counts what was written in the report."""
+    lengths: list[int] = []
+    weights: list[float] = []
+    where: list[int] = []
+    files: list[int] = []
+    numbers = {file: number for number, file in enumerate(report.files)}
+    with open(directory / "tokens.bin", "wb") as tokens, open(directory / "trained.bin", "wb") as trained:
+        for conversation, encoded in examples:
+            _append(tokens, encoded.tokens, numpy.int32)
+            report.trained_tokens += _append(trained, encoded.trained, numpy.uint8)
+            lengths.append(len(encoded.tokens))
+            weights.append(conversation.weight)
+            where.append(conversation.line)
+            files.append(numbers[conversation.file])
+    starts = numpy.concatenate([[0], numpy.cumsum(lengths, dtype=numpy.int64)]).astype(numpy.int64)
+    numpy.save(directory / "starts.npy", starts)
+    numpy.save(directory / "weights.npy", numpy.array(weights, numpy.float32))
+    numpy.save(directory / "where.npy", numpy.array(where, numpy.int64))
+    numpy.save(directory / "files.npy", numpy.array(files, numpy.int32))
+    report.kept, report.tokens, report.longest = len(lengths), int(starts[-1]), max(lengths, default=0)
+
+
+def _append(stream: BinaryIO, values: list[int] | list[bool], dtype: type) -> int:
+    """Writes, and returns the sum."""
+    array: numpy.ndarray = numpy.array(values, dtype)
+    array.tofile(stream)
+    return int(array.sum(dtype=numpy.int64))

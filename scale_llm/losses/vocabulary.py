@@ -1,0 +1,68 @@
+"""What the functions of logits share whose vocabulary is cut over tensor-parallel ranks.
+
+Rank r of p holds columns r*v/p to (r+1)*v/p; the columns from the vocabulary's real size on are padding and take no
+part. Arithmetic is FP32 (FP64 for FP64 logits), and no FP32 tensor of the logits' size is held: rows are converted in
+chunks, or in registers where compiled. Legend: n tokens, v vocabulary with padding, p ranks of the group.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from scale_llm.parallel.fused import compiling, fused
+
+CHUNK_ELEMENTS = 1 << 19
+"""Logits converted to FP32 at a time where nothing is compiled: 2 MiB, which stays in a second-level cache."""
+
+
+class Shard(NamedTuple):
+    """This rank's columns: the id of the first, how many of them are no padding, and the ranks of the group."""
+
+    start: int
+    valid: int
+    ranks: int
+
+    @classmethod
+    def of(cls, flat: torch.Tensor, group: dist.ProcessGroup | None, vocab_size: int) -> "Shard":
+        """flat: [n, v/p]. vocab_size: tokens before padding."""
+        rank, ranks = (group.rank(), group.size()) if group is not None else (0, 1)
+        start = rank * flat.size(1)
+        return cls(start, max(0, min(flat.size(1), vocab_size - start)), ranks)
+
+
+def wide(x: torch.Tensor) -> torch.dtype:
+    """What is computed in: FP32, or FP64 for FP64."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def empty_log_sum(flat: torch.Tensor) -> torch.Tensor:
+    """[n] logarithms of sums of nothing, which is what a rank with padding only contributes."""
+    return torch.full((flat.size(0),), -torch.inf, dtype=wide(flat), device=flat.device)
+
+
+def chunks(flat: torch.Tensor, shard: Shard) -> list[slice]:
+    """Slices of rows; none where all columns are padding."""
+    if not shard.valid:
+        return []
+    rows = max(1, flat.size(0) if compiling() else CHUNK_ELEMENTS // flat.size(1))
+    return [slice(i, i + rows) for i in range(0, flat.size(0), rows)]
+
+
+def weights_of_ranks(log_sum: torch.Tensor, group: dist.ProcessGroup) -> tuple[torch.Tensor, torch.Tensor]:
+    """This rank's sum of exponentials [n] over the largest rank's, and that one's logarithm [n]."""
+    highest = log_sum.clone()
+    dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
+    return (log_sum - highest).exp(), highest
+
+
+def widened(x: torch.Tensor, dtype: torch.dtype, temperature: float) -> torch.Tensor:
+    """x / temperature in `dtype`; no pass of its own at temperature 1."""
+    x = x.to(dtype)
+    return x if temperature == 1.0 else x / temperature
+
+
+@fused
+def log_sum_exp(x, temperature, out):
+    """x [n, v] -> the logarithm of every row's sum of exponentials into out [n]."""
+    out.copy_(torch.logsumexp(widened(x, out.dtype, temperature), dim=1))

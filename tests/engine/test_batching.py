@@ -1,0 +1,77 @@
+"""Whole sequences packed, padded or dealt out by tokens give what each of them alone gives.
+
+Lengths, the share of tokens that count and weights all differ, so that any mean of means, any attention or label across
+a boundary and any position that goes on over one would show.
+"""
+
+import pytest
+from support.parity import CP2, EP2, GPT2, MOE, PP2, SP, TP2, UNTIED, VPP2, relative
+
+STEP = "support.sequences:step"
+
+WAYS = {
+    "packed": (1, {}, "packed", {}),
+    "packed_two_rows_at_once": (1, {}, "packed", {"micro_batch_size": 2}),
+    "packed_tp2": (2, TP2, "packed", {}),
+    "packed_tp2_sp": (2, SP, "packed", {}),
+    "packed_pp2": (2, PP2, "packed", {}),
+    "packed_pp2_vpp2": (2, VPP2, "packed", {}),
+    "packed_cp2": (2, CP2, "packed", {}),
+    "packed_cp2_two_rows": (2, CP2, "packed", {"micro_batch_size": 2}),
+    "packed_dp2": (2, {}, "packed", {}),
+    "packed_recompute_full": (1, {"train.recompute_granularity": "full"}, "packed", {}),
+    "packed_recompute_selective": (1, {"train.recompute_granularity": "selective"}, "packed", {}),
+    "packed_compiled": (1, {"model.compile_ops": True}, "packed", {}),
+    "padded_by_four": (1, {}, "padded", {"micro_batch_size": 4}),
+    "padded_dp2": (2, {}, "padded", {"micro_batch_size": 3}),
+    "padded_pp2": (2, PP2, "padded", {"micro_batch_size": 2}),
+    "padded_cp2": (2, CP2, "padded", {"micro_batch_size": 2}),
+    "padded_tp2_sp": (2, SP, "padded", {"micro_batch_size": 2}),
+    "budget": (1, {}, "token_budget", {}),
+    "budget_of_100_dp2": (2, {}, "token_budget", {"budget": 100}),
+    "budget_of_everything_dp4": (4, {}, "token_budget", {"budget": 400}),
+    "budget_pp2_vpp2": (2, VPP2, "token_budget", {"budget": 100}),
+    "budget_tp2_cp2": (4, {**SP, **CP2}, "token_budget", {"budget": 100}),
+}
+
+
+def assert_same(found: list[dict], alone: dict) -> None:
+    assert relative(found[0]["loss"], alone["loss"]) < 1e-6
+    assert relative(found[0]["grad_norm"], alone["grad_norm"]) < 1e-5
+    for name, gradient in alone["gradient"].items():
+        assert gradient.abs().max() > 0, name
+        # 3e-7: weights are near 1, so that a difference of two of them is exact to about 1e-7
+        worst = (found[0]["gradient"][name] - gradient).abs().max()
+        assert worst < 1e-5 * gradient.abs().max() + 3e-7, (name, worst)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_equals_one_by_one(ranks, way):
+    alone = ranks(1, STEP, overrides={}, batching="padded")[0]
+    assert len(alone["shapes"]) == 12, "each alone in its forward pass"
+    world_size, overrides, batching, options = WAYS[way]
+    found = ranks(world_size, STEP, timeout_seconds=300, overrides=overrides, batching=batching, **options)
+    assert_same(found, alone)
+
+
+MODELS = {
+    "gpt2": (1, GPT2, {}),
+    "gpt2_cp2": (2, GPT2, CP2),
+    "untied_qk_norm": (1, UNTIED, {}),
+    "window": (1, {"model.window_size": 7}, {}),
+    "window_cp2": (2, {"model.window_size": 7}, CP2),
+    "moe_ep2": (2, {**MOE, "model.moe_aux_loss_coeff": 0.0}, EP2),
+}
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_packed_equals_one_by_one_for_other_models(ranks, case):
+    world_size, model, layout = MODELS[case]
+    alone = ranks(1, STEP, overrides=model, batching="padded")[0]
+    assert_same(ranks(world_size, STEP, overrides={**model, **layout}, batching="packed"), alone)
+
+
+def test_a_rank_without_a_sequence_takes_part(ranks):
+    """Four ranks, two rows: the others run a forward and backward pass of nothing and join every collective."""
+    found = ranks(4, STEP, overrides={}, batching="token_budget", budget=400)
+    assert {rank["shapes"][0][1] for rank in found} == {8, max(rank["shapes"][0][1] for rank in found)}

@@ -1,0 +1,41 @@
+"""What ranks do in the tests of adapters: train them over the tiny model's initial weights."""
+
+from typing import Any
+
+from support.batches import GLOBAL_BATCH, samples
+from support.training import config, make_engine, micro_batches
+from support.whole_model import whole_model
+
+
+def train(overrides: dict[str, Any], steps: int = 12) -> dict[str, Any]:
+    """Every step's loss and gradient norm; on rank 0 which tensors of the whole model have moved, and the bytes of the
+    weights of linear layers."""
+    cfg = config(overrides)
+    engine, loss = make_engine(cfg)
+    if engine.has_adapters:
+        engine.begin_adapters(prompt=[3, 1, 4])
+    before = whole_model(engine)
+    seen: dict[str, Any] = {"loss": [], "grad_norm": []}
+    virtual = cfg.peft.num_virtual_tokens if cfg.peft.method.value == "prompt_tuning" else 0
+    for step in range(steps):
+        batch = samples(step)
+        if virtual:
+            batch["tokens"][:, :virtual] = 250 + batch["position_ids"][:, :virtual]
+            batch["loss_mask"][:, :virtual] = 0
+        result = engine.train_step(micro_batches(batch, engine.mesh, 1), loss, samples=GLOBAL_BATCH)
+        seen["loss"].append(result.metrics["lm loss"])
+        seen["grad_norm"].append(result.grad_norm)
+    after = whole_model(engine)
+    if before is not None:
+        seen["moved"] = [name for name, value in before.items() if not value.equal(after[name])]
+    seen["weight_bytes"] = sum(_bytes(module) for module in engine.modules[0].modules() if hasattr(module, "adapter"))
+    return seen
+
+
+def _bytes(layer) -> int:
+    quantised = layer._nf4
+    if quantised is None:
+        return layer.weight.untyped_storage().nbytes()
+    state = quantised._state
+    tensors = [quantised._packed, state.absmax, state.state2.absmax]
+    return layer.weight.untyped_storage().nbytes() + sum(tensor.untyped_storage().nbytes() for tensor in tensors)
