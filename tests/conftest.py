@@ -1,6 +1,7 @@
 """Fixtures that tests of several packages share."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from support.ranks import Ranks
@@ -19,3 +20,12 @@ def ranks() -> Iterator[Ranks]:
 def runs(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """Whole runs on a small corpus that is indexed once; see support/runs.py."""
     return Runs(ranks, tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="session")
+def gsm8k() -> str:
+    """7,473 questions of grade-school mathematics and their answers, as JSONL."""
+    path = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k_train.jsonl"
+    if not path.is_file():
+        pytest.skip("real data ../shared/data/gsm8k_train.jsonl is not here")
+    return str(path)

@@ -3,6 +3,7 @@
 
   python tools/convert_checkpoint.py import   HF_DIR CHECKPOINTS
   python tools/convert_checkpoint.py export   CHECKPOINTS HF_DIR
+  python tools/convert_checkpoint.py merge    ADAPTERS CHECKPOINTS
   python tools/convert_checkpoint.py verify   A B
   python tools/convert_checkpoint.py inspect  PATH
   python tools/convert_checkpoint.py reshard  CHECKPOINTS OUT --tensor-model-parallel-size 2
@@ -43,12 +44,16 @@ def parser() -> argparse.ArgumentParser:
 
     tool = "python tools/convert_checkpoint.py"
     importing = command(
-        "import", run_import, "a Hugging Face directory -> a torch_dist checkpoint, tokenizer and model YAML",
+        "import", run_import,
+        "a Hugging Face directory -> a torch_dist checkpoint, tokenizer and model YAML; or peft's adapters",
         f"{tool} import ~/models/Llama-3.2-1B checkpoints/llama\n"
         "  scale-llm model=from_checkpoint checkpoint.load=checkpoints/llama data.path=text.jsonl",
     )  # fmt: skip
     importing.add_argument("source", type=Path, metavar="HF_DIR")
     importing.add_argument("output", type=Path, metavar="OUT")
+    importing.add_argument(
+        "--base", type=Path, metavar="DIR", help="of adapters: what they belong to (default: what they name themselves)"
+    )
 
     exporting = command(
         "export", run_export, "a checkpoint of a run or an import -> safetensors, config.json, tokenizer",
@@ -58,7 +63,17 @@ def parser() -> argparse.ArgumentParser:
     exporting.add_argument("output", type=Path, metavar="OUT")
     exporting.add_argument("--dtype", choices=DTYPES, help="number format of the weights (default: as saved)")
     exporting.add_argument("--architecture", metavar="CLASS", help="Hugging Face class (default: the first that fits)")
+    exporting.add_argument(
+        "--merge", action="store_true", help="adapters: into their base, as a whole model (default: in peft's format)"
+    )
     exporting.add_argument("--max-shard-size", type=shard_bytes, default="5GB", metavar="SIZE", help="default: 5GB")
+
+    merging = command(
+        "merge", run_merge, "a checkpoint of adapters -> a checkpoint of the whole model",
+        f"{tool} merge runs/sft/checkpoints merged",
+    )  # fmt: skip
+    merging.add_argument("source", type=Path, metavar="CHECKPOINTS")
+    merging.add_argument("output", type=Path, metavar="OUT")
 
     verifying = command(
         "verify", run_verify, "are two models the same function? compares tensors, or logits on real text",
@@ -98,10 +113,13 @@ def shard_bytes(text: str) -> int:
 
 
 def run_import(arguments: argparse.Namespace) -> int:
-    from scale_llm.checkpoint.huggingface import import_huggingface
+    from scale_llm.checkpoint.huggingface import import_adapters, import_huggingface, is_peft
 
     with bars(f"importing {arguments.source}") as bar:
-        import_huggingface(arguments.source, arguments.output, bar)
+        if is_peft(arguments.source):
+            import_adapters(arguments.source, arguments.output, bar, base=arguments.base)
+        else:
+            import_huggingface(arguments.source, arguments.output, bar)
     say(f"{arguments.output}: a checkpoint of iteration 0; train from it with\n"
         f"  scale-llm model=from_checkpoint checkpoint.load={arguments.output} ...")  # fmt: skip
     return 0
@@ -110,15 +128,28 @@ def run_import(arguments: argparse.Namespace) -> int:
 def run_export(arguments: argparse.Namespace) -> int:
     import torch
 
-    from scale_llm.checkpoint.huggingface import export_huggingface
+    from scale_llm.checkpoint.huggingface import export_adapters, export_huggingface, is_adapters
 
     dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
     with bars(f"exporting {arguments.source}") as bar:
+        if is_adapters(arguments.source) and not arguments.merge:
+            export_adapters(arguments.source, arguments.output, bar, dtype=dtype)
+            say(f"{arguments.output}: load it with peft's PeftModel.from_pretrained")
+            return 0
         export_huggingface(
             arguments.source, arguments.output, bar, dtype=dtype, architecture=arguments.architecture,
             shard_bytes=arguments.max_shard_size,
         )  # fmt: skip
     say(f"{arguments.output}: load it with transformers' from_pretrained")
+    return 0
+
+
+def run_merge(arguments: argparse.Namespace) -> int:
+    from scale_llm.checkpoint.huggingface import merge_checkpoint
+
+    with bars(f"merging {arguments.source}") as bar:
+        merge_checkpoint(arguments.source, arguments.output, bar)
+    say(f"{arguments.output}: a checkpoint of the whole model, iteration 0")
     return 0
 
 

@@ -51,8 +51,9 @@ class SafetensorsFolder:
         UserError: shards that are missing, truncated or no safetensors; tensors in two shards, or in none; all at once.
     """
 
-    def __init__(self, directory: Path | str):
-        self.directory = Path(directory)
+    def __init__(self, directory: Path | str, single: str = SINGLE):
+        """single: name of the file where there are no shards."""
+        self.directory, self._single = Path(directory), single
         self.entries: dict[str, Entry] = {}
         problems: list[str] = []
         promised = self._index(problems)
@@ -67,7 +68,7 @@ class SafetensorsFolder:
 
     def _index(self, problems: list[str]) -> dict[str, str]:
         path = self.directory / INDEX
-        if (self.directory / SINGLE).is_file() or not path.is_file():
+        if (self.directory / self._single).is_file() or not path.is_file():
             return {}
         try:
             return {str(k): str(v) for k, v in json.loads(path.read_text(encoding="utf-8"))["weight_map"].items()}
@@ -77,8 +78,8 @@ class SafetensorsFolder:
 
     def _loose(self, problems: list[str]) -> list[str]:
         """The files where no index says which: as transformers names them."""
-        if (self.directory / SINGLE).is_file():
-            return [SINGLE]
+        if (self.directory / self._single).is_file():
+            return [self._single]
         found = sorted(path.name for path in self.directory.glob("model*.safetensors"))
         if not found and not problems:
             others = sorted(path.name for path in self.directory.glob("*.bin"))

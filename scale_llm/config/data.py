@@ -52,6 +52,22 @@ class FieldsConfig:
     """ShareGPT: a list of objects with a sender and a value."""
     sender: str = "from"
     value: str = "value"
+    chosen: str = "chosen"
+    """The better answer to the prompt: a string, a message, or a list of messages, which may begin with the prompt."""
+    rejected: str = "rejected"
+    """The worse one."""
+    answers: str = "answers"
+    """A list of two or more answers, best first unless ranks or scores say otherwise. `responses` is read too."""
+    ranks: str = "ranks"
+    """A number for each answer, the lowest for the best."""
+    scores: str = "scores"
+    """A number for each answer, the highest for the best."""
+    margin: str = "margin"
+    """By how much the reward of the best answer should exceed the others'; 0 where the field is absent."""
+    completion: str = "completion"
+    """The answer of an unpaired row (KTO)."""
+    label: str = "label"
+    """Whether that answer is desirable: true or false."""
 
 
 @dataclass(kw_only=True, slots=True)

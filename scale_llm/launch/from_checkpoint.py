@@ -10,7 +10,7 @@ from scale_llm.config.errors import UserError
 from scale_llm.config.io import CONFIG_FILE, load_config
 from scale_llm.config.model import ModelConfig
 from scale_llm.config.run import RunConfig
-from scale_llm.config.tokenizer import TokenizerConfig
+from scale_llm.config.stage import EvaluateConfig
 
 NAME = "from_checkpoint"
 
@@ -24,12 +24,17 @@ def take_model(cfg: RunConfig, given: set[str]) -> None:
     if cfg.checkpoint.load is None:
         raise UserError(f"model={NAME}: give checkpoint.load=DIR, whose model it means")
     load = Path(os.path.expanduser(cfg.checkpoint.load))
-    model, tokenizer = _huggingface(load) if is_huggingface(load) else _ours(load)
+    written = _huggingface(load) if is_huggingface(load) else _ours(load)
+    model, tokenizer = written.model, written.tokenizer
+    if isinstance(cfg.stage, EvaluateConfig):
+        cfg.peft = written.peft  # what is evaluated is the model with its adapters
     for name in _chosen(cfg.model) | {key.removeprefix("model.") for key in given if key.startswith("model.")}:
         setattr(model, name, getattr(cfg.model, name))
     cfg.model = model
-    if not any(key.startswith("tokenizer") for key in given) and tokenizer.path is not None:
-        cfg.tokenizer = tokenizer
+    if cfg.tokenizer.path is None and tokenizer.path is not None:
+        for key in ("path", "eod_token", "chat_template"):
+            if f"tokenizer.{key}" not in given:
+                setattr(cfg.tokenizer, key, getattr(tokenizer, key))
 
 
 def _chosen(model: ModelConfig) -> set[str]:
@@ -46,12 +51,12 @@ def huggingface_problems(cfg: RunConfig) -> list[str]:
     from scale_llm.models.huggingface.same_function import differences
 
     try:
-        return differences(_huggingface(Path(load))[0], cfg.model, Path(load))
+        return differences(_huggingface(Path(load)).model, cfg.model, Path(load))
     except UserError as error:
         return error.problems
 
 
-def _huggingface(directory: Path) -> tuple[ModelConfig, TokenizerConfig]:
+def _huggingface(directory: Path) -> RunConfig:
     from scale_llm.models.huggingface import read_model
     from scale_llm.models.huggingface.tokenizer import tokenizer_of
 
@@ -60,10 +65,10 @@ def _huggingface(directory: Path) -> tuple[ModelConfig, TokenizerConfig]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"checkpoint.load={directory}: config.json cannot be read ({error})") from error
-    return read_model(config, str(path)), tokenizer_of(directory, config)
+    return RunConfig(run_dir="", model=read_model(config, str(path)), tokenizer=tokenizer_of(directory, config))
 
 
-def _ours(directory: Path) -> tuple[ModelConfig, TokenizerConfig]:
+def _ours(directory: Path) -> RunConfig:
     try:
         found = latest_checkpoint(directory)
     except ValueError as error:
@@ -78,4 +83,4 @@ def _ours(directory: Path) -> tuple[ModelConfig, TokenizerConfig]:
         if (place / "tokenizer.json").is_file():
             cfg.tokenizer.path = str(place.resolve())
             break
-    return cfg.model, cfg.tokenizer
+    return cfg

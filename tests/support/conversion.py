@@ -9,7 +9,11 @@ import torch
 import torch.distributed as dist
 
 from scale_llm.checkpoint.checkpointer import Checkpointer
+from scale_llm.checkpoint.huggingface.merging import is_adapters
 from scale_llm.checkpoint.huggingface.source import HuggingFaceModel, read_json
+from scale_llm.checkpoint.torch_dist import checkpoint_config, find_checkpoint
+from scale_llm.config.checkpoint_files import latest_checkpoint
+from scale_llm.config.io import save_config
 from scale_llm.config.model import Head, RopeScaling
 from scale_llm.config.optim import DecayStyle, Optimizer
 from scale_llm.config.run import RunConfig
@@ -17,7 +21,8 @@ from scale_llm.engine import state as engine_state
 from scale_llm.engine.engine import Engine
 from scale_llm.losses.language_model import language_model_loss
 from scale_llm.models.huggingface import Form, read_model
-from scale_llm.stages.run_state import load_weights, write_config
+from scale_llm.stages.context import RunContext
+from scale_llm.stages.run_state import load_weights
 from support.training import join
 
 
@@ -25,7 +30,11 @@ def _config(directory: str, layout: dict[str, Any], seq_length: int, batch: int)
     """The imported model under a layout, FP32."""
     path = Path(directory)
     source = path / "huggingface" if (path / "huggingface").is_dir() else path
-    cfg = RunConfig(run_dir="unused", model=read_model(read_json(source / "config.json"), str(source)))
+    if is_adapters(path):
+        written = checkpoint_config(find_checkpoint(path))
+        cfg = RunConfig(run_dir="unused", model=written.model, peft=written.peft)
+    else:
+        cfg = RunConfig(run_dir="unused", model=read_model(read_json(source / "config.json"), str(source)))
     cfg.model.seq_length = seq_length
     cfg.train.micro_batch_size = cfg.train.global_batch_size = batch
     for key, value in layout.items():
@@ -49,15 +58,13 @@ def output(directory: str, data: str, layout: dict[str, Any], mistake: str | Non
 
     mistake: see MISTAKES.
     """
-    from scale_llm.config.checkpoint_files import latest_checkpoint
-
     tokens = torch.load(data)
     cfg = _config(directory, layout, tokens.size(1) - 1, tokens.size(0))
     if mistake is not None:
         MISTAKES[mistake](cfg)
     device, mesh = join(cfg)
     engine = Engine(cfg, mesh, device, vocab_size=cfg.model.vocab_size, trainable=False)
-    load_weights(engine, latest_checkpoint(directory)[1], cfg.model)
+    load_weights(RunContext(cfg, device, mesh, None), engine, latest_checkpoint(directory)[1])
     seen = []
 
     def keep(out, batch):
@@ -139,12 +146,10 @@ MISTAKES = {
 
 def greedy(directory: str, shape: str, prompt: list[int], count: int, layout: dict[str, Any]) -> list[int] | None:
     """The `count` likeliest tokens after a prompt, one whole forward pass a token, on the ranks of the last stage."""
-    from scale_llm.config.checkpoint_files import latest_checkpoint
-
     cfg = _config(shape, layout, len(prompt) + count, 1)
     device, mesh = join(cfg)
     engine = Engine(cfg, mesh, device, vocab_size=cfg.model.vocab_size, trainable=False)
-    load_weights(engine, latest_checkpoint(directory)[1], cfg.model)
+    load_weights(RunContext(cfg, device, mesh, None), engine, latest_checkpoint(directory)[1])
     tokens = list(prompt)
     for _ in range(count):
         chosen: list[int] = []
@@ -163,8 +168,8 @@ def greedy(directory: str, shape: str, prompt: list[int], count: int, layout: di
     return tokens[len(prompt) :]
 
 
-def train(directory: str, data: str, layout: dict[str, Any], lr: float) -> list[float]:
-    """The loss of every step of plain SGD, one batch [b, s + 1] of the file a step."""
+def train(directory: str, data: str, layout: dict[str, Any], lr: float, output: str | None = None) -> list[float]:
+    """The loss of every step of plain SGD, one batch [b, s + 1] of the file a step. output: where to save adapters."""
     batches = torch.load(data)
     cfg = _config(directory, layout, batches.size(2) - 1, batches.size(1))
     cfg.optim.optimizer, cfg.optim.lr, cfg.optim.lr_decay_style = Optimizer.sgd, lr, DecayStyle.constant
@@ -173,19 +178,22 @@ def train(directory: str, data: str, layout: dict[str, Any], lr: float) -> list[
     cfg.model.moe_aux_loss_coeff = 0.0
     device, mesh = join(cfg)
     engine = Engine(cfg, mesh, device, vocab_size=cfg.model.vocab_size)
-    load_weights(engine, Path(directory), cfg.model)
+    load_weights(RunContext(cfg, device, mesh, None), engine, latest_checkpoint(directory)[1])
     loss = partial(language_model_loss, tp_group=mesh.groups.tp, vocab_size=cfg.model.vocab_size)
     size = batches.size(1)
-    return [engine.train_step([_batch(step)], loss, samples=size).metrics["lm loss"] for step in batches]
+    losses = [engine.train_step([_batch(step)], loss, samples=size).metrics["lm loss"] for step in batches]
+    if output is not None:
+        cfg.checkpoint.load = checkpoint_config(find_checkpoint(directory)).checkpoint.load
+        state = engine_state.sharded_model_state(engine, engine_state.Weights.adapters)
+        Checkpointer(output, mesh.host_group).save(len(batches), state, lambda path: save_config(cfg, path))
+    return losses
 
 
 def resave(directory: str, output: str, layout: dict[str, Any]) -> None:
     """Loads the model under a layout and saves it as a run does."""
-    from scale_llm.config.checkpoint_files import latest_checkpoint
-
     cfg = _config(directory, layout, 32, 1)
     device, mesh = join(cfg)
     engine = Engine(cfg, mesh, device, vocab_size=cfg.model.vocab_size, trainable=False)
-    load_weights(engine, latest_checkpoint(directory)[1], cfg.model)
+    load_weights(RunContext(cfg, device, mesh, None), engine, latest_checkpoint(directory)[1])
     checkpointer = Checkpointer(output, mesh.host_group)
-    checkpointer.save(7, engine_state.sharded_model_state(engine), write_config(cfg))
+    checkpointer.save(7, engine_state.sharded_model_state(engine), lambda path: save_config(cfg, path))

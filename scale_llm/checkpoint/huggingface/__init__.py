@@ -1,10 +1,21 @@
-"""Hugging Face models -> `torch_dist` checkpoints and back, tensor by tensor; and straight into a running model.
+"""Hugging Face models and peft's adapters <-> `torch_dist` checkpoints, streamed tensor by tensor.
 
-The tables of `models.huggingface` say which tensors make which; nothing here knows a family.
+Under torchrun every rank converts its share.
 """
 
 from scale_llm.checkpoint.huggingface.exporting import export_huggingface
 from scale_llm.checkpoint.huggingface.importing import import_huggingface
+from scale_llm.checkpoint.huggingface.merging import is_adapters, merge_checkpoint
+from scale_llm.checkpoint.huggingface.peft_format import export_adapters, import_adapters, is_peft
 from scale_llm.checkpoint.huggingface.source import HuggingFaceModel
 
-__all__ = ["HuggingFaceModel", "export_huggingface", "import_huggingface"]
+__all__ = [
+    "HuggingFaceModel",
+    "export_adapters",
+    "export_huggingface",
+    "import_adapters",
+    "import_huggingface",
+    "is_adapters",
+    "is_peft",
+    "merge_checkpoint",
+]

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
+from scale_llm.checkpoint.huggingface.merging import Reader, model_reader
 from scale_llm.checkpoint.huggingface.source import FOLDER, read_json
 from scale_llm.checkpoint.safetensors_files import Planned, shards_of, write_file, write_index
 from scale_llm.checkpoint.staging import output_problems, refuse, staged
-from scale_llm.checkpoint.torch_dist import TorchDistReader, checkpoint_config, find_checkpoint
+from scale_llm.checkpoint.torch_dist import checkpoint_config, find_checkpoint
 from scale_llm.checkpoint.work import every_nth, is_first
 from scale_llm.config.checkpoint_files import TOKENIZER_DIR, TOKENIZER_FILES
 from scale_llm.config.model import ModelConfig
@@ -32,7 +33,7 @@ def export_huggingface(
     architecture: str | None = None,
     shard_bytes: int = 5 * 10**9,
 ) -> Path:
-    """A `torch_dist` checkpoint -> a directory that transformers loads.
+    """A `torch_dist` checkpoint -> a directory that transformers loads. Adapters are merged into their base.
 
     dtype: None keeps the checkpoint's. architecture: the Hugging Face class; None takes the model's own, else the first
     that has its shape.
@@ -45,7 +46,7 @@ def export_huggingface(
     path = find_checkpoint(source)
     cfg = checkpoint_config(path)
     model = cfg.model
-    reader = TorchDistReader(path)
+    reader = model_reader(path)
     family = export_family(model, architecture)
     _check_against(reader, family, model)
     planned = list(_planned(reader, family, model, dtype))
@@ -62,7 +63,7 @@ def export_huggingface(
     return output
 
 
-def _check_against(reader: TorchDistReader, family: Family, model: ModelConfig) -> None:
+def _check_against(reader: Reader, family: Family, model: ModelConfig) -> None:
     problems = []
     tensors = family.tensors_of(model)
     for tensor in tensors:
@@ -85,9 +86,7 @@ def _check_against(reader: TorchDistReader, family: Family, model: ModelConfig) 
     refuse(problems)
 
 
-def _planned(
-    reader: TorchDistReader, family: Family, model: ModelConfig, dtype: torch.dtype | None
-) -> Iterable[Planned]:
+def _planned(reader: Reader, family: Family, model: ModelConfig, dtype: torch.dtype | None) -> Iterable[Planned]:
     work = [(index, tensor) for tensor in family.tensors_of(model) for index in tensor.indices(model)]
     for index, tensor in sorted(work, key=lambda pair: pair[0]):
         whole = _Shared(partial(reader.read, tensor.key, index), tensor, model)

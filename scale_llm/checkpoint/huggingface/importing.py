@@ -1,19 +1,17 @@
 """A Hugging Face model as a `torch_dist` checkpoint."""
 
-import json
 import shutil
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from scale_llm import __version__
 from scale_llm.checkpoint.huggingface.source import FOLDER, HuggingFaceModel
 from scale_llm.checkpoint.staging import output_problems, refuse, staged
 from scale_llm.checkpoint.torch_dist import Chunk, write_chunks
 from scale_llm.checkpoint.work import is_first, my_share
+from scale_llm.checkpoint.writing import extra_states, write_common
 from scale_llm.config.checkpoint_files import TOKENIZER_FILES, iteration_dir, write_latest
 from scale_llm.config.io import save_config
 from scale_llm.config.model import ModelConfig
@@ -40,7 +38,7 @@ def import_huggingface(source: Path | str, output: Path | str, progress: Callabl
         checkpoint.mkdir(exist_ok=True)
         chunks = my_share(list(_chunks(model)))
         step = progress(sum(chunk.bytes for chunk in chunks))
-        objects = _extra_states(model.model) if is_first() else {}
+        objects = extra_states(model.model) if is_first() else {}
         write_chunks(checkpoint, chunks, objects, step)
         if is_first():
             _write_beside(model, partial_output, checkpoint, output)
@@ -63,37 +61,9 @@ def _chunks(model: HuggingFaceModel) -> Iterable[Chunk]:
         )
 
 
-def _extra_states(model: ModelConfig) -> dict[str, Any]:
-    """megatron-core's linear layers look for an (empty) extra state under these names."""
-    names = ["self_attention.linear_qkv", "self_attention.linear_proj"]
-    layers = range(model.num_layers)
-    found = {}
-    if model.num_experts is None:
-        names += ["mlp.linear_fc1", "mlp.linear_fc2"]
-    else:
-        for name in ("linear_fc1", "linear_fc2"):
-            for layer in layers:
-                for expert in range(model.num_experts):
-                    place = f"shard_{layer}.{expert}_{model.num_layers}.{model.num_experts}"
-                    found[f"decoder.layers.mlp.experts.experts.{name}._extra_state/{place}"] = [None]
-    for name in names:
-        for layer in layers:
-            found[f"decoder.layers.{name}._extra_state/shard_{layer}_{model.num_layers}"] = [None]
-    return found
-
-
 def _write_beside(model: HuggingFaceModel, directory: Path, checkpoint: Path, final: Path) -> None:
     """Everything but the tensors."""
-    common = {
-        "checkpoint_version": 3.0,
-        "iteration": 0,
-        "written_by": f"scale_llm {__version__}, import of {model.directory.resolve()}",
-    }
-    torch.save(common, checkpoint / "common.pt")
-    (checkpoint / "metadata.json").write_text(json.dumps({
-        "sharded_backend": "torch_dist", "sharded_backend_version": 1,
-        "common_backend": "torch", "common_backend_version": 1,
-    }))  # fmt: skip
+    write_common(checkpoint, f"import of {model.directory.resolve()}")
     beside = directory / FOLDER
     beside.mkdir(exist_ok=True)
     for name in ("config.json", *TOKENIZER_FILES):

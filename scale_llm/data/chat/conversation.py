@@ -72,7 +72,7 @@ def conversation_of(row: Row, form: ChatFormat, fields: FieldsConfig) -> Convers
     Raises:
         RowError: without file and line, which the caller knows.
     """
-    messages = with_system(_READERS[form](row.values, fields), row.values, fields)
+    messages = with_system(READERS[form](row.values, fields), row.values, fields)
     check_assistant(messages)
     return Conversation(
         messages=messages,
@@ -128,6 +128,15 @@ def conversation_weight(values: dict[str, Any], fields: FieldsConfig) -> float:
     return float(weight)
 
 
+def alpaca_question(values: dict[str, Any], fields: FieldsConfig) -> Message:
+    """The input, if any, follows the instruction on a line of its own."""
+    question = string(present(values, fields.instruction, "instruction"), fields.instruction)
+    given = values.get(fields.input)
+    if given is not None and given != "":
+        question = f"{question}\n{string(given, fields.input)}"
+    return {"role": "user", "content": question}
+
+
 def check_assistant(messages: Sequence[Message]) -> None:
     """Somebody must answer, and say something."""
     answers = [message for message in messages if message["role"] == "assistant"]
@@ -150,13 +159,9 @@ def _from_prompt(values: dict[str, Any], fields: FieldsConfig) -> list[Message]:
 
 
 def _from_alpaca(values: dict[str, Any], fields: FieldsConfig) -> list[Message]:
-    """The input, if any, follows the instruction on a line of its own."""
-    question = string(present(values, fields.instruction, "instruction"), fields.instruction)
-    given = values.get(fields.input)
-    if given is not None and given != "":
-        question = f"{question}\n{string(given, fields.input)}"
+    question = alpaca_question(values, fields)
     answer = string(present(values, fields.output, "output"), fields.output)
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return [question, {"role": "assistant", "content": answer}]
 
 
 def _from_sharegpt(values: dict[str, Any], fields: FieldsConfig) -> list[Message]:
@@ -165,7 +170,7 @@ def _from_sharegpt(values: dict[str, Any], fields: FieldsConfig) -> list[Message
     return turns(value, sharegpt_names(fields), fields.conversations)
 
 
-_READERS = {
+READERS = {
     ChatFormat.messages: _from_messages,
     ChatFormat.prompt_response: _from_prompt,
     ChatFormat.alpaca: _from_alpaca,

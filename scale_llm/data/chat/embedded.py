@@ -1,6 +1,7 @@
 """Instruction pairs that every machine has: docstrings of the running Python's standard library.
 
-A question about each function, method and class, answered by the start of its docstring.
+A question about each function, method and class, answered by the start of its docstring. For comparisons, that answer
+is better than the docstring of another one.
 """
 
 import ast
@@ -11,6 +12,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from scale_llm.data.chat.comparison import Comparison
 from scale_llm.data.chat.conversation import Conversation
 from scale_llm.data.rows import OnBytes
 
@@ -47,6 +49,27 @@ def embedded_conversations(files: list[str], on_bytes: OnBytes | None = None) ->
             seen |= {name, answer}
             messages = [{"role": "user", "content": _question(name, node)}, {"role": "assistant", "content": answer}]
             yield Conversation(messages=messages, file=file, line=node.lineno)
+
+
+def embedded_comparisons(
+    files: list[str], on_bytes: OnBytes | None = None, *, unpaired: bool = False
+) -> Iterator[Comparison]:
+    """Each question with its own answer and, as the worse one, that of another question.
+
+    unpaired: with its own answer as a desirable one, or with the other as an undesirable one, in turns.
+    """
+    found = list(embedded_conversations(files, on_bytes))
+    for place, own in enumerate(found):
+        if len(found) < 2:
+            return
+        question, answer = own.messages
+        # Of all others, so never the answer itself; no answer occurs twice
+        other = found[(place + 1 + _choice(question["content"], len(found) - 1)) % len(found)].messages[1]
+        answers, label = [[answer], [other]], None
+        if unpaired:
+            label = place % 2 == 0
+            answers = answers[:1] if label else answers[1:]
+        yield Comparison(prompt=[question], answers=answers, label=label, file=own.file, line=own.line)
 
 
 def _module(file: str) -> str:
@@ -97,5 +120,9 @@ def _answer(node: Definition) -> str | None:
 
 def _question(name: str, node: Definition) -> str:
     phrasings = CLASS_QUESTIONS if isinstance(node, ast.ClassDef) else FUNCTION_QUESTIONS
-    choice = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % len(phrasings)
-    return phrasings[choice].format(name=name)
+    return phrasings[_choice(name, len(phrasings))].format(name=name)
+
+
+def _choice(text: str, count: int) -> int:
+    """One of 0..count - 1, always the same for a text."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") % count

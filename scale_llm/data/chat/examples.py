@@ -7,7 +7,7 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy
 
@@ -16,13 +16,16 @@ from scale_llm.config.errors import UserError
 from scale_llm.config.stage import TrainOn
 from scale_llm.config.tokenizer import TokenizerConfig
 from scale_llm.data.chat.embedded import embedded_conversations
-from scale_llm.data.chat.reading import Report, bad_rows, read_conversations, report_lines
+from scale_llm.data.chat.reading import Report, bad_rows, no_usable_row, read_conversations, report_lines
 from scale_llm.data.corpus import embedded_files
 from scale_llm.data.files import build_once, fingerprint, stamp, write_json
 from scale_llm.data.progress import byte_progress
 from scale_llm.data.rows import Problems
 from scale_llm.data.sources import Source, parse_path
 from scale_llm.data.splits import SPLITS, split_problems, split_ranges
+
+if TYPE_CHECKING:
+    from scale_llm.data.chat.template import ChatTemplate
 
 __all__ = [
     "Example",
@@ -76,8 +79,8 @@ class Examples:
         """files: the report's, which `where` names."""
         self.directory = Path(directory)
         self.files = files
-        self.starts = self._array("starts.npy")
-        self.weights = self._array("weights.npy")
+        self.starts = self.array("starts.npy")
+        self.weights = self.array("weights.npy")
         """float32 [n]"""
         count = int(self.starts[-1])
         self._tokens = self._flat("tokens.bin", numpy.int32, count)
@@ -100,21 +103,22 @@ class Examples:
 
     def where(self, index: int) -> str:
         """`file:line` of the row."""
-        return f"{self.files[self._array('files.npy')[index]]}:{self._array('where.npy')[index]}"
+        return f"{self.files[self.array('files.npy')[index]]}:{self.array('where.npy')[index]}"
 
-    def _array(self, name: str) -> numpy.ndarray:
+    def array(self, name: str) -> numpy.ndarray:
+        """One of the directory's arrays."""
         try:
             return numpy.load(self.directory / name, mmap_mode="r")
         except (OSError, ValueError) as error:
-            raise self._damaged(name) from error
+            raise self.damaged(name) from error
 
     def _flat(self, name: str, dtype: type, count: int) -> numpy.ndarray:
         path = self.directory / name
         if not path.is_file() or path.stat().st_size != count * numpy.dtype(dtype).itemsize:
-            raise self._damaged(name)
+            raise self.damaged(name)
         return numpy.memmap(path, dtype, mode="r")
 
-    def _damaged(self, name: str) -> UserError:
+    def damaged(self, name: str) -> UserError:
         return UserError(f"{self.directory / name}: missing or damaged; delete {self.directory} and run again")
 
 
@@ -135,20 +139,11 @@ def prepare_examples(
         UserError: with every problem found.
     """
     from scale_llm.data.chat.template import ChatTemplate
-    from scale_llm.data.tokenizer import file_digest
 
-    files, tokenizer_path = _checked(data, tokenizer)
+    files, tokenizer_path = checked_input(data, tokenizer)
     template = ChatTemplate.load(tokenizer_path, tokenizer)
     loaded = template.tokenizer
-    contents = [[stamp(file) for file in files], loaded.path, file_digest(loaded.path), loaded.eod, template.digest]
-    settings = [
-        data.path is None,
-        asdict(data.fields),
-        data.format.value,
-        data.on_bad_row.value,
-        data.on_too_long.value,
-    ]
-    key = fingerprint([FORMAT, contents, settings, train_on.value, seq_length])
+    key = fingerprint([FORMAT, *input_facts(data, files, template), train_on.value, seq_length])
     entry = Path(cache_dir).expanduser().absolute() / "examples" / key
 
     def build(directory: Path) -> None:
@@ -205,7 +200,23 @@ def split_indices(num_examples: int, split: str, name: str) -> numpy.ndarray:
     return order[begin : begin + sizes[name]]
 
 
-def _checked(data: DataConfig, tokenizer: TokenizerConfig) -> tuple[list[str], str]:
+def input_facts(data: DataConfig, files: list[str], template: "ChatTemplate") -> list[Any]:
+    """All that the tokens of conversations depend on, but what a stage asks for: for a fingerprint."""
+    from scale_llm.data.tokenizer import file_digest
+
+    loaded = template.tokenizer
+    contents = [[stamp(file) for file in files], loaded.path, file_digest(loaded.path), loaded.eod, template.digest]
+    settings = [
+        data.path is None,
+        asdict(data.fields),
+        data.format.value,
+        data.on_bad_row.value,
+        data.on_too_long.value,
+    ]
+    return [contents, settings]
+
+
+def checked_input(data: DataConfig, tokenizer: TokenizerConfig) -> tuple[list[str], str]:
     """(files of conversations, tokenizer); a UserError with every problem."""
     problems = split_problems(data.split)
     if tokenizer.path is None:
@@ -266,7 +277,7 @@ def _build(
     problems = bad.found + encoder.long.found
     finished = report.finished()
     if not problems and not report.kept:
-        problems = [f"data.path={data.path}: no usable row; {'; '.join(report_lines(finished)[1:]) or 'all are empty'}"]
+        problems = [no_usable_row(data.path, finished)]
     if problems:
         raise UserError(problems)
     return finished

@@ -1,14 +1,16 @@
 """Conversations of files; what becomes of rows that are none; the count of both."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from scale_llm.config.data import BadRow, ChatFormat, DataConfig
+from scale_llm.data.chat.comparison import Comparison, comparison_of, labelled_of
 from scale_llm.data.chat.conversation import Conversation, conversation_of, format_of
 from scale_llm.data.chat.turns import RowError
-from scale_llm.data.rows import OnBytes, Problems, read_rows
+from scale_llm.data.rows import OnBytes, Problems, Row, read_rows
 
+T = TypeVar("T")
 FIRST = 3
 """Dropped rows that the report shows of each kind."""
 
@@ -69,23 +71,45 @@ def read_conversations(
 ) -> Iterator[Conversation]:
     """The conversations of all files in order."""
     for file in files:
-        yield from _file_conversations(file, data, problems, on_bytes)
+        yield from read_parsed(file, _conversation_parser(data), problems, on_bytes)
 
 
-def _file_conversations(
-    file: str, data: DataConfig, problems: Problems, on_bytes: OnBytes | None
-) -> Iterator[Conversation]:
+def read_comparisons(
+    files: Iterable[str], data: DataConfig, problems: Problems, on_bytes: OnBytes | None = None, *, unpaired: bool
+) -> Iterator[Comparison]:
+    """The comparisons, or unpaired answers, of all files in order."""
+    read = labelled_of if unpaired else comparison_of
+    for file in files:
+        yield from read_parsed(file, lambda row: read(row, data.format, data.fields), problems, on_bytes)
+
+
+def _conversation_parser(data: DataConfig) -> Callable[[Row], Conversation]:
+    """For one file: its first row says what form all its rows have, where the configuration leaves that open."""
     form = data.format
+
+    def parse(row: Row) -> Conversation:
+        nonlocal form
+        if form is ChatFormat.auto:
+            form = format_of(row.values, data.fields)
+        return conversation_of(row, form, data.fields)
+
+    return parse
+
+
+def read_parsed(
+    file: str, parse: Callable[[Row], T], problems: Problems, on_bytes: OnBytes | None = None
+) -> Iterator[T]:
+    """What `parse` makes of the rows of a file; a `RowError` of it is a bad row."""
     known = _Counted(inner=problems)
     empty = True
     for row in read_rows(file, known, on_bytes):
         empty = False
         try:
-            if form is ChatFormat.auto:
-                form = format_of(row.values, data.fields)
-            yield conversation_of(row, form, data.fields)
+            made = parse(row)
         except RowError as error:
             known.add(file, row.line, error.message, error.kind)
+            continue
+        yield made
     if empty and not known.count:
         problems.add_file(file, 1, "holds no rows; give a file with conversations in it")
 
@@ -114,8 +138,17 @@ def report_lines(report: dict[str, Any]) -> list[str]:
         f"{report['trained_tokens']:,} of them trained ({share:.0%}); longest {report['longest']:,}, "
         f"mean {report['mean']:,}"
     ]
-    if report["truncated"]:
-        lines.append(f"cut off at model.seq_length: {report['truncated']:,}")
+    return lines + lost_lines(report)
+
+
+def lost_lines(report: dict[str, Any]) -> list[str]:
+    """What was cut off or dropped, for the terminal."""
+    lines = [f"cut off at model.seq_length: {report['truncated']:,}"] if report["truncated"] else []
     for kind, count in sorted(report["dropped"].items(), key=lambda item: -item[1]):
         lines.append(f"dropped, {kind}: {count:,}, first {report['first_dropped'][kind][0]}")
     return lines
+
+
+def no_usable_row(path: Any, report: dict[str, Any]) -> str:
+    """The problem of files of which nothing is left."""
+    return f"data.path={path}: no usable row; {'; '.join(lost_lines(report)) or 'all are empty'}"

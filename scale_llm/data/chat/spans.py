@@ -24,6 +24,8 @@ class Rendering(NamedTuple):
 
 Render = Callable[[list[Message], bool], Rendering]
 """(messages, with generation prompt)."""
+OR_ALL = ", or set stage.train_on=all"
+"""The end of a remedy that only stages with such a key have."""
 
 
 def has_usable_tags(template: str) -> bool:
@@ -42,27 +44,32 @@ def has_usable_tags(template: str) -> bool:
     return tags > 0
 
 
-def tagged_spans(render: Render, messages: list[Message], last_only: bool) -> Rendering:
-    """The spans of the tags; of the last turn those that are not there without it."""
+def last_turn(messages: list[Message]) -> int:
+    """The place of the assistant's last turn."""
+    return _assistants(messages)[-1]
+
+
+def tagged_spans(render: Render, messages: list[Message], first: int | None) -> Rendering:
+    """The spans of the tags; from message `first` on, those that are not there without it."""
     whole = render(messages, False)
-    if not last_only:
+    if first is None:
         return whole
     try:
-        before = len(render(messages[: _assistants(messages)[-1]], False).generated)
+        before = len(render(messages[:first], False).generated)
     except RowError:  # templates may refuse a conversation that ends with a user
-        before = len(whole.generated) - 1
+        before = len(whole.generated) - len(_assistants(messages[first:]))
     return Rendering(whole.text, whole.generated[before:])
 
 
-def prefix_spans(render: Render, messages: list[Message], last_only: bool) -> Rendering:
-    """Turns by prefixes; `RowError` where the rendering of a part is no prefix of the whole.
+def prefix_spans(render: Render, messages: list[Message], first: int | None) -> Rendering:
+    """Turns, from message `first` on, by prefixes; `RowError` where the rendering of a part is no prefix of the whole.
 
     Where only the generation prompt does not fit (some templates prompt with the start of a thought that they drop from
     finished turns), the turn begins before its header.
     """
     text = render(messages, False).text
-    places = _assistants(messages)
-    return Rendering(text, [_turn(render, messages, place, text) for place in (places[-1:] if last_only else places)])
+    places = [place for place in _assistants(messages) if place >= (first or 0)]
+    return Rendering(text, [_turn(render, messages, place, text) for place in places])
 
 
 def without_trailing_space(text: str, span: Span, special: re.Pattern[str]) -> Span:
@@ -90,6 +97,6 @@ def _turn(render: Render, messages: list[Message], place: int, text: str) -> Spa
             reason = "what comes before it is rendered otherwise without it"
     raise RowError(
         f"the chat template cannot mark the assistant's turn {place + 1} ({reason}); give tokenizer.chat_template a "
-        "template with {% generation %} tags, or set stage.train_on=all",
+        f"template with {{% generation %}} tags{OR_ALL}",
         "spans not marked",
     )

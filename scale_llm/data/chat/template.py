@@ -20,6 +20,7 @@ from scale_llm.data.chat.spans import (
     Rendering,
     Span,
     has_usable_tags,
+    last_turn,
     prefix_spans,
     tagged_spans,
     without_trailing_space,
@@ -105,8 +106,11 @@ class ChatTemplate:
         text = self.render(messages, tools, add_generation_prompt=True).text
         return self.tokenise([Marked(text, None, sentinel)])[0].tokens
 
-    def mark(self, messages: list[Message], tools: Tools, train_on: TrainOn) -> Marked:
-        """The first half of `encode`: text and spans."""
+    def mark(self, messages: list[Message], tools: Tools, train_on: TrainOn, first: int | None = None) -> Marked:
+        """The first half of `encode`: text and spans.
+
+        first: with train_on=assistant, the message from which on turns count.
+        """
         messages, tools, sentinel = self._protected(messages, tools)
         if train_on is TrainOn.all:
             return Marked(self.render(messages, tools).text, None, sentinel)
@@ -115,7 +119,8 @@ class ChatTemplate:
         def render(some: list[Message], with_prompt: bool) -> Rendering:
             return self.render(some, tools, add_generation_prompt=with_prompt)
 
-        text, spans = find(render, messages, train_on is TrainOn.last_assistant)
+        first = last_turn(messages) if train_on is TrainOn.last_assistant else first
+        text, spans = find(render, messages, first)
         trimmed = [without_trailing_space(text, span, self.vocabulary.any_special) for span in spans]
         return Marked(text, trimmed, sentinel)
 

@@ -8,7 +8,7 @@ where.npy    int64 [n], line (or row) from 1       files.npy  int32 [n], which o
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol, TypeVar
 
 import numpy
 
@@ -22,6 +22,18 @@ from scale_llm.data.rows import Problems
 
 BATCH_CHARACTERS = 1 << 20
 """Text tokenised at a time, enough to keep all cores busy."""
+Item = TypeVar("Item")
+
+
+class Placed(Protocol):
+    """What a sequence was made of."""
+
+    @property
+    def file(self) -> str: ...
+    @property
+    def line(self) -> int: ...
+    @property
+    def weight(self) -> float: ...
 
 
 @dataclass(kw_only=True, slots=True)
@@ -38,29 +50,19 @@ class Encoder:
     report: Report
 
     def examples(self, conversations: Iterable[Conversation]) -> Iterator[tuple[Conversation, Encoded]]:
-        for batch in self._batches(conversations):
-            encoded = self.template.tokenise([marked for _, marked in batch])
-            for (conversation, _), each in zip(batch, encoded, strict=True):
-                fitted = self._fitted(conversation, each)
-                if fitted is not None:
-                    yield conversation, fitted
+        for conversation, (encoded,) in tokenised(self.template, self._marked(conversations)):
+            fitted = self._fitted(conversation, encoded)
+            if fitted is not None:
+                yield conversation, fitted
 
-    def _batches(self, conversations: Iterable[Conversation]) -> Iterator[list[tuple[Conversation, Marked]]]:
-        batch: list[tuple[Conversation, Marked]] = []
-        size = 0
+    def _marked(self, conversations: Iterable[Conversation]) -> Iterator[tuple[Conversation, list[Marked]]]:
         for conversation in conversations:
             try:
                 marked = self.template.mark(conversation.messages, conversation.tools, self.train_on)
             except RowError as error:
                 self.bad.add(conversation.file, conversation.line, error.message, error.kind)
                 continue
-            batch.append((conversation, marked))
-            size += len(marked.text)
-            if size >= BATCH_CHARACTERS:
-                yield batch
-                batch, size = [], 0
-        if batch:
-            yield batch
+            yield conversation, [marked]
 
     def _fitted(self, conversation: Conversation, encoded: Encoded) -> Encoded | None:
         """The example, of at most `seq_length` tokens, or None."""
@@ -86,7 +88,30 @@ class Encoder:
         return cut
 
 
-def write_examples(directory: Path, examples: Iterable[tuple[Conversation, Encoded]], report: Report) -> None:
+def tokenised(
+    template: ChatTemplate, marked: Iterable[tuple[Item, list[Marked]]]
+) -> Iterator[tuple[Item, list[Encoded]]]:
+    """Each item with its texts as tokens, many texts at a time."""
+    for batch in _batches(marked):
+        encoded = iter(template.tokenise([text for _, texts in batch for text in texts]))
+        for item, texts in batch:
+            yield item, [next(encoded) for _ in texts]
+
+
+def _batches(marked: Iterable[tuple[Item, list[Marked]]]) -> Iterator[list[tuple[Item, list[Marked]]]]:
+    batch: list[tuple[Item, list[Marked]]] = []
+    size = 0
+    for item, texts in marked:
+        batch.append((item, texts))
+        size += sum(len(each.text) for each in texts)
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def write_examples(directory: Path, examples: Iterable[tuple[Placed, Encoded]], report: Report) -> None:
     """Writes the arrays; counts what was written in the report."""
     lengths: list[int] = []
     weights: list[float] = []
