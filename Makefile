@@ -1,5 +1,6 @@
 # make demo   the whole chain on real text: tokenizer, tokens, pretraining on 2 ranks, evaluation, curves
 # make test   the tests
+# make test-slurm   jobs on a real Slurm, which the tests start on this machine (apt-get install slurm-wlm munge)
 # make lint   ruff, mypy, import-linter
 # PYTHON chooses the interpreter that .venv is made with: make test PYTHON=python3.11
 PYTHON ?= python3
@@ -8,13 +9,16 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PYTEST_ARGS ?=
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test test-slurm lint setup clean
 
 demo: $(STAMP)
 	$(BIN)/python tools/demo.py
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-slurm: $(STAMP)
+	$(BIN)/python -m pytest -m slurm tests/slurm $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

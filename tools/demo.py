@@ -1,8 +1,8 @@
 """The whole chain on the embedded corpus, on this machine: python tools/demo.py (or: make demo)
 
 Collects the standard library's text, trains a tokenizer, indexes tokens, pretrains on two tensor-parallel ranks,
-evaluates, draws the curves and prints a table. A stage that is done already is not run again; one that was interrupted
-resumes. Everything lies in runs/demo/.
+evaluates, fine-tunes on questions about the library, draws the curves and prints a table. A stage that is done already
+is not run again; one that was interrupted resumes. Everything lies in runs/demo/.
 """
 
 import argparse
@@ -30,10 +30,16 @@ class DemoStage:
 
 def stages(root: Path) -> list[DemoStage]:
     data = f"data.cache_dir={root / 'data'}"
+    base = f"checkpoint.load={root / 'pretrain' / 'checkpoints'}"
     return [
         DemoStage("pretrain", (data, "train.log_interval=10"), "done.json"),
-        DemoStage("evaluate", (data, f"checkpoint.load={root / 'pretrain' / 'checkpoints'}"), "evaluation.json"),
+        DemoStage("evaluate", (data, base), "evaluation.json"),
+        DemoStage("sft", (data, base, "train.log_interval=5"), "done.json"),
     ]
+
+
+TRAINED = ("pretrain", "sft")
+"""Stages with a curve."""
 
 
 def words(stage: DemoStage, root: Path, extra: list[str]) -> list[str]:
@@ -73,18 +79,27 @@ def summary(root: Path) -> Table:
     for column in ("stage", "steps", "first loss", "last loss", "tokens/s"):
         table.add_column(column, justify="left" if column == "stage" else "right", no_wrap=True)
     table.add_column("files", overflow="fold")
-    rows = [row for row in read_metrics(root / "pretrain") if "lm loss" in row]
-    speed = sorted(row["tokens-per-second"] for row in rows)[len(rows) // 2]
-    table.add_row(
-        "pretrain", str(rows[-1]["iteration"]), f"{rows[0]['lm loss']:.3f}", f"{rows[-1]['lm loss']:.3f}",
-        f"{speed:,.0f}", str(root / "pretrain"),
-    )  # fmt: skip
     result = json.loads((root / "evaluate" / "evaluation.json").read_text())
-    table.add_row("evaluate", str(result["iteration"]), "", f"{result['lm loss']:.3f}", "", str(root / "evaluate"))
+    for stage in stages(root):
+        if stage.name in TRAINED:
+            _add_training(table, root / stage.name)
+        else:
+            loss = f"{result['lm loss']:.3f}"
+            table.add_row(stage.name, str(result["iteration"]), "", loss, "", str(root / stage.name))
     table.caption = (
-        f"{result['split']} split: perplexity {result['ppl']:.1f}, {result['bits per byte']:.2f} bits per byte"
+        f"{result['split']} split: perplexity {result['ppl']:.1f}, {result['bits per byte']:.2f} bits per byte\n"
+        f"answers before and after fine-tuning: {root / 'sft' / 'samples.md'}"
     )
     return table
+
+
+def _add_training(table: Table, run_dir: Path) -> None:
+    rows = [row for row in read_metrics(run_dir) if "lm loss" in row]
+    speed = sorted(row["tokens-per-second"] for row in rows)[len(rows) // 2]
+    table.add_row(
+        run_dir.name, str(rows[-1]["iteration"]), f"{rows[0]['lm loss']:.3f}", f"{rows[-1]['lm loss']:.3f}",
+        f"{speed:,.0f}", str(run_dir),
+    )  # fmt: skip
 
 
 def main() -> None:
@@ -99,7 +114,7 @@ def main() -> None:
             console.print(f"{stage.name}: done before, in {root / stage.name}", highlight=False)
         else:
             run(stage, root, arguments.overrides, console)
-    draw({"pretrain": read_metrics(root / "pretrain")}, root / "curves.png")
+    draw({name: read_metrics(root / name) for name in TRAINED}, root / "curves.png")
     console.print(summary(root))
     console.print(f"curves: {root / 'curves.png'}   time: {time.monotonic() - began:.0f} s", highlight=False)
 

@@ -16,15 +16,20 @@ class Machine:
     cores: int
     gpus: int
     """NVIDIA GPUs that torch can use."""
-    fast_bf16_cpu: bool
-    """The processor multiplies BF16 matrices in hardware (AMX)."""
-    compiler: bool = False
-    """torch.compile can build kernels for the CPU: a C++ compiler and Python's headers are installed."""
+    fast_bf16_cpu: bool | None
+    """The processor multiplies BF16 matrices in hardware (AMX); None: not known before a job has its node."""
+    compiler: bool | None = False
+    """torch.compile can build kernels for the CPU: a C++ compiler and Python's headers are there. None: as above."""
 
 
 def detect() -> Machine:
     """This machine. Costs milliseconds, a call of nvidia-smi where there is a driver without device files."""
     return Machine(cores=_cores(), gpus=_gpus(), fast_bf16_cpu="amx_bf16" in _cpu_flags(), compiler=_compiler())
+
+
+def node_of_job(gpus: int) -> Machine:
+    """A node that Slurm will give: of what is not asked for, nothing is known."""
+    return Machine(cores=1, gpus=gpus, fast_bf16_cpu=None, compiler=None)
 
 
 def _cores() -> int:

@@ -9,7 +9,7 @@ import math
 import os
 from pathlib import Path
 
-from scale_llm.config.cluster import Device
+from scale_llm.config.cluster import Device, Launcher
 from scale_llm.config.machine import Machine
 from scale_llm.config.model import ModelConfig
 from scale_llm.config.names import run_name
@@ -20,7 +20,11 @@ from scale_llm.config.tokenizer import TokenizerConfig
 
 
 def resolve(cfg: RunConfig, machine: Machine) -> RunConfig:
-    """A copy of cfg with every open value settled for this machine."""
+    """A copy of cfg with every open value settled for this machine.
+
+    What the machine does not know (`node_of_job`) stays open; resolving the result again, on the node, settles it and
+    changes nothing else.
+    """
     cfg = copy.deepcopy(cfg)
     _resolve_cluster(cfg, machine)
     _resolve_precision(cfg, machine)
@@ -44,19 +48,27 @@ def ranks_needed(parallel: ParallelConfig) -> int:
 
 def _resolve_cluster(cfg: RunConfig, machine: Machine) -> None:
     cluster = cfg.cluster
+    if cluster.nodes is not None and cluster.nnodes == 1:
+        cluster.nnodes = cluster.nodes
     if cluster.device is Device.auto:
         cluster.device = Device.cuda if machine.gpus else Device.cpu
     if cluster.nproc_per_node is None:
         on_cpu = math.ceil(ranks_needed(cfg.parallel) / max(cluster.nnodes, 1))
         cluster.nproc_per_node = machine.gpus if cluster.device is Device.cuda and machine.gpus else on_cpu
     if cluster.omp_num_threads is None:
-        cluster.omp_num_threads = max(1, machine.cores // max(cluster.nproc_per_node, 1))
+        # A task of Slurm is bound to its own cores, so those are not to be shared out a second time
+        slurm = cluster.launcher is Launcher.slurm
+        share = cluster.cpus_per_task or 1 if slurm else machine.cores // max(cluster.nproc_per_node, 1)
+        cluster.omp_num_threads = max(1, share)
 
 
 def _resolve_precision(cfg: RunConfig, machine: Machine) -> None:
     precision = cfg.precision
     if precision.auto and not (precision.bf16 or precision.fp16):
-        precision.bf16 = cfg.cluster.device is Device.cuda or machine.fast_bf16_cpu
+        on_gpu = cfg.cluster.device is Device.cuda
+        if not on_gpu and machine.fast_bf16_cpu is None:
+            return
+        precision.bf16 = on_gpu or bool(machine.fast_bf16_cpu)
     precision.auto = False
 
 

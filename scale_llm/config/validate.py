@@ -6,11 +6,12 @@ Each function returns sentences of the form `key=value: what is wrong; what to d
 
 from collections.abc import Callable
 
-from scale_llm.config.cluster import Device
+from scale_llm.config.cluster import Device, Launcher
 from scale_llm.config.errors import UserError
 from scale_llm.config.machine import Machine
 from scale_llm.config.run import RunConfig
 from scale_llm.config.validate_batch import batch_problems
+from scale_llm.config.validate_cluster import cluster_problems
 from scale_llm.config.validate_files import file_problems
 from scale_llm.config.validate_layout import layout_problems
 from scale_llm.config.validate_model import model_problems
@@ -32,7 +33,7 @@ def problems_of(cfg: RunConfig, machine: Machine | None = None) -> list[str]:
     found = signs + value_problems(cfg) + peft_problems(cfg)
     if not any(sign.startswith(DIVIDED) for sign in signs):
         found += [problem for rule in ARITHMETIC for problem in rule(cfg)]
-    found += file_problems(cfg)
+    found += cluster_problems(cfg.cluster) + file_problems(cfg)
     return found + (machine_problems(cfg, machine) if machine is not None else [])
 
 
@@ -45,7 +46,7 @@ def validate(cfg: RunConfig, machine: Machine | None = None) -> None:
 def machine_problems(cfg: RunConfig, machine: Machine) -> list[str]:
     """GPUs and compilers that are asked for and not there."""
     found = []
-    if cfg.model.compile_ops and not machine.compiler:
+    if cfg.model.compile_ops and machine.compiler is False:
         found.append(
             "model.compile_ops=true: torch.compile needs a C++ compiler (g++) and Python's headers (python3-dev), "
             "which are not found; install them or set model.compile_ops=false"
@@ -56,6 +57,8 @@ def machine_problems(cfg: RunConfig, machine: Machine) -> list[str]:
 def _gpu_problems(cfg: RunConfig, machine: Machine) -> list[str]:
     if cfg.cluster.device is not Device.cuda:
         return []
+    if machine.gpus == 0 and cfg.cluster.launcher is Launcher.slurm:
+        return ["cluster.device=cuda: the job asks for no GPUs; set cluster.gpus_per_node, or cluster.device=cpu"]
     if machine.gpus == 0:
         return ["cluster.device=cuda: no NVIDIA GPU that torch can use is visible here; set cluster.device=cpu"]
     if (cfg.cluster.nproc_per_node or 1) > machine.gpus:

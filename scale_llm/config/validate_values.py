@@ -23,7 +23,7 @@ POSITIVE = {
     "precision": "initial_loss_scale min_loss_scale loss_scale_window hysteresis",
     "optim": "lr lr_decay_iters lr_decay_samples lr_wsd_decay_iters lr_wsd_decay_samples adam_eps",
     "checkpoint": "save_interval",
-    "cluster": "nnodes nproc_per_node omp_num_threads",
+    "cluster": "nnodes nproc_per_node omp_num_threads nodes gpus_per_node cpus_per_task",
 }
 """Keys that must be larger than 0 where they are set."""
 
@@ -32,6 +32,7 @@ NOT_NEGATIVE = {
     "data": "num_workers",
     "train": "eval_iters seed",
     "optim": "min_lr lr_warmup_iters lr_warmup_samples lr_warmup_init weight_decay clip_grad",
+    "cluster": "max_restarts",
 }
 
 SHARES = {

@@ -12,6 +12,7 @@ FLAGS = {
     "-h": "help", "--help": "help",
     "--version": "version",
     "--check": "check",
+    "--dry-run": "dry_run",
     "-m": "multirun", "--multirun": "multirun",
 }  # fmt: skip
 
@@ -47,6 +48,10 @@ def parse_command(arguments: list[str]) -> Command:
 
 def run_command(arguments: list[str]) -> int:
     """Do what the words ask for; returns the exit status."""
+    if arguments[:1] == ["status"]:
+        from scale_llm.launch.status import status
+
+        return status(arguments[1:])
     command = parse_command(arguments)
     if "help" in command.flags:
         from scale_llm.launch.help_text import help_text
@@ -63,14 +68,16 @@ def run_command(arguments: list[str]) -> int:
     if "multirun" in command.flags:
         from scale_llm.launch.sweep import sweep
 
-        return sweep(command.words, check_only="check" in command.flags)
+        return sweep(command.words, check_only="check" in command.flags, dry_run="dry_run" in command.flags)
     plan = runs.compose_run(command.words)
     if command.show_config:
         from scale_llm.config.io import to_yaml
 
         print(to_yaml(plan.cfg), end="")
         return 0
-    return runs.check(plan) if "check" in command.flags else runs.execute(plan)
+    if "check" in command.flags:
+        return runs.check(plan)
+    return runs.dry_run(plan) if "dry_run" in command.flags else runs.execute(plan)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -54,7 +55,7 @@ def joined(env: Mapping[str, str] | None = None) -> Joined | None:
         return _from_torchrun(env)
     # A batch script has SLURM_PROCID=0 too, but is no task of a step
     if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and _slurm_tasks(env) > 1:
-        return _from_slurm(env)
+        return task_of_srun(env)
     return None
 
 
@@ -75,7 +76,8 @@ def _slurm_tasks(env: Mapping[str, str]) -> int:
     return int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1")))
 
 
-def _from_slurm(env: Mapping[str, str]) -> Joined:
+def task_of_srun(env: Mapping[str, str]) -> Joined:
+    """The rank of a task that srun started, also where it is the only one."""
     nodes = expand_hostlist(env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", "127.0.0.1")))
     tasks = env.get("SLURM_STEP_TASKS_PER_NODE", env.get("SLURM_TASKS_PER_NODE", ""))
     per_node = tasks_per_node(tasks) or [_slurm_tasks(env)]
@@ -91,6 +93,23 @@ def _from_slurm(env: Mapping[str, str]) -> Joined:
         master_port=int(env.get("MASTER_PORT", port)),
         starter="srun",
     )
+
+
+def interface_towards(host: str, port: int) -> str | None:
+    """The network interface of this machine that leads to a host; None where it cannot be told."""
+    import psutil
+
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)  # of a datagram socket: chooses the way and sends nothing
+            own = probe.getsockname()[0]
+    except OSError:
+        return None
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(address.address.partition("%")[0] == own for address in addresses):
+            return name
+    return None
 
 
 def tasks_per_node(text: str) -> list[int]:

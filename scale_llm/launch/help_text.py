@@ -15,9 +15,13 @@ Trains and evaluates language models: composes a configuration, checks it, start
   scale-llm -m experiment=demo_pretrain optim.lr=1e-3,3e-3 train.seed=1,2
   torchrun --nproc-per-node 8 -m scale_llm.launch.cli model=llama3_8b ...     srun scale-llm model=llama3_8b ...
 
+  scale-llm cluster=slurm cluster.nodes=4 cluster.gpus_per_node=8 cluster.time=12:00:00 model=llama3_8b run_dir=...
+  scale-llm status RUN_DIR...
+
 A rerun with the same run_dir resumes. Under torchrun and srun it joins the ranks that are there.
 
   --check         print the plan (layout, batches, parameters, memory); start nothing
+  --dry-run       print the job script of cluster=slurm; write nothing and submit nothing
   -m, --multirun  one run for each combination of values separated by commas
   --cfg job       print the composed configuration
   --version       print the version

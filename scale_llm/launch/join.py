@@ -10,6 +10,7 @@ from scale_llm.config.errors import UserError
 from scale_llm.config.io import write_text
 from scale_llm.config.run import RunConfig
 from scale_llm.launch.environment import Joined, rank_variables
+from scale_llm.launch.lock import take
 
 MINUTES_TO_PREPARE = 120
 READY = ".ready"
@@ -21,6 +22,7 @@ def join_ranks(cfg: RunConfig, join: Joined, identity: str) -> NoReturn:
 
     ready = Path(cfg.run_dir) / READY
     if join.rank == 0:
+        take(cfg.run_dir, wait_seconds=30, inheritable=True)  # a restarted rank's predecessor may still be dying
         open_run(cfg)
         write_text(ready, identity)
     else:
@@ -30,13 +32,21 @@ def join_ranks(cfg: RunConfig, join: Joined, identity: str) -> NoReturn:
     os.execve(sys.executable, command, environment)
 
 
-def wait_until_ready(ready: Path, identity: str, join: Joined, poll_seconds: float = 0.2) -> None:
-    """Wait for rank 0. A mark left by an earlier start counts only if that was the same run, whose data are there."""
+def wait_until_ready(
+    ready: Path, identity: str, join: Joined, poll_seconds: float = 0.2, failed: str | None = None
+) -> None:
+    """Wait for rank 0. A mark left by an earlier start counts only if that was the same run, whose data are there.
+
+    failed: the mark of a rank 0 that could not prepare the run.
+    """
     deadline = time.monotonic() + MINUTES_TO_PREPARE * 60
     while time.monotonic() < deadline:
         try:
-            if ready.read_text(encoding="utf-8") == identity:
+            mark = ready.read_text(encoding="utf-8")
+            if mark == identity:
                 return
+            if failed is not None and mark == failed:
+                raise UserError(f"run_dir={ready.parent}: rank 0 could not prepare it; see its output")
         except OSError:
             pass  # not there yet, or a network file system between two states
         time.sleep(poll_seconds)

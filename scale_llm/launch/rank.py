@@ -1,4 +1,4 @@
-"""One rank: python -m scale_llm.launch.rank RUN_DIR [--joined]. Reads config.yaml and runs its stage.
+"""One rank: python -m scale_llm.launch.rank RUN_DIR [--joined] [--job]. Reads config.yaml and runs its stage.
 
 Every rank but the last writes its output to RUN_DIR/logs/rank_<n>.log. The last keeps the terminal, which its
 log line and progress bar need, and copies to its log file.
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from scale_llm.config.errors import UserError, numbered
+from scale_llm.config.exit_status import REQUEUE
 from scale_llm.config.io import load_config
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
@@ -83,7 +84,7 @@ def run(run_dir: Path, log: IO[str]) -> int:
         from scale_llm import stages
 
         stages.run(cfg)
-        return 0
+        return REQUEUE if "--job" in sys.argv and stopped_by_signal() else 0
     except UserError as error:
         errors.record_exception(error)
         log.write(numbered(error.problems) + "\n")
@@ -99,6 +100,13 @@ def run(run_dir: Path, log: IO[str]) -> int:
         return 1
 
 
+def stopped_by_signal() -> bool:
+    """Whether the stage has saved and stopped on a signal, and so is to be started again."""
+    from scale_llm.stages.progress import StopRequest
+
+    return StopRequest.granted
+
+
 def die_with_parent() -> None:
     """Have the kernel kill this rank if its launcher is killed: an orphan would train on beside the next start."""
     if sys.platform == "linux":
@@ -107,7 +115,7 @@ def die_with_parent() -> None:
 
 
 def main() -> None:
-    """Entry point; --joined says that no launcher of ours will point to the log."""
+    """Entry point; --joined: no launcher of ours will point to the log; --job: a job script requeues on REQUEUE."""
     run_dir, rank = Path(sys.argv[1]), int(os.environ["RANK"])
     if "--joined" not in sys.argv:
         die_with_parent()
@@ -121,7 +129,7 @@ def main() -> None:
         return
     sys.stdout.flush()
     sys.stderr.flush()
-    if "--joined" in sys.argv:
+    if "--joined" in sys.argv and status != REQUEUE:
         os.write(terminal, f"{failure_text(run_dir, rank)}\n".encode())
     os._exit(status)  # tearing gloo down while peers are gone aborts, which would hide the status
 

@@ -1,17 +1,20 @@
 """One run, from words to ranks: compose, check, write the run directory, prepare data, start or join ranks."""
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from scale_llm.config.cluster import Launcher
 from scale_llm.config.errors import UserError
 from scale_llm.config.io import to_yaml
-from scale_llm.config.machine import Machine, detect
+from scale_llm.config.machine import Machine, detect, node_of_job
 from scale_llm.config.resolve import resolve
 from scale_llm.config.run import RunConfig
 from scale_llm.config.validate import problems_of
 from scale_llm.launch import from_checkpoint
 from scale_llm.launch.environment import Joined, joined
+from scale_llm.launch.lock import held
 from scale_llm.launch.run_directory import greeting, prepare_run_dir, tracker_problems
 
 
@@ -25,15 +28,30 @@ class Planned:
     identity: str
     """Digest of what the user asked for, the same on every node whatever its machine."""
 
+    @property
+    def is_job(self) -> bool:
+        """Whether Slurm is to start the ranks: asked for, and not yet done."""
+        return self.join is None and self.cfg.cluster.launcher is Launcher.slurm
 
-def compose_run(words: list[str], point: str | None = None) -> Planned:
-    """Compose and resolve; `point` is the subdirectory of one point of a sweep."""
+
+def compose_run(
+    words: list[str], point: str | None = None, fill: Callable[[RunConfig, set[str]], None] | None = None
+) -> Planned:
+    """Compose and resolve; `point` is the subdirectory of one point of a sweep.
+
+    fill: completes the configuration, told the keys that the user has given, before it is resolved. A job is resolved
+    for a node of which nothing is known, and what depends on the node is settled there (`slurm/task.py`).
+    """
     from scale_llm.config.compose import compose
     from scale_llm.config.overrides import given_keys
 
-    cfg, machine, join = compose(words), detect(), joined()
+    cfg, join = compose(words), joined()
     if cfg.model.name == from_checkpoint.NAME:
         from_checkpoint.take_model(cfg, given_keys(words))
+    if fill is not None:
+        fill(cfg, given_keys(words))
+    is_job = join is None and cfg.cluster.launcher is Launcher.slurm
+    machine = node_of_job(cfg.cluster.gpus_per_node or 0) if is_job else detect()
     if join is not None:
         cfg.cluster.nnodes, cfg.cluster.nproc_per_node = join.nnodes, join.local_world_size
     if point is not None:
@@ -48,10 +66,10 @@ def problems(plan: Planned) -> list[str]:
     """Everything wrong with a run that can be known before its data are read."""
     found = problems_of(plan.cfg, plan.machine) + tracker_problems(plan.cfg)
     found += from_checkpoint.huggingface_problems(plan.cfg)
-    if plan.join is None and plan.cfg.cluster.nnodes > 1:
+    if plan.join is None and not plan.is_job and plan.cfg.cluster.nnodes > 1:
         found.append(
             f"cluster.nnodes={plan.cfg.cluster.nnodes}: ranks are started on this machine alone; "
-            "start the command on every node with srun or torchrun, or set cluster.nnodes=1"
+            "start the command on every node with srun or torchrun, take cluster=slurm, or set cluster.nnodes=1"
         )
     if plan.cfg.data.path is not None:
         from scale_llm.data.sources import path_problems
@@ -75,6 +93,14 @@ def check(plan: Planned) -> int:
     return 0
 
 
+def dry_run(plan: Planned) -> int:
+    """Print the job script; nothing is written and nothing submitted."""
+    from scale_llm.launch.slurm.submit import submit_points
+
+    validate(plan)
+    return submit_points([("", plan.cfg)], dry_run=True)
+
+
 def execute(plan: Planned) -> int:
     """Run it to its end; returns the exit status."""
     validate(plan)
@@ -82,10 +108,15 @@ def execute(plan: Planned) -> int:
         from scale_llm.launch.join import join_ranks
 
         join_ranks(plan.cfg, plan.join, plan.identity)
+    if plan.is_job:
+        from scale_llm.launch.slurm.submit import submit
+
+        return submit(plan.cfg)
     from scale_llm.launch.local import launch
 
-    open_run(plan.cfg)
-    return launch(plan.cfg)
+    with held(plan.cfg.run_dir):
+        open_run(plan.cfg)
+        return launch(plan.cfg)
 
 
 def open_run(cfg: RunConfig) -> None:

@@ -35,8 +35,8 @@ def _directory(words: list[str]) -> str:
     return re.sub(r"[^A-Za-z0-9_.,=+-]+", "_", ",".join(words))
 
 
-def sweep(words: list[str], *, check_only: bool = False) -> int:
-    """Check every point, then run them; returns 0 if all succeeded, else the first failing status."""
+def sweep(words: list[str], *, check_only: bool = False, dry_run: bool = False) -> int:
+    """Check every point, then run or submit them; returns 0 if all succeeded, else the first failing status."""
     planned = [(name, runs.compose_run(point, name or None)) for name, point in points(words)]
     problems = [f"[{name}] {problem}" for name, plan in planned for problem in runs.problems(plan)]
     if problems:
@@ -46,6 +46,10 @@ def sweep(words: list[str], *, check_only: bool = False) -> int:
             print(f"\n{name}")
             runs.check(plan)
         return 0
+    if dry_run or planned[0][1].is_job:
+        from scale_llm.launch.slurm.submit import submit_points
+
+        return submit_points([(name, plan.cfg) for name, plan in planned], dry_run=dry_run)
     outcomes = []
     for number, (name, plan) in enumerate(planned, 1):
         print(f"sweep {number}/{len(planned)}: {name}", flush=True)

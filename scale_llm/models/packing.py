@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
+from scale_llm.models.ops.regroup import Batches, batches_of
 from scale_llm.models.ops.rope import Tables, rotary_tables
 from scale_llm.parallel.context import shard_sequence
 
@@ -16,11 +17,13 @@ class PackedSequences(PackedSeqParams):
     lengths: tokens of each sequence, in order; what the row holds after them is padding.
     positions: int64 [t/c], of each token of this context-parallel rank within its sequence.
     length_of_place: float [t/c, 1, 1], the length of the sequence that a token belongs to.
+    batches: the sequences by length, for attention where the row is not cut over ranks.
     """
 
     lengths: tuple[int, ...] = ()
     positions: torch.Tensor | None = None
     length_of_place: torch.Tensor | None = None
+    batches: Batches | None = None
     _tables: tuple[torch.Tensor, Tables] | None = field(default=None, repr=False)
 
     def rotary_tables(self, angles: torch.Tensor, dtype: torch.dtype) -> Tables:
@@ -57,6 +60,10 @@ def packed_sequences(
         boundaries = torch.cat([boundaries, boundaries.new_tensor([total])])
     on_device = boundaries.to(device, non_blocking=True)
     longest = max((*lengths, total - ends[-1], 1))
+    batches = None
+    if not fused and (cp_group is None or cp_group.size() == 1) and lengths:
+        batches = batches_of(lengths, total).to(device)
+        longest = batches.shapes[-1][0]
     return PackedSequences(
         qkv_format="thd",
         cu_seqlens_q=on_device,
@@ -65,6 +72,7 @@ def packed_sequences(
         max_seqlen_kv=longest,
         lengths=lengths,
         positions=position_ids[0],
+        batches=batches,
         length_of_place=shard_sequence(_lengths_of_places(lengths, total), 0, cp_group).to(device),
     )
 

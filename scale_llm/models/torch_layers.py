@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 
-from scale_llm.models.ops import attention, rms_norm, rotary, rotary_tables, split_rotary, swiglu
+from scale_llm.models.ops import attention, rms_norm, rotary, rotary_tables, split_rotary, swiglu, to_batches, to_row
 from scale_llm.models.packing import PackedSequences
 from scale_llm.parallel.context import gather_sequence, sequence_chunks
 
@@ -72,8 +72,19 @@ class TorchSelfAttention(SelfAttention):
                 hidden_states, attention_mask, key_value_states, inference_context, rotary_pos_emb, **kwargs
             )
         mixed, _ = self.linear_qkv(hidden_states)
+        if packed is None or packed.batches is None:
+            tables = None if rotary_pos_emb is None else self._tables_of(rotary_pos_emb, mixed.dtype, packed)
+            return self.linear_proj(self._context(mixed, tables, attention_mask, packed))
+        tables = None if rotary_pos_emb is None else self._tables_of(rotary_pos_emb, mixed.dtype, None)
+        parts = []
+        for part in to_batches(mixed, packed.batches):
+            first = None if tables is None else (tables[0][: part.size(0)], tables[1][: part.size(0)])
+            parts.append(self._context(part, first, None))
+        return self.linear_proj(to_row(parts, packed.batches))
+
+    def _context(self, mixed, tables, attention_mask, packed: PackedSequences | None = None):
+        """Queries, keys and values [s/c, b, g * (r + 2) * d] -> what they attend to [s/c, b, n*d]."""
         groups, size = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
-        tables = None if rotary_pos_emb is None else self._tables_of(rotary_pos_emb, mixed.dtype, packed)
         if self.q_layernorm is None and self.k_layernorm is None:
             query, key, value = split_rotary(mixed, tables, groups=groups, head_size=size)
         else:
@@ -82,10 +93,7 @@ class TorchSelfAttention(SelfAttention):
             if tables is not None:
                 query, key = rotary(query, tables), rotary(key, tables)
         attend = self._checkpointed_attention_forward if self._recomputes() else self.core_attention
-        context = attend(
-            query, key, value, attention_mask, attn_mask_type=self.attn_mask_type, packed_seq_params=packed
-        )
-        return self.linear_proj(context)
+        return attend(query, key, value, attention_mask, attn_mask_type=self.attn_mask_type, packed_seq_params=packed)
 
     def _recomputes(self) -> bool:
         return self.checkpoint_core_attention and self.training

@@ -35,11 +35,15 @@ class Device:
             torch.cuda.synchronize(self.device)
 
 
-def start(kind: str, timeout_minutes: int = 10, threads: int | None = None, *, compile_ops: bool = False) -> Device:
+def start(
+    kind: str, timeout_minutes: int = 10, threads: int | None = None, *, compile_ops: bool = False,
+    any_size: bool = False,
+) -> Device:  # fmt: skip
     """Joins the job as the rank that the environment names (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT).
 
     kind: `cpu` or `cuda`. On a CPU megatron-core is adapted first, so call this before importing it.
-    threads: threads of one CPU operation; None leaves torch's choice. compile_ops: see `fused.use_compiler`.
+    threads: threads of one CPU operation; None leaves torch's choice. compile_ops, any_size: see
+    `fused.use_compiler`.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if kind == "cuda":
@@ -60,7 +64,7 @@ def start(kind: str, timeout_minutes: int = 10, threads: int | None = None, *, c
             device_id=device.device if device.is_cuda else None,
         )
     _make_memory_buffer()
-    use_compiler(compile_ops)
+    use_compiler(compile_ops, any_size=any_size)
     return device
 
 

@@ -14,13 +14,17 @@ import torch
 _SHAPES_KEPT = 64
 """Shapes that one function is compiled for before torch gives up and runs it uncompiled."""
 
-_on = False
+_on = _any_size = False
 
 
-def use_compiler(on: bool) -> None:
-    """Whether fused functions of this process are compiled. Needs a C++ compiler on a CPU, Triton on a GPU."""
-    global _on
-    _on = on
+def use_compiler(on: bool, *, any_size: bool = False) -> None:
+    """Whether fused functions of this process are compiled. Needs a C++ compiler on a CPU, Triton on a GPU.
+
+    any_size: one kernel for all sizes from the first call on, for runs whose shapes vary. Else the first shape has a
+    kernel of its own, so that what is computed would depend on which shape a (resumed) process meets first.
+    """
+    global _on, _any_size
+    _on, _any_size = on, any_size
 
 
 def compiling() -> bool:
@@ -40,7 +44,7 @@ def fused(function: Callable[..., Any] | None = None, *, dynamic: bool | None = 
         if not _on:
             return function(*args)
         if compiled is None:
-            compiled = _compile(function, dynamic)
+            compiled = _compile(function, True if _any_size else dynamic)
         return compiled(*args)
 
     return call
@@ -49,7 +53,9 @@ def fused(function: Callable[..., Any] | None = None, *, dynamic: bool | None = 
 def _compile(function, dynamic):
     import torch._dynamo.config
     import torch._inductor.config
+    import torch.fx.experimental._config
 
+    torch.fx.experimental._config.use_duck_shape = not _any_size  # else sizes that are equal once must always be
     torch._dynamo.config.recompile_limit = _SHAPES_KEPT
     # A pool of compiling processes for each rank would cost more than the few kernels it is for.
     torch._inductor.config.compile_threads = 1

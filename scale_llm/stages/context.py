@@ -8,6 +8,7 @@ import torch.distributed as dist
 from scale_llm.config.cluster import Device as DeviceKind
 from scale_llm.config.parallel import ParallelConfig
 from scale_llm.config.run import RunConfig
+from scale_llm.config.stage import EvaluateConfig, PretrainConfig
 from scale_llm.data.of_stage import prepare_run
 from scale_llm.parallel.device import Device, seed_everything, start
 from scale_llm.parallel.mesh import Mesh, MeshSizes, build_mesh
@@ -53,6 +54,7 @@ def start_rank(cfg: RunConfig) -> RunContext:
         cfg.parallel.distributed_timeout_minutes,
         cfg.cluster.omp_num_threads,
         compile_ops=bool(cfg.model.compile_ops),
+        any_size=not isinstance(cfg.stage, PretrainConfig | EvaluateConfig),
     )
     mesh = build_mesh(mesh_sizes(cfg.parallel, dist.get_world_size()), device.backend)
     assert mesh is not None, "the mesh covers the whole job"

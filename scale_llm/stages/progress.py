@@ -38,21 +38,32 @@ class Progress:
         return means
 
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""SIGUSR1 is Slurm's warning before the time limit (cluster.signal)."""
+
+
 class StopRequest:
     """Whether the run should save and stop: a signal to any rank, or the time limit.
 
     All ranks must agree at the same iteration, so `agreed` is a collective.
     """
 
+    granted = False
+    """Whether a run of this process has stopped because of a signal: its exit status then asks for another start."""
+
     def __init__(self, host_group: dist.ProcessGroup, minutes: float | None):
         self._group = host_group
         self._deadline = None if minutes is None else time.monotonic() + 60 * minutes
         self._signal: int | None = None
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in STOP_SIGNALS:
             signal.signal(number, self._remember)
+        # Slurm's tasks start with them blocked, so that one that comes before this line waits instead of killing
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def _remember(self, number, frame) -> None:
-        if self._signal is not None:  # a second request means now
+        # A second request means now. Not so after USR1, which announces the TERM of a time limit: the save goes on
+        # until KILL.
+        if self._signal not in (None, signal.SIGUSR1) and number != signal.SIGUSR1:
             os._exit(128 + number)
         self._signal = number
 
@@ -63,5 +74,6 @@ class StopRequest:
         dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self._group)
         number, late_votes = votes.tolist()
         if number:
+            StopRequest.granted = True
             return f"signal {signal.Signals(number).name}"
         return "train.exit_duration_in_mins is over" if late_votes else None

@@ -54,7 +54,7 @@ def test_options_are_listed():
         "optim": ["adam", "adamw", "sgd"],
         "checkpoint": ["default"],
         "logging": ["default", "plain"],
-        "cluster": ["local", "local_cpu"],
+        "cluster": ["local", "local_cpu", "slurm"],
         "experiment": ["demo_evaluate", "demo_pretrain", "demo_sft"],
     }
 

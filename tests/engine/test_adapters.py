@@ -24,8 +24,12 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("method", ["lora", "dora", "prompt"])
+CASES = [("lora", layout) for layout in LAYOUTS]
+CASES += [("dora", layout) for layout in ("tp2", "tp2_sp", "dp2_distributed")]
+CASES += [("prompt", layout) for layout in ("tp2_sp", "pp2_vpp2", "cp2")]
+
+
+@pytest.mark.parametrize(("method", "layout"), CASES)
 def test_layout_equals_single_process(ranks, method, layout):
     world_size, overrides = LAYOUTS[layout]
     single = ranks(1, TRAIN, overrides=METHODS[method])[0]
@@ -44,9 +48,10 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("method", ["lora", "dora"])
-@pytest.mark.parametrize("case", MODELS)
-def test_other_models_and_targets(ranks, case, method):
+@pytest.mark.parametrize(
+    ("method", "case"), [*(("lora", case) for case in MODELS), ("dora", "untied_tp2"), ("dora", "moe_tp2_sp_ep2_etp2")]
+)
+def test_other_models_and_targets(ranks, method, case):
     world_size, model, layout = MODELS[case]
     single = ranks(1, TRAIN, overrides={**METHODS[method], **model})[0]
     assert_equal_runs(ranks(world_size, TRAIN, overrides={**METHODS[method], **model, **layout}), single)

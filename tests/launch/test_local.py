@@ -110,6 +110,8 @@ def test_ranks_die_with_a_killed_launcher(words, tmp_path):
 def test_ctrl_c_lets_ranks_save(words, tmp_path):
     process = start(words, tmp_path, "wait")
     wait_for(lambda: both_ready(tmp_path))
+    status, _, refused = run(words, tmp_path)
+    assert status == 1 and f"run_dir={tmp_path}: process {process.pid} on" in refused, "one run in a directory"
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=100)
     assert process.returncode == 130, err

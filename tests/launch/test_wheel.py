@@ -12,7 +12,7 @@ def test_wheel_holds_conf_and_every_module(tmp_path):
     """Built without isolation, from a copy, so that neither the network nor the checkout is touched."""
     copy = tmp_path / "source"
     copy.mkdir()
-    for name in ("scale_llm", "conf", "pyproject.toml", "setup.py", "README.md"):
+    for name in ("scale_llm", "conf", "slurm", "pyproject.toml", "setup.py", "README.md"):
         if (ROOT / name).exists():
             subprocess.run(["cp", "-r", str(ROOT / name), str(copy)], check=True)
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", str(tmp_path), str(copy)]
@@ -21,6 +21,8 @@ def test_wheel_holds_conf_and_every_module(tmp_path):
     held = set(zipfile.ZipFile(wheel).namelist())
     for path in (ROOT / "conf").rglob("*.yaml"):
         assert f"scale_llm_conf/{path.relative_to(ROOT / 'conf')}" in held
+    for path in (ROOT / "slurm").iterdir():
+        assert f"scale_llm_slurm/{path.name}" in held
     for path in (ROOT / "scale_llm").rglob("*.py"):
         assert str(path.relative_to(ROOT)) in held
 

@@ -55,7 +55,7 @@ def _contestants(precision: str, quick: bool) -> list[Contestant]:
     if compiler:
         found.append(contestant("ours, nothing compiled", "ours"))
     if importlib.util.find_spec("transformers") is None:
-        print("transformers is not installed (pip install -c constraints.txt -e .[bench]): its rows are left out")
+        print("transformers is not installed (pip install -c constraints.txt transformers): its rows are left out")
     else:
         found.append(contestant("transformers", "transformers_llama"))
         if compiler and precision == "bf16":

@@ -163,20 +163,25 @@ def _megatron_config(dtype):
     return config, TransformerBlockSubmodules(layer_specs=[layer] * LAYERS, layer_norm=WrappedTorchNorm)
 
 
+def llama_config(longest: int):
+    """The shape as transformers' configuration."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
+        num_hidden_layers=LAYERS, hidden_size=HIDDEN, intermediate_size=FFN, num_attention_heads=HEADS,
+        num_key_value_heads=GROUPS, vocab_size=VOCABULARY, max_position_embeddings=longest,
+        tie_word_embeddings=False, attn_implementation="sdpa", use_cache=False,
+    )  # fmt: skip
+
+
 def transformers_llama(precision: str, compiled: bool = False):
     """LlamaForCausalLM as the Trainer runs it: FP32 weights, BF16 by autocast, sdpa, torch's fused AdamW, clipping."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     _threads()
     torch.manual_seed(1234)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            num_hidden_layers=LAYERS, hidden_size=HIDDEN, intermediate_size=FFN, num_attention_heads=HEADS,
-            num_key_value_heads=GROUPS, vocab_size=VOCABULARY, max_position_embeddings=SEQUENCE,
-            tie_word_embeddings=False, attn_implementation="sdpa", use_cache=False,
-        )
-    )  # fmt: skip
+    model = LlamaForCausalLM(llama_config(SEQUENCE))
     weights = list(model.parameters())
     optimizer = torch.optim.AdamW(
         weights, lr=LEARNING_RATE, betas=BETAS, eps=EPSILON, weight_decay=WEIGHT_DECAY, fused=True

@@ -9,7 +9,8 @@ Shapes: s sequence, b batch, h hidden, g key/value groups, r query heads of a gr
 
 from scale_llm.models.ops.attention import attention
 from scale_llm.models.ops.norm import rms_norm
+from scale_llm.models.ops.regroup import to_batches, to_row
 from scale_llm.models.ops.rope import rotary, rotary_tables, split_rotary
 from scale_llm.models.ops.swiglu import swiglu
 
-__all__ = ["attention", "rms_norm", "rotary", "rotary_tables", "split_rotary", "swiglu"]
+__all__ = ["attention", "rms_norm", "rotary", "rotary_tables", "split_rotary", "swiglu", "to_batches", "to_row"]

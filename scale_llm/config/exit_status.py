@@ -1,0 +1,5 @@
+"""Exit statuses that mean more than success or failure."""
+
+REQUEUE = 75
+"""Stopped by a signal after a whole checkpoint: start me again. EX_TEMPFAIL of sysexits.h; every rank of a Slurm job
+ends with it, srun hands it on, and the job script requeues the job."""

@@ -1,0 +1,182 @@
+"""What slurm/job.sh asks of Python, on the first node of a job: python -m scale_llm.launch.slurm.job VERB ...
+
+write WORDS...        compose inside the allocation, for sbatch slurm/train.sbatch; prints the run directory
+begin RUN_DIR         refuse or record this start; prints the options of srun, one a line
+preflight RUN_DIR     check the nodes, where cluster.preflight asks for it
+rank RUN_DIR          one task of srun: become its rank
+end RUN_DIR STATUS    record the end; requeue the job, or say why not
+"""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from scale_llm.config.errors import UserError, numbered
+from scale_llm.config.io import load_config
+from scale_llm.config.run import RunConfig
+from scale_llm.launch import lock
+from scale_llm.launch.slurm import commands, ending, restarts, submit, task
+from scale_llm.launch.slurm.allocation import Allocation, allocation, fill, problems
+from scale_llm.launch.slurm.script import scripts_dir, srun_arguments
+
+
+def write(words: list[str]) -> int:
+    """Everything but the last line goes to standard error."""
+    from scale_llm.launch import runs
+
+    job = allocation(os.environ)
+    if not any(word.startswith("cluster=") for word in words):
+        words = ["cluster=slurm", *words]
+    with contextlib.redirect_stdout(sys.stderr):
+        plan = runs.compose_run(words, fill=lambda cfg, given: fill(cfg, given, job))
+        found = runs.problems(plan) + problems(plan.cfg, job)
+        if not plan.is_job:
+            found.append("cluster.launcher=local: this is a job of Slurm; leave out the group, or give cluster=slurm")
+        if found:
+            raise UserError(found)
+        if found := others(plan.cfg.run_dir, job):
+            raise UserError(found)
+        submit.write_run(plan.cfg)
+    print(os.path.abspath(plan.cfg.run_dir))
+    return 0
+
+
+def others(run_dir: str, job: Allocation) -> list[str]:
+    """The problem of a directory that another job has. The lock's holder may be the last start of this one, dying."""
+    if submit.recorded_job(run_dir) != job.job:
+        return submit.busy(run_dir)
+    if lock.is_held(run_dir) and lock.holder(run_dir).get("job") != job.job:
+        return [lock.refusal(run_dir)]
+    return []
+
+
+def begin(words: list[str]) -> int:
+    run_dir, job = Path(words[0]), allocation(os.environ)
+    cfg = load_config(run_dir)
+    if found := others(str(run_dir), job) + problems(cfg, job):
+        raise UserError(found)
+    submit.record_job(run_dir, job.job)
+    if not _after_kill(cfg, run_dir, job):
+        return 1
+    ending.clear(run_dir)
+    reached = ending.iteration(cfg, run_dir)
+    restarts.append(run_dir, "start", job.job, restart=job.restart, nodes=job.node_list, iteration=reached)
+    print("\n".join(srun_arguments(cfg.cluster)))
+    return 0
+
+
+def _after_kill(cfg: RunConfig, run_dir: Path, job: Allocation) -> bool:
+    """A start that was killed could not say so: it is said now, and counts like any other end."""
+    events = restarts.history(run_dir, job.job)
+    known = len(events)
+    events = restarts.with_killed(events, ending.iteration(cfg, run_dir))
+    if len(events) == known:
+        return True
+    decision = restarts.decide(events, cfg.cluster.max_restarts)
+    action = "requeue" if decision.again else "stop"
+    facts = {name: value for name, value in events[-1].items() if name not in ("event", "job")}
+    restarts.append(run_dir, "end", job.job, **facts, action=action)
+    if not decision.again:
+        print(f"stopped: {decision.reason}", file=sys.stderr)
+    return decision.again
+
+
+def preflight(words: list[str]) -> int:
+    run_dir = Path(words[0])
+    cluster = load_config(run_dir).cluster
+    if not cluster.preflight:
+        return 0
+    script = str(scripts_dir() / "preflight.sh")
+    gpus = str(cluster.gpus_per_node or 0)
+    environment = {**os.environ, "python": sys.executable, "nodes": str(cluster.nnodes)}
+    os.execvpe("bash", ["bash", script, str(run_dir), gpus], environment)
+
+
+def rank(words: list[str]) -> int:
+    task.become_rank(Path(words[0]))
+
+
+def end(words: list[str]) -> int:
+    """Say how the ranks have ended, and have the job start again where that helps."""
+    run_dir, status, job = Path(words[0]), int(words[1]), allocation(os.environ)
+    cfg = load_config(run_dir)
+    facts = ending.end_of(cfg, run_dir, status)
+    if status == 0 or (facts.get("signal") and ending.is_done(cfg)):
+        restarts.append(run_dir, "end", job.job, status=0, iteration=facts["iteration"], action="done")
+        return 0
+    events = [*restarts.history(run_dir, job.job), {"event": "end", **facts}]
+    decision = restarts.decide(events, cfg.cluster.max_restarts)
+    state = commands.job_state(job.job)
+    why_not = _why_not(cfg, decision, state[0] if state else None)
+    action = "requeue" if why_not is None else "stop"
+    delay = {"delay_seconds": decision.delay_seconds} if action == "requeue" else {}
+    restarts.append(run_dir, "end", job.job, **facts, action=action, **delay)
+    if why_not is not None:
+        print(f"not requeued: {why_not}\nsubmitting {run_dir} again resumes it", file=sys.stderr)
+        return status
+    return _requeue(cfg, run_dir, job.job, decision, status)
+
+
+def _why_not(cfg: RunConfig, decision: restarts.Decision, state: str | None) -> str | None:
+    """The reason not to requeue; None to do it."""
+    if not decision.again:
+        return decision.reason
+    if not cfg.cluster.requeue:
+        return f"{decision.reason} (cluster.requeue=false)"
+    if state not in (None, "RUNNING"):  # scancel, or scontrol requeue by another hand: Slurm knows what comes next
+        return f"{decision.reason}; Slurm has the job as {state}"
+    return None
+
+
+def _requeue(cfg: RunConfig, run_dir: Path, job: str, decision: restarts.Decision, status: int) -> int:
+    later = f", in {decision.delay_seconds} s at the earliest" if decision.delay_seconds else ""
+    print(f"requeued{later}: {decision.reason}", file=sys.stderr, flush=True)
+    refused = commands.requeue(job, decision.delay_seconds, ending.to_exclude(cfg, run_dir))
+    if refused is None:
+        return 0
+    print(f"scontrol requeue {job}: {refused}; sbatch the same script again to go on", file=sys.stderr)
+    return status
+
+
+VERBS: dict[str, Callable[[list[str]], int]] = {
+    "write": write, "begin": begin, "preflight": preflight, "rank": rank, "end": end,
+}  # fmt: skip
+
+
+def main() -> None:
+    verb, words = sys.argv[1], sys.argv[2:]
+    if verb in ("write", "begin", "end"):
+        # Slurm sends TERM to all of a job at once, also in answer to a requeue. These take a second, and what they know
+        # would be lost; the ranks and the preflight are what is to stop.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        status = VERBS[verb](words)
+    except UserError as error:
+        _record(error)
+        print(numbered(error.problems), file=sys.stderr)
+        status = error.exit_status
+    except Exception as error:
+        _record(error)
+        traceback.print_exc()
+        status = 1
+    sys.exit(status)
+
+
+def _record(error: Exception) -> None:
+    """A task that fails before it is a rank leaves what a rank leaves."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path is None:
+        return
+    message = {"message": f"{type(error).__name__}: {error}", "extraInfo": {"timestamp": str(int(time.time()))}}
+    with contextlib.suppress(OSError):
+        Path(path).write_text(json.dumps({"message": message}), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

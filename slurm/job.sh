@@ -1,0 +1,36 @@
+# shellcheck shell=bash
+# The body of every job: sourced by train.sbatch and by <run_dir>/job.sbatch, which set
+#   python   the interpreter that has scale_llm       scripts   this directory       run_dir   what to run
+# The flow: environment, refuse or record this start, check the nodes, one srun task for each rank, requeue or end.
+# SC2154: these three come from the script that sources this one
+# shellcheck disable=SC2154
+
+# Slurm sends TERM to this script together with the ranks (preemption, scontrol requeue). It must outlive them to ask
+# for its requeue. CONT comes with it and is not trapped: bash loses one of two trapped signals that arrive together.
+trap ':' TERM
+
+# shellcheck source=slurm/env.sh
+. "$scripts/env.sh"
+job=("$python" -m scale_llm.launch.slurm.job)
+
+# The first node is where ranks meet. Slurm's name of it need not be known to DNS; its address is known to Slurm.
+mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+address=$(scontrol -o show node "${hosts[0]}" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
+export MASTER_ADDR=${MASTER_ADDR:-${address:-${hosts[0]}}}
+export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
+
+options=$("${job[@]}" begin "$run_dir") || exit 1
+mapfile -t options <<<"$options"
+
+status=0
+"${job[@]}" preflight "$run_dir" || status=$?
+if ((status == 0)); then
+    # --wait: once a rank has ended, the others have a minute; ranks that ended well have then long ended too.
+    # (--kill-on-bad-exit would kill ranks that are about to ask for a requeue because one has just done so.)
+    srun --wait=60 "${options[@]}" "${job[@]}" rank "$run_dir" &
+    ranks=$!
+    # A trapped signal ends `wait` early: wait again until srun itself has ended
+    while kill -0 "$ranks" 2>/dev/null; do wait "$ranks" || true; done
+    wait "$ranks" || status=$?
+fi
+"${job[@]}" end "$run_dir" "$status"

@@ -1,0 +1,62 @@
+"""Fine-tuning on GSM8K's real lengths: tokens per second, padding apart; packed, padded, and by transformers."""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from benchmarks.alternate import Contestant, alternate
+from benchmarks.rows import Row, faster
+from benchmarks.sft_contestants import MICRO_BATCH, SETS, prepare
+from scale_llm.config.machine import detect
+
+HELP = "useful tokens per second of fine-tuning, packed and padded, against transformers with padding"
+EXAMPLES = """examples:
+  python tools/benchmark.py sft --data gsm8k_train.jsonl --out sft.json
+"""
+_BUILDERS = "benchmarks.sft_contestants"
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k_train.jsonl"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=Path, default=DATA, help="GSM8K as JSONL, fields question and answer")
+    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
+    parser.add_argument("--threads", type=int, default=2, help="threads of every contestant (default: 2)")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds of the alternation (default: 7; medians of them)")
+
+
+def run(arguments: argparse.Namespace) -> list[Row]:
+    """All contestants train on the same conversations, SETS steps a round."""
+    with tempfile.TemporaryDirectory() as directory:
+        prepared = prepare(arguments.data, Path(directory))
+        contestants = _contestants(str(Path(directory)), arguments.precision)
+        alternate(contestants, rounds=max(5, arguments.rounds), threads=arguments.threads)
+    rate = {c.name: prepared["tokens"] / SETS / c.median_seconds for c in contestants}
+    what = f"{arguments.precision}, {prepared['conversations'] // SETS} conversations a step"
+    rows = [
+        faster(f"packed, {what}", rate["ours packed"], rate[name], kind, "useful tokens/s")
+        for name, kind in {
+            "transformers": f"transformers, padded to the longest of {MICRO_BATCH}",
+            "ours padded": f"ours, padded to the longest of {MICRO_BATCH}",
+            "ours by budget": "ours, dealt out by tokens",
+        }.items()
+    ]
+    rows.append(
+        faster(f"padded, {what}", rate["ours padded"], rate["transformers"], "transformers, padded", "tokens/s")
+    )
+    filled = prepared["filled"]
+    rows.append(faster("places that hold a token", filled["packed"], filled["padded"], "padded", ""))
+    return rows
+
+
+def _contestants(directory: str, precision: str) -> list[Contestant]:
+    def contestant(name: str, function: str, **extra) -> Contestant:
+        arguments = {"directory": directory, "precision": precision, **extra}
+        return Contestant(name=name, build=f"{_BUILDERS}:{function}", arguments=arguments, steps=SETS)
+
+    compiled = bool(detect().compiler)
+    return [
+        contestant("ours packed", "ours", batching="packed", compiled=compiled),
+        contestant("ours padded", "ours", batching="padded", compiled=compiled),
+        contestant("ours by budget", "ours", batching="token_budget", compiled=compiled),
+        contestant("transformers", "transformers_padded"),
+    ]
