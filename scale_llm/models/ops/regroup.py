@@ -16,16 +16,17 @@ UNIT = 64
 @dataclass(frozen=True, slots=True)
 class Batches:
     """shapes: (L, n) of each batch. places: [cells], the place of the row that each cell of the batches holds, batch
-    after batch, 0 for padding; cells: [t], the cell that holds each place; real and held: whether there is one."""
+    after batch, and `padding` the cells that hold none; cells: [t], the cell that holds each place, and `free` the
+    places that are in none. What has no counterpart has the number 0."""
 
     shapes: tuple[tuple[int, int], ...]
     places: torch.Tensor
-    real: torch.Tensor
+    padding: torch.Tensor
     cells: torch.Tensor
-    held: torch.Tensor
+    free: torch.Tensor
 
     def to(self, device: torch.device) -> "Batches":
-        moved = (x.to(device, non_blocking=True) for x in (self.places, self.real, self.cells, self.held))
+        moved = (x.to(device, non_blocking=True) for x in (self.places, self.padding, self.cells, self.free))
         return Batches(self.shapes, *moved)
 
 
@@ -43,10 +44,10 @@ def batches_of(lengths: tuple[int, ...], total: int) -> Batches:
         shapes.append((length, chosen.numel()))
     places, real = (torch.cat(parts), torch.cat(kept)) if shapes else (sizes, sizes.bool())
     places = places.where(real, 0)
-    cells, held = torch.zeros(total, dtype=torch.int64), torch.zeros(total, dtype=torch.bool)
+    cells = torch.full((total,), -1)
     cells[places[real]] = real.nonzero()[:, 0]
-    held[places[real]] = True
-    return Batches(tuple(shapes), places, real, cells, held)
+    free = (cells < 0).nonzero()[:, 0]
+    return Batches(tuple(shapes), places, (~real).nonzero()[:, 0], cells.clamp(min=0), free)
 
 
 def to_batches(row: torch.Tensor, batches: Batches) -> tuple[torch.Tensor, ...]:
@@ -82,7 +83,7 @@ class _ToRow(torch.autograd.Function):
     def backward(ctx, grad):
         batches = ctx.batches
         cells = grad[:, 0].index_select(0, batches.places)
-        cells.masked_fill_(~batches.real[:, None], 0)
+        cells.index_fill_(0, batches.padding, 0)
         return None, *_split(cells, batches)
 
 
@@ -94,4 +95,4 @@ def _split(cells: torch.Tensor, batches: Batches) -> tuple[torch.Tensor, ...]:
 def _gathered(parts, batches: Batches) -> torch.Tensor:
     cells = torch.cat([part.flatten(0, 1) for part in parts])
     row = cells.index_select(0, batches.cells)
-    return row.masked_fill_(~batches.held[:, None], 0).unsqueeze(1)
+    return row.index_fill_(0, batches.free, 0).unsqueeze(1)
