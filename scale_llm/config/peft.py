@@ -11,6 +11,10 @@ class PeftMethod(Enum):
     prompt_tuning = "prompt_tuning"
 
 
+LOW_RANK = (PeftMethod.lora, PeftMethod.dora)
+"""Methods that put matrices beside the layers' weights."""
+
+
 class BaseQuantization(Enum):
     none = "none"
     nf4 = "nf4"

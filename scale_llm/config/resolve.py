@@ -11,7 +11,7 @@ from pathlib import Path
 
 from scale_llm.config.cluster import Device, Launcher
 from scale_llm.config.machine import Machine
-from scale_llm.config.model import ModelConfig
+from scale_llm.config.model import Backend, ModelConfig
 from scale_llm.config.names import run_name
 from scale_llm.config.parallel import ParallelConfig
 from scale_llm.config.run import RunConfig
@@ -93,6 +93,9 @@ def _resolve_stage(cfg: RunConfig) -> None:
     if not isinstance(stage, SftConfig):
         return
     cfg.checkpoint.finetune = True
+    if stage.batching is not Batching.padded and cfg.parallel.context_parallel_size > 1:
+        if cfg.model.backend is Backend.auto:  # Transformer Engine cuts each conversation, we cut the row
+            cfg.model.backend = Backend.torch
     if stage.batching is Batching.token_budget and stage.max_tokens_per_micro_batch is None:
         stage.max_tokens_per_micro_batch = cfg.train.micro_batch_size * cfg.model.seq_length
 

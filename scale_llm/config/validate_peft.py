@@ -61,8 +61,11 @@ def _low_rank(cfg: RunConfig) -> list[str]:
             f"peft.target_modules={peft.target_modules}: {', '.join(wrong) or 'nothing'} matches no module of "
             f"{cfg.model.name}; choose from {known_targets(cfg.model)}"
         )
-    if cfg.model.backend is Backend.local:
-        found.append(f"peft.method={peft.method.value}: has no layers for model.backend=local; set model.backend=torch")
+    if cfg.model.backend in (Backend.local, Backend.transformer_engine):
+        found.append(
+            f"peft.method={peft.method.value}: has no layers for model.backend={cfg.model.backend.value}; "
+            "set model.backend=torch"
+        )
     if peft.quantize_base is BaseQuantization.nf4:
         if importlib.util.find_spec("bitsandbytes") is None:
             found.append(

@@ -17,7 +17,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
 from scale_llm.config.model import Backend
-from scale_llm.config.peft import BaseQuantization, PeftMethod
+from scale_llm.config.peft import LOW_RANK, BaseQuantization, PeftMethod
 from scale_llm.config.run import RunConfig
 from scale_llm.engine.moe import load_balancing_losses
 from scale_llm.engine.optimizer import build_optimizer, build_scheduler
@@ -66,7 +66,9 @@ class Engine:
         )  # fmt: skip
         self.peft = cfg.peft
         self.chunks: list[torch.nn.Module] = list(self.modules)
-        self._fused = choose_backend(cfg.model.backend, on_cuda=device.is_cuda) is Backend.transformer_engine
+        low_rank = cfg.peft.method in LOW_RANK
+        backend = choose_backend(cfg.model.backend, on_cuda=device.is_cuda, low_rank=low_rank)
+        self._fused = backend is Backend.transformer_engine
         self.optimizer = self.scheduler = None
         self._clip_grad, self._count_zeros = cfg.optim.clip_grad, cfg.logging.log_num_zeros_in_grad
         self._gathers_late = trainable and cfg.parallel.overlap_param_gather

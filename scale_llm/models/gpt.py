@@ -7,9 +7,9 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 
-from scale_llm.config.model import Backend, Head, ModelConfig
+from scale_llm.config.model import Head, ModelConfig
 from scale_llm.config.parameters import padded_rows
-from scale_llm.config.peft import PeftConfig, PeftMethod
+from scale_llm.config.peft import LOW_RANK, PeftConfig, PeftMethod
 from scale_llm.config.peft_targets import chosen_parts
 from scale_llm.models.adapters.layers import Adapted, adapt_spec
 from scale_llm.models.adapters.names import is_adapter
@@ -20,8 +20,6 @@ from scale_llm.models.neftune import add_noise
 from scale_llm.models.rope_scaling import stretched
 from scale_llm.models.spec import block_spec, choose_backend
 from scale_llm.parallel.mesh import Mesh
-
-LOW_RANK = (PeftMethod.lora, PeftMethod.dora)
 
 
 class GPT(GPTModel):
@@ -124,9 +122,7 @@ def build_gpt(
     peft: adapters, beside which all else is frozen. noise: NEFTune's alpha, on embeddings while training.
     """
     peft = peft or PeftConfig()
-    backend = choose_backend(model.backend, on_cuda=on_cuda)
-    if backend is Backend.transformer_engine and peft.method in LOW_RANK:
-        backend = Backend.torch
+    backend = choose_backend(model.backend, on_cuda=on_cuda, low_rank=peft.method in LOW_RANK)
     chunks = [
         _build_chunk(model, config, mesh, vocab_size, vp_stage=stage, backend=backend, peft=peft, noise=noise)
         for stage in range(mesh.sizes.vpp or 1)

@@ -21,8 +21,10 @@ from scale_llm.models.torch_layers import (
 )
 
 
-def choose_backend(backend: Backend, *, on_cuda: bool) -> Backend:
-    """The backend that `auto` means on this device."""
+def choose_backend(backend: Backend, *, on_cuda: bool, low_rank: bool = False) -> Backend:
+    """The backend that `auto` means on this device. low_rank: there are LoRA adapters, which are on torch's layers."""
+    if backend is Backend.auto and low_rank:
+        return Backend.torch
     if backend is not Backend.auto:
         if backend is Backend.transformer_engine and not on_cuda:
             raise UserError("model.backend=transformer_engine needs a GPU: use model.backend=torch on a CPU")

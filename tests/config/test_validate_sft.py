@@ -4,6 +4,7 @@ import pytest
 
 from scale_llm.config.compose import compose
 from scale_llm.config.machine import Machine
+from scale_llm.config.model import Backend
 from scale_llm.config.resolve import resolve
 from scale_llm.config.stage import Batching
 from scale_llm.config.validate import problems_of
@@ -50,6 +51,7 @@ def test_a_sound_run_has_no_problem(tmp_path):
         (["peft=lora", "model.swiglu=false", "peft.target_modules=[gate_proj]"], ["gate_proj", "up_proj"]),
         (["peft=lora", "peft.rank=0"], ["peft.rank=0", "at least 1"]),
         (["peft=lora", "peft.alpha=0"], ["peft.alpha=0"]),
+        (["peft=dora", "model.backend=local", "stage.batching=padded"], ["peft.method=dora", "model.backend=torch"]),
         (["peft=lora", "peft.dropout=1"], ["peft.dropout=1", "share"]),
         (["peft=prompt_tuning", "peft.num_virtual_tokens=512"], ["peft.num_virtual_tokens=512", "512"]),
         (["peft=none", "peft.quantize_base=nf4"], ["peft.quantize_base=nf4", "qlora"]),
@@ -75,3 +77,5 @@ def test_what_is_left_open_is_settled(tmp_path):
     assert cfg.stage.batching is Batching.token_budget
     assert cfg.stage.max_tokens_per_micro_batch == 3 * cfg.model.seq_length
     assert cfg.checkpoint.finetune
+    cut = resolve(compose(["stage=sft", "parallel.context_parallel_size=2"]), MACHINE)
+    assert cut.model.backend is Backend.torch and cfg.model.backend is Backend.auto

@@ -209,3 +209,28 @@ def test_a_missing_layer(models, tmp_path):
         import_adapters(tmp_path / "peft", tmp_path / "ours", silent)
     assert any("layers.2.self_attn.q_proj.lora_A.weight is missing" in p for p in error.value.problems)
     assert any("x_proj" in p for p in error.value.problems)
+
+
+def test_prompt_tuning_goes_to_peft_and_back(models, ranks, tmp_path):
+    """peft puts its vectors before the embeddings, we put virtual tokens into the places: the same logits."""
+    base = models.original("llama3")
+    torch.manual_seed(2)
+    model = peft.get_peft_model(
+        families.build("llama3"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    )
+    model.peft_config["default"].base_model_name_or_path = str(base)
+    model.save_pretrained(tmp_path / "peft")
+    import_adapters(tmp_path / "peft", tmp_path / "ours", silent)
+    export_adapters(tmp_path / "ours", tmp_path / "back", silent)
+    before, after = (SafetensorsFolder(tmp_path / d, single="adapter_model.safetensors") for d in ("peft", "back"))
+    assert torch.equal(before.read("prompt_embeddings"), after.read("prompt_embeddings"))
+    again = peft.PeftModel.from_pretrained(families.build("llama3"), tmp_path / "back").eval()
+    tokens = families.tokens(2, 30)
+    with torch.no_grad():
+        wanted = again(tokens[:, :-1]).logits[:, 5:]
+    virtual = torch.arange(300, 305).expand(2, -1)
+    data = models.saved("prompted", torch.cat([virtual, tokens], dim=1))
+    found = ranks(2, "support.conversion:output", directory=str(tmp_path / "ours"), data=data, layout=TP2)[0]
+    assert (found[:, 5:] - wanted).abs().max() < 1e-4
+    with pytest.raises(UserError, match="prompt tuning"):
+        merge_checkpoint(tmp_path / "ours", tmp_path / "merged", silent)
