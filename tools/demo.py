@@ -1,8 +1,8 @@
 """The whole chain on the embedded corpus, on this machine: python tools/demo.py (or: make demo)
 
 Collects the standard library's text, trains a tokenizer, indexes tokens, pretrains on two tensor-parallel ranks,
-evaluates, fine-tunes on questions about the library, draws the curves and prints a table. A stage that is done already
-is not run again; one that was interrupted resumes. Everything lies in runs/demo/.
+evaluates, fine-tunes on questions about the library, prefers right answers to others (DPO), draws the curves and prints
+a table. A stage that is done already is not run again; one that was interrupted resumes. Everything lies in runs/demo/.
 """
 
 import argparse
@@ -35,10 +35,11 @@ def stages(root: Path) -> list[DemoStage]:
         DemoStage("pretrain", (data, "train.log_interval=10"), "done.json"),
         DemoStage("evaluate", (data, base), "evaluation.json"),
         DemoStage("sft", (data, base, "train.log_interval=5"), "done.json"),
+        DemoStage("dpo", (data, f"checkpoint.load={root / 'sft' / 'checkpoints'}"), "done.json"),
     ]
 
 
-TRAINED = ("pretrain", "sft")
+TRAINED = ("pretrain", "sft", "dpo")
 """Stages with a curve."""
 
 
@@ -94,10 +95,11 @@ def summary(root: Path) -> Table:
 
 
 def _add_training(table: Table, run_dir: Path) -> None:
-    rows = [row for row in read_metrics(run_dir) if "lm loss" in row]
+    rows = [row for row in read_metrics(run_dir) if "tokens-per-second" in row]
+    loss = next(key for key in ("lm loss", "dpo loss") if key in rows[0])
     speed = sorted(row["tokens-per-second"] for row in rows)[len(rows) // 2]
     table.add_row(
-        run_dir.name, str(rows[-1]["iteration"]), f"{rows[0]['lm loss']:.3f}", f"{rows[-1]['lm loss']:.3f}",
+        run_dir.name, str(rows[-1]["iteration"]), f"{rows[0][loss]:.3f}", f"{rows[-1][loss]:.3f}",
         f"{speed:,.0f}", str(run_dir),
     )  # fmt: skip
 

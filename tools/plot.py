@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 
 PANELS = {
-    "loss": ["lm loss", "lm loss validation"],
+    "loss": ["lm loss", "lm loss validation", "dpo loss", "dpo loss validation"],
     "learning rate": ["learning-rate"],
     "gradient norm": ["grad-norm"],
     "tokens per second": ["tokens-per-second"],

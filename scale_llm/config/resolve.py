@@ -15,7 +15,7 @@ from scale_llm.config.model import Backend, ModelConfig
 from scale_llm.config.names import run_name
 from scale_llm.config.parallel import ParallelConfig
 from scale_llm.config.run import RunConfig
-from scale_llm.config.stage import Batching, SftConfig
+from scale_llm.config.stage import Batching, DpoConfig, SequenceStageConfig
 from scale_llm.config.tokenizer import TokenizerConfig
 
 
@@ -88,16 +88,17 @@ def _resolve_model(model: ModelConfig, tokenizer: TokenizerConfig) -> None:
 
 
 def _resolve_stage(cfg: RunConfig) -> None:
-    """Fine-tuning takes weights alone from its base, and begins at iteration 0."""
+    """What trains on sequences takes weights alone from its base, and begins at iteration 0."""
     stage = cfg.stage
-    if not isinstance(stage, SftConfig):
+    if not isinstance(stage, SequenceStageConfig):
         return
     cfg.checkpoint.finetune = True
     if stage.batching is not Batching.padded and cfg.parallel.context_parallel_size > 1:
         if cfg.model.backend is Backend.auto:  # Transformer Engine cuts each conversation, we cut the row
             cfg.model.backend = Backend.torch
     if stage.batching is Batching.token_budget and stage.max_tokens_per_micro_batch is None:
-        stage.max_tokens_per_micro_batch = cfg.train.micro_batch_size * cfg.model.seq_length
+        rows = 2 if isinstance(stage, DpoConfig) else 1  # a pair of answers is kept together
+        stage.max_tokens_per_micro_batch = cfg.train.micro_batch_size * cfg.model.seq_length * rows
 
 
 def default_ffn_hidden_size(model: ModelConfig) -> int:

@@ -16,6 +16,21 @@ class Batching(Enum):
     token_budget = "token_budget"
 
 
+class PreferenceLoss(Enum):
+    dpo = "dpo"
+    cdpo = "cdpo"
+    robust_dpo = "robust_dpo"
+    ipo = "ipo"
+    hinge = "hinge"
+    simpo = "simpo"
+    orpo = "orpo"
+
+
+class ReferenceModel(Enum):
+    cached = "cached"
+    copy = "copy"
+
+
 @dataclass(kw_only=True, slots=True)
 class StageConfig:
     """Common base; each stage has its own dataclass with its own keys."""
@@ -31,18 +46,24 @@ class PretrainConfig(StageConfig):
 
 
 @dataclass(kw_only=True, slots=True)
-class SftConfig(StageConfig):
+class SequenceStageConfig(StageConfig):
+    """Common base of stages that train on whole sequences."""
+
+    batching: Batching = Batching.packed
+    """packed: a sample is a row of model.seq_length tokens (twice that for pairs) with as many whole conversations as
+    fit; padded: a sample is a conversation, rows as long as the longest of their micro-batch; token_budget: a sample is
+    a conversation, and each micro-batch one row of at most max_tokens_per_micro_batch tokens."""
+    max_tokens_per_micro_batch: int | None = None
+    """For token_budget; None: train.micro_batch_size packed rows."""
+
+
+@dataclass(kw_only=True, slots=True)
+class SftConfig(SequenceStageConfig):
     """Supervised fine-tuning on conversations."""
 
     name: str = "sft"
     train_on: TrainOn = TrainOn.assistant
     """Tokens that the loss counts: every assistant turn, the last one alone, or everything."""
-    batching: Batching = Batching.packed
-    """packed: a sample is a row of model.seq_length tokens with as many whole conversations as fit; padded: a sample is
-    a conversation, rows as long as the longest of their micro-batch; token_budget: a sample is a conversation, and each
-    micro-batch one row of at most max_tokens_per_micro_batch tokens."""
-    max_tokens_per_micro_batch: int | None = None
-    """For token_budget; None: train.micro_batch_size * model.seq_length."""
     label_smoothing: float = 0.0
     """Share of the target's probability that is spread over the vocabulary (Szegedy et al. 2015, arXiv 1512.00567)."""
     neftune_noise_alpha: float = 0.0
@@ -52,6 +73,28 @@ class SftConfig(StageConfig):
     """Validation prompts that the model answers before and after training; 0: none."""
     max_new_tokens: int = 64
     """Longest answer of such a sample."""
+
+
+@dataclass(kw_only=True, slots=True)
+class DpoConfig(SequenceStageConfig):
+    """Direct preference optimisation on pairs of answers."""
+
+    name: str = "dpo"
+    loss: PreferenceLoss = PreferenceLoss.dpo
+    """dpo (Rafailov et al. 2023), cdpo and robust_dpo (with label_smoothing), ipo, hinge (SLiC), simpo and orpo (which
+    need no reference)."""
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    """Share of pairs whose answers are the wrong way round, for cdpo and robust_dpo."""
+    simpo_gamma: float = 1.0
+    """simpo's target margin."""
+    sft_coeff: float = 0.0
+    """Weight of the chosen answer's mean negative log-likelihood beside the loss."""
+    length_normalised: bool = False
+    """Log-probabilities as means over an answer's tokens in place of sums; ipo, simpo and orpo always take means."""
+    reference: ReferenceModel = ReferenceModel.cached
+    """checkpoint.load, which is where the policy starts: its log-probabilities computed once, before training, and kept
+    in run_dir/reference; or a frozen copy of it beside the policy. Both give the same bits."""
 
 
 @dataclass(kw_only=True, slots=True)

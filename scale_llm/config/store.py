@@ -20,11 +20,16 @@ from scale_llm.config.parallel import ParallelConfig
 from scale_llm.config.peft import PeftConfig
 from scale_llm.config.precision import PrecisionConfig
 from scale_llm.config.run import RunConfig
-from scale_llm.config.stage import EvaluateConfig, PretrainConfig, SftConfig, StageConfig
+from scale_llm.config.stage import DpoConfig, EvaluateConfig, PretrainConfig, SftConfig, StageConfig
 from scale_llm.config.tokenizer import TokenizerConfig
 from scale_llm.config.train import TrainConfig
 
-STAGES: dict[str, type[StageConfig]] = {"pretrain": PretrainConfig, "sft": SftConfig, "evaluate": EvaluateConfig}
+STAGES: dict[str, type[StageConfig]] = {
+    "pretrain": PretrainConfig,
+    "sft": SftConfig,
+    "dpo": DpoConfig,
+    "evaluate": EvaluateConfig,
+}
 
 SCHEMAS: dict[str, type] = {
     "model": ModelConfig,

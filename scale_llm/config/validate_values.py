@@ -7,8 +7,8 @@ from scale_llm.config.data import DataConfig
 from scale_llm.config.optim import OptimConfig
 from scale_llm.config.precision import PrecisionConfig
 from scale_llm.config.run import RunConfig
-from scale_llm.config.stage import EvaluateConfig, SftConfig
-from scale_llm.config.validate_sft import sft_problems
+from scale_llm.config.stage import EvaluateConfig, SequenceStageConfig
+from scale_llm.config.validate_sequences import sequence_problems
 
 POSITIVE = {
     "model": "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels seq_length "
@@ -145,10 +145,12 @@ def stage_problems(cfg: RunConfig) -> list[str]:
         return ["train.train_iters=null, train.train_samples=null: no length given; set train.train_iters=1000"]
     if len(given) > 1:
         return [f"{keys}: {len(given)} lengths; set one of them, the others to null"]
-    if isinstance(cfg.stage, SftConfig):
-        return sft_problems(cfg, cfg.stage)
+    if isinstance(cfg.stage, SequenceStageConfig):
+        return sequence_problems(cfg, cfg.stage)
     if "train.train_epochs" in given:
-        return [f"{keys}: epochs are of conversations, for stage=sft; give train.train_iters or train.train_samples"]
+        return [
+            f"{keys}: epochs are of conversations, for stage=sft and dpo; give train.train_iters or train.train_samples"
+        ]
     return []
 
 

@@ -1,4 +1,4 @@
-"""The data of a run, as its stage wants them: documents as indexed tokens, or conversations."""
+"""The data of a run, as its stage wants them: documents as indexed tokens, conversations, or comparisons."""
 
 from __future__ import annotations
 
@@ -6,30 +6,35 @@ from typing import TYPE_CHECKING
 
 from scale_llm.config.peft import PeftMethod
 from scale_llm.config.run import RunConfig
-from scale_llm.config.stage import SftConfig
+from scale_llm.config.stage import DpoConfig, SftConfig
 
 if TYPE_CHECKING:
     from scale_llm.data.chat.examples import PreparedExamples
+    from scale_llm.data.chat.preferences import PreparedPreferences
     from scale_llm.data.prepare import PreparedData
 
 
-def prepare_run(cfg: RunConfig, show_progress: bool = False) -> PreparedData | PreparedExamples:
-    """Makes the data of a resolved run, or finds what an earlier call made. See `prepare` and `prepare_examples`."""
+def prepare_run(cfg: RunConfig, show_progress: bool = False) -> PreparedData | PreparedExamples | PreparedPreferences:
+    """Makes the data of a resolved run, or finds what an earlier call made."""
     assert cfg.data.cache_dir is not None, "resolved"
-    if not isinstance(cfg.stage, SftConfig):
-        from scale_llm.data.prepare import prepare
+    longest = cfg.model.seq_length - places_taken(cfg)
+    if isinstance(cfg.stage, SftConfig):
+        from scale_llm.data.chat.examples import prepare_examples
 
-        return prepare(cfg.data, cfg.tokenizer, cfg.data.cache_dir, show_progress)
-    from scale_llm.data.chat.examples import prepare_examples
+        return prepare_examples(
+            cfg.data, cfg.tokenizer, train_on=cfg.stage.train_on, seq_length=longest, cache_dir=cfg.data.cache_dir,
+            show_progress=show_progress,
+        )  # fmt: skip
+    if isinstance(cfg.stage, DpoConfig):
+        from scale_llm.data.chat.preferences import prepare_preferences
 
-    return prepare_examples(
-        cfg.data,
-        cfg.tokenizer,
-        train_on=cfg.stage.train_on,
-        seq_length=cfg.model.seq_length - places_taken(cfg),
-        cache_dir=cfg.data.cache_dir,
-        show_progress=show_progress,
-    )
+        return prepare_preferences(
+            cfg.data, cfg.tokenizer, kind="pairs", seq_length=longest, cache_dir=cfg.data.cache_dir,
+            show_progress=show_progress,
+        )  # fmt: skip
+    from scale_llm.data.prepare import prepare
+
+    return prepare(cfg.data, cfg.tokenizer, cfg.data.cache_dir, show_progress)
 
 
 def places_taken(cfg: RunConfig) -> int:

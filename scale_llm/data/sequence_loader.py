@@ -4,6 +4,8 @@ Shapes: b rows, s tokens of a row, n sequences. A batch holds
 
     tokens, labels, position_ids  int64 [b, s]
     loss_mask                     float32 [b, s], the weight of a label that the loss counts, else 0
+    segments                      int64 [b, s], which of `numbers` a place belongs to, -1 for padding, if asked for
+    numbers                       int64 [n], the sequences of the micro-batch in the order of their places, likewise
     boundaries                    int32 [n + 1], where each sequence begins and the last one ends, if a row holds
                                   several: then all lie one behind the other in one row, b = 1
 
@@ -52,7 +54,8 @@ class Shape:
     row_tokens: places of a packed row, and the most that one sequence takes. micro_batch_size: rows (packed) or
     sequences (padded) of a micro-batch. budget: places of a micro-batch (token_budget). multiple: row lengths are
     multiples of it. uniform: all micro-batches of a step have one shape, as pipeline stages need it. rows_multiple: of
-    a rank's micro-batches (token_budget), as interleaved schedules need it.
+    a rank's micro-batches (token_budget), as interleaved schedules need it. numbered: batches say which sequence is
+    where.
     """
 
     batching: Batching
@@ -62,6 +65,7 @@ class Shape:
     multiple: int = 1
     uniform: bool = False
     rows_multiple: int = 1
+    numbered: bool = False
 
 
 class SequenceLoader:
@@ -109,26 +113,27 @@ class SequenceLoader:
 
     def _joined(self, rows: list[list[int]]) -> Batch:
         """Packed rows, each of full length, one behind the other."""
-        return _stack([self._row(row, self._shape.row_tokens) for row in rows], joined=True)
+        return self._batch(rows, self._shape.row_tokens, joined=True)
 
     def _padded(self, samples: list[list[list[int]]]) -> list[Batch]:
         """Single sequences as rows as long as the longest of their micro-batch."""
-        widths = self._widths([max(self._places(sample) for sample in rows) for rows in samples])
-        return [
-            _stack([self._row(sample, width) for sample in rows], joined=False)
-            for rows, width in zip(samples, widths, strict=True)
-        ]
+        single = [[[number] for sample in rows for number in sample] or [[]] for rows in samples]
+        most = max(len(rows) for rows in single) if self._shape.uniform else 0
+        single = [rows + [[]] * (most - len(rows)) for rows in single]
+        widths = self._widths([max(self._places(row) for row in rows) for rows in single])
+        return [self._batch(rows, width, joined=False) for rows, width in zip(single, widths, strict=True)]
 
     def _by_budget(self, samples: list[list[int]]) -> list[Batch]:
         """The whole global batch into rows of at most the budget, dealt out to ranks, the fullest first."""
-        numbers = [number for sample in samples for number in sample]
-        packed = first_fit_decreasing([self._places([number]) for number in numbers], self._shape.budget)
-        rows = sorted(([numbers[place] for place in row] for row in packed), key=lambda row: -self._places(row))
+        whole = [sample for sample in samples if sample]
+        packed = first_fit_decreasing([self._places(sample) for sample in whole], self._shape.budget)
+        rows = [[number for place in row for number in whole[place]] for row in packed]
+        rows.sort(key=lambda row: -self._places(row))
         unit = self._ranks * self._shape.rows_multiple
         rows += [[]] * (-len(rows) % unit or (unit if not rows else 0))
         mine = rows[self._rank :: self._ranks]
         widths = self._widths([self._places(row) for row in mine])
-        return [_stack([self._row(row, width)], joined=True) for row, width in zip(mine, widths, strict=True)]
+        return [self._batch([row], width, joined=True) for row, width in zip(mine, widths, strict=True)]
 
     def _places(self, numbers: Sequence[int]) -> int:
         return int(sum(self._sequences.lengths[number] - 1 for number in numbers))
@@ -138,6 +143,14 @@ class SequenceLoader:
             places = [max(places)] * len(places)
         unit = self._shape.multiple
         return [max(-(-count // unit), 1) * unit for count in places]
+
+    def _batch(self, rows: list[list[int]], width: int, *, joined: bool) -> Batch:
+        filled = [self._row(numbers, width) for numbers in rows]
+        batch = _stack(filled, joined=joined)
+        if self._shape.numbered:
+            batch["segments"] = _segments(filled).view(batch["tokens"].shape)
+            batch["numbers"] = torch.tensor([number for row in rows for number in row], dtype=torch.int64)
+        return batch
 
     def _row(self, numbers: Sequence[int], width: int) -> "_Row":
         row = _Row.empty(width)
@@ -187,3 +200,13 @@ def _stack(rows: list[_Row], *, joined: bool) -> Batch:
         if number + 1 < len(rows) and boundaries[-1] < (number + 1) * width:
             boundaries.append((number + 1) * width)
     return {**batch, "boundaries": torch.tensor(boundaries, dtype=torch.int32)}
+
+
+def _segments(rows: list[_Row]) -> torch.Tensor:
+    """[b, s], the number of the sequence that each place belongs to within the batch."""
+    found, first = torch.full((len(rows), len(rows[0].tokens)), -1), 0
+    for segments, row in zip(found, rows, strict=True):
+        for number, (start, end) in enumerate(zip([0, *row.ends], row.ends, strict=False)):
+            segments[start:end] = first + number
+        first += len(row.ends)
+    return found

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from scale_llm.config.stage import Batching, SftConfig
+from scale_llm.config.stage import Batching, SequenceStageConfig
 from scale_llm.data.packing import first_fit_decreasing
 
 WINDOW = 65_536
@@ -104,7 +104,9 @@ class PackedStream:
         return [rows[place] for place in shuffled(len(rows), self._seed + (1 << 32), epoch)]
 
 
-def filled(stage: SftConfig, lengths: np.ndarray, *, row_tokens: int, micro_batch_size: int, seed: int) -> float:
+def filled(
+    stage: SequenceStageConfig, lengths: np.ndarray, *, row_tokens: int, micro_batch_size: int, seed: int
+) -> float:
     """Share of the places of the first epoch that hold a token; lengths: places that each sequence takes."""
     if stage.batching is Batching.packed:
         return PackedStream(lengths, row_tokens, seed=seed).efficiency()

@@ -33,7 +33,7 @@ from scale_llm.parallel.mesh import Mesh
 Batch = dict[str, torch.Tensor]
 Loss = Callable[[torch.Tensor, Batch], tuple[torch.Tensor, torch.Tensor, dict]]
 
-_SEQUENCE_DIM = {"tokens": 1, "labels": 1, "loss_mask": 1, "position_ids": 1, "attention_mask": 2}
+_SEQUENCE_DIM = {"tokens": 1, "labels": 1, "loss_mask": 1, "position_ids": 1, "segments": 1, "attention_mask": 2}
 
 
 @dataclass(frozen=True, slots=True)

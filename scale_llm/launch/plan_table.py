@@ -5,7 +5,7 @@ from rich.table import Table
 
 from scale_llm.config.plan import Batches, Plan, make_plan
 from scale_llm.config.run import RunConfig
-from scale_llm.config.stage import Batching, SftConfig
+from scale_llm.config.stage import Batching, SequenceStageConfig
 from scale_llm.launch.run_directory import greeting
 
 
@@ -51,15 +51,15 @@ def _batches(cfg: RunConfig, batches: Batches | None) -> Rows:
     if batches.first_micro_batches != batches.micro_batches:
         ramp = f" (from {batches.first_micro_batches}, growing)"
     step = f"{batches.samples_per_step} samples"
-    if not isinstance(cfg.stage, SftConfig) or cfg.stage.batching is Batching.packed:
+    if not isinstance(cfg.stage, SequenceStageConfig) or cfg.stage.batching is Batching.packed:
         step += f", {batches.tokens_per_step:,} tokens"
     rows = [("step", step), ("micro-batches a step", f"{batches.micro_batches}{ramp}")]
-    if isinstance(cfg.stage, SftConfig) and cfg.stage.batching is Batching.token_budget:
+    if isinstance(cfg.stage, SequenceStageConfig) and cfg.stage.batching is Batching.token_budget:
         rows[1] = ("micro-batches a step", f"as many as {cfg.stage.max_tokens_per_micro_batch:,} tokens each make")
     if batches.iterations is None:
         return [*rows, ("whole run", f"{cfg.train.train_epochs:g} epochs; iterations are known once data are read")]
     total = f"{batches.total_samples:,} samples"
-    if not isinstance(cfg.stage, SftConfig):
+    if not isinstance(cfg.stage, SequenceStageConfig):
         total += f", {batches.total_tokens:,} tokens"
     return [*rows, ("iterations", f"{batches.iterations:,}"), ("whole run", total)]
 

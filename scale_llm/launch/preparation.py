@@ -8,6 +8,7 @@ from scale_llm.config.stage import EvaluateConfig, SftConfig
 def prepare_data(cfg: RunConfig) -> None:
     """Make or find the data of a run; raises UserError for anything wrong with them."""
     from scale_llm.data.chat.examples import PreparedExamples
+    from scale_llm.data.chat.preferences import PreparedPreferences, preference_lines
     from scale_llm.data.chat.reading import report_lines
     from scale_llm.data.of_stage import prepare_run
     from scale_llm.data.prepare import check_splits
@@ -16,6 +17,8 @@ def prepare_data(cfg: RunConfig) -> None:
     problems = []
     if isinstance(prepared, PreparedExamples):
         print("\n".join([*report_lines(prepared.report), *packing_lines(cfg, prepared)]), flush=True)
+    elif isinstance(prepared, PreparedPreferences):
+        print("\n".join(preference_lines(prepared.report)), flush=True)
     else:
         problems = check_splits(prepared, cfg.data, seq_length=cfg.model.seq_length, splits=splits_used(cfg))
     if cfg.model.vocab_size is not None and prepared.vocab_size > cfg.model.vocab_size:

@@ -20,6 +20,11 @@ def run(cfg: RunConfig) -> None:
             from scale_llm.stages.sft import Sft
 
             train(context, Sft(context))
+        elif cfg.stage.name == "dpo":
+            from scale_llm.stages.dpo import Dpo
+            from scale_llm.stages.loop import train
+
+            train(context, Dpo(context))
         else:
             from scale_llm.stages.evaluate import evaluate
 

@@ -82,12 +82,12 @@ def count(progress: Progress, result, size: int, cfg: RunConfig) -> None:
     progress.iteration += 1
     progress.consumed_samples += size
     progress.skipped_iterations += int(result.skipped)
-    loss = result.metrics.get("lm loss", 0.0)
+    name, loss = next(((name, value) for name, value in result.metrics.items() if name.endswith("loss")), ("loss", 0.0))
     broken = not math.isfinite(loss) or not math.isfinite(result.grad_norm or 0.0)
     if broken and not result.skipped:
         progress.nan_iterations += 1
         raise UserError(
-            f"iteration {progress.iteration}: lm loss {loss}, grad norm {result.grad_norm}; the last checkpoint in "
+            f"iteration {progress.iteration}: {name} {loss}, grad norm {result.grad_norm}; the last checkpoint in "
             f"{cfg.checkpoint.save} is from before: lower optim.lr={cfg.optim.lr}, set optim.clip_grad, or look at the "
             f"samples before {progress.consumed_samples}"
         )

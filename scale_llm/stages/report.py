@@ -93,7 +93,9 @@ class Reporter:
         self._write({key: value for key, value in row.items() if value is not None}, set(means))
         self._say(log_line(row, means, self._iterations, seconds, tflops))
         if self._bar is not None:
-            self._bar.advance(progress.iteration, self._status(means.get("lm loss"), rate, tflops))
+            self._bar.advance(
+                progress.iteration, self._status(means.get("lm loss", means.get("dpo loss")), rate, tflops)
+            )
 
     def _status(self, loss: float | None, rate: float, tflops: float) -> str:
         """What the bar says: loss, speed, and the share of a rank's matrix-product rate, measured here once."""

@@ -31,7 +31,7 @@ class Sft:
             for split in ("train", "validation")
         )
         epochs = cfg.train.train_epochs or math.inf
-        stream = stream_of(stage, train.lengths, cfg.model.seq_length, seed=cfg.train.seed, end=epochs)
+        stream = stream_of(stage, train.lengths - 1, cfg.model.seq_length, seed=cfg.train.seed, end=epochs)
         if cfg.train.train_epochs is not None:
             settle_epochs(cfg.train, stream.samples_in(cfg.train.train_epochs))
         self.engine = Engine(cfg, mesh, run.device, vocab_size=run.vocab_size, noise=stage.neftune_noise_alpha)
@@ -73,7 +73,7 @@ class HeldOut:
         if not len(sequences) or not cfg.train.eval_iters:
             return
         lengths = np.asarray(sequences.lengths)
-        stream = stream_of(stage, lengths, cfg.model.seq_length, seed=0, end=1, shuffle=False)
+        stream = stream_of(stage, lengths - 1, cfg.model.seq_length, seed=0, end=1, shuffle=False)
         self._batches = min(cfg.train.eval_iters, -(-stream.samples_in(1) // self._size))
         self._loader = loader_of(cfg, run.mesh, sequences, stream)
 

@@ -55,7 +55,7 @@ def step(overrides: dict[str, Any], batching: str, micro_batch_size: int = 1, bu
     engine, loss = make_engine(cfg)
     pieces = Pieces()
     if batching == "packed":
-        stream = stream_of(cfg.stage, pieces.lengths, cfg.model.seq_length, seed=1, end=1)
+        stream = stream_of(cfg.stage, pieces.lengths - 1, cfg.model.seq_length, seed=1, end=1)
         size = stream.samples_in(1)
         at_once = cfg.train.micro_batch_size * engine.mesh.sizes.dp
         size = -(-size // at_once) * at_once

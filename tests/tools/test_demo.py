@@ -36,6 +36,20 @@ def test_loss_falls_below_60_percent_of_its_start(finished):
     assert 0 < evaluation["bits per byte"] < 8
 
 
+def test_later_stages_learn(finished):
+    root, _, _ = finished
+
+    def values(stage, key):
+        rows = [json.loads(line) for line in (root / stage / "metrics.jsonl").open()]
+        return [row[key] for row in rows if key in row]
+
+    tuned, preferred = values("sft", "lm loss"), values("dpo", "dpo loss")
+    assert tuned[-1] < 0.9 * tuned[0]
+    assert abs(preferred[0] - 0.6931) < 1e-3 and preferred[-1] < 0.6
+    assert values("dpo", "rewards/accuracies validation")[-1] > 0.6
+    assert "| reference | before | after |" in (root / "sft" / "samples.md").read_text()
+
+
 def test_table_and_picture(finished):
     root, output, _ = finished
     for word in ("stage", "steps", "first loss", "last loss", "tokens/s", "pretrain", "evaluate", "250"):
@@ -48,6 +62,6 @@ def test_second_run_reuses_everything(finished):
     root, _, seconds = finished
     before = {path: path.stat().st_mtime_ns for path in (root / "pretrain").rglob("*") if path.is_file()}
     output, again = demo(root)
-    assert "pretrain: done before" in output and "evaluate: done before" in output
+    assert all(f"{stage}: done before" in output for stage in ("pretrain", "evaluate", "sft", "dpo"))
     assert before == {path: path.stat().st_mtime_ns for path in before}
     assert again < seconds / 3

@@ -1,13 +1,19 @@
-"""Whether a fine-tuning run has what it needs."""
+"""Whether a run that trains on whole sequences has what it needs: fine-tuning, preference optimisation."""
 
 from scale_llm.config.model import Backend, Head
+from scale_llm.config.peft import PeftMethod
 from scale_llm.config.run import RunConfig
-from scale_llm.config.stage import Batching, SftConfig
+from scale_llm.config.stage import Batching, DpoConfig, PreferenceLoss, SequenceStageConfig, SftConfig
 
 
-def sft_problems(cfg: RunConfig, stage: SftConfig) -> list[str]:
-    """Problems of stage=sft beyond those of every training run."""
-    return [*_start(cfg), *_loss(cfg, stage), *_batching(cfg, stage), *_packing(cfg, stage)]
+def sequence_problems(cfg: RunConfig, stage: SequenceStageConfig) -> list[str]:
+    """Problems of such a run beyond those of every training run."""
+    found = [*_start(cfg), *_batching(cfg, stage), *_packing(cfg, stage)]
+    if isinstance(stage, SftConfig):
+        found += _sft(stage)
+    if isinstance(stage, DpoConfig):
+        found += _dpo(cfg, stage)
+    return found
 
 
 def _start(cfg: RunConfig) -> list[str]:
@@ -22,7 +28,7 @@ def _start(cfg: RunConfig) -> list[str]:
     return found
 
 
-def _loss(cfg: RunConfig, stage: SftConfig) -> list[str]:
+def _sft(stage: SftConfig) -> list[str]:
     found = []
     if not 0.0 <= stage.label_smoothing < 1.0:
         found.append(
@@ -36,7 +42,7 @@ def _loss(cfg: RunConfig, stage: SftConfig) -> list[str]:
     return found
 
 
-def _batching(cfg: RunConfig, stage: SftConfig) -> list[str]:
+def _batching(cfg: RunConfig, stage: SequenceStageConfig) -> list[str]:
     budget = stage.max_tokens_per_micro_batch
     if budget is None:
         return []
@@ -45,15 +51,17 @@ def _batching(cfg: RunConfig, stage: SftConfig) -> list[str]:
             f"stage.max_tokens_per_micro_batch={budget}: is for stage.batching=token_budget, this is "
             f"{stage.batching.value}; remove it or set stage.batching=token_budget"
         ]
-    if budget < cfg.model.seq_length:
+    needed = cfg.model.seq_length * (2 if isinstance(stage, DpoConfig) else 1)
+    if budget < needed:
+        what = "pair of answers" if isinstance(stage, DpoConfig) else "conversation"
         return [
-            f"stage.max_tokens_per_micro_batch={budget}: holds no conversation of model.seq_length="
-            f"{cfg.model.seq_length}; give at least as much"
+            f"stage.max_tokens_per_micro_batch={budget}: holds no {what} of model.seq_length="
+            f"{cfg.model.seq_length}; give at least {needed}"
         ]
     return []
 
 
-def _packing(cfg: RunConfig, stage: SftConfig) -> list[str]:
+def _packing(cfg: RunConfig, stage: SequenceStageConfig) -> list[str]:
     if stage.batching is Batching.padded:
         return []
     what = f"stage.batching={stage.batching.value}"
@@ -69,3 +77,24 @@ def _packing(cfg: RunConfig, stage: SftConfig) -> list[str]:
             "stage.batching=padded"
         ]
     return []
+
+
+def _dpo(cfg: RunConfig, stage: DpoConfig) -> list[str]:
+    found = []
+    if stage.beta <= 0:
+        found.append(f"stage.beta={stage.beta}: must be larger than 0, or the policy is held to nothing; 0.1 is usual")
+    if not 0.0 <= stage.label_smoothing < 0.5:
+        found.append(
+            f"stage.label_smoothing={stage.label_smoothing}: is the share of wrong labels; give a number of at least 0 "
+            "and below 0.5"
+        )
+    elif stage.label_smoothing and stage.loss not in (PreferenceLoss.cdpo, PreferenceLoss.robust_dpo):
+        found.append(
+            f"stage.label_smoothing={stage.label_smoothing}: is for stage.loss=cdpo and robust_dpo, this is "
+            f"{stage.loss.value}; set it to 0 or choose one of them"
+        )
+    if stage.sft_coeff < 0:
+        found.append(f"stage.sft_coeff={stage.sft_coeff}: must be 0 or larger; give a number 0 or larger")
+    if cfg.peft.method is PeftMethod.prompt_tuning:
+        found.append("peft.method=prompt_tuning: is for stage=sft; set peft=lora or peft=none")
+    return found

@@ -79,3 +79,22 @@ def test_what_is_left_open_is_settled(tmp_path):
     assert cfg.checkpoint.finetune
     cut = resolve(compose(["stage=sft", "parallel.context_parallel_size=2"]), MACHINE)
     assert cut.model.backend is Backend.torch and cfg.model.backend is Backend.auto
+
+
+@pytest.mark.parametrize(
+    ("words", "hints"),
+    [
+        (["stage.beta=0"], ["stage.beta=0", "larger than 0"]),
+        (["stage.label_smoothing=0.2"], ["stage.label_smoothing=0.2", "cdpo"]),
+        (["stage.loss=cdpo", "stage.label_smoothing=0.6"], ["stage.label_smoothing=0.6", "below 0.5"]),
+        (["stage.sft_coeff=-1"], ["stage.sft_coeff=-1"]),
+        (["peft=prompt_tuning"], ["peft.method=prompt_tuning", "lora"]),
+        (
+            ["stage.batching=token_budget", "stage.max_tokens_per_micro_batch=600"],
+            ["stage.max_tokens_per_micro_batch=600", "1024"],
+        ),
+    ],
+)
+def test_faults_of_preference_optimisation(tmp_path, words, hints):
+    (problem,) = found(tmp_path, "stage=dpo", *words)
+    assert all(hint in problem for hint in hints), problem

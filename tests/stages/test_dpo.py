@@ -1,0 +1,160 @@
+"""Whole runs of direct preference optimisation, from a base model that a run has pretrained."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+from support.runs import latest, rows
+
+TP2 = "parallel.tensor_model_parallel_size=2"
+PP2 = "parallel.pipeline_model_parallel_size=2"
+CP2 = "parallel.context_parallel_size=2"
+RANKS2 = "cluster.nproc_per_node=2"
+
+WORDS = ["stage=dpo", "model=from_checkpoint", "model.seq_length=96", "data.split='80,20,0'", "optim.lr=1e-3",
+         "train.global_batch_size=4", "train.micro_batch_size=1", "train.train_iters=8", "train.eval_interval=4",
+         "optim.lr_warmup_iters=0"]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def base(runs, tmp_path_factory):
+    path = tmp_path_factory.mktemp("base") / "run"
+    assert runs(path, "train.train_iters=10") == []
+    return path / "checkpoints"
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory):
+    """Sums, right and wrong, of unequal lengths."""
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    with open(path, "w") as file:
+        for a in range(6):
+            for b in range(5):
+                row = {
+                    "prompt": f"{a} and {b}?" * (1 + a % 3),
+                    "chosen": f"That is {a + b}.",
+                    "rejected": "No idea" * (1 + b),
+                }
+                file.write(json.dumps(row) + "\n")
+    return path
+
+
+def words(base, pairs, *more):
+    return [*WORDS, f"data.path={pairs}", f"checkpoint.load={base}", *more]
+
+
+def assert_close(run, other, tolerance=2e-5):
+    """Every metric of training and validation, relative to 1 or the value."""
+    found, wanted = rows(run), rows(other)
+    assert [row.keys() for row in found] == [row.keys() for row in wanted]
+    for row, like in zip(found, wanted, strict=True):
+        for key, value in like.items():
+            assert abs(row[key] - value) <= tolerance * max(1.0, abs(value)), (row["iteration"], key, row[key], value)
+
+
+@pytest.fixture(scope="session")
+def single(runs, base, pairs, tmp_path_factory):
+    """One process, each pair alone in a micro-batch."""
+    run = tmp_path_factory.mktemp("dpo") / "single"
+    assert runs(run, *words(base, pairs, "stage.batching=padded")) == []
+    return run
+
+
+def test_begins_at_ln_2_and_learns(single):
+    """Policy and reference are one model before the first update (Rafailov et al. 2023, eq. 7 with h = 0)."""
+    found = [row for row in rows(single) if "dpo loss" in row]
+    assert abs(found[0]["dpo loss"] - math.log(2)) < 1e-6
+    assert abs(found[0]["rewards/margins"]) < 1e-5
+    assert found[-1]["dpo loss"] < 0.6 and found[-1]["rewards/accuracies"] > 0.7
+    (last,) = [row for row in rows(single) if row["iteration"] == 8 and "dpo loss validation" in row]
+    assert last["rewards/accuracies validation"] > 0.5
+
+
+WAYS = {
+    "padded_by_two": ["stage.batching=padded", "train.micro_batch_size=2"],
+    "budget_dp2": ["stage.batching=token_budget", RANKS2],
+    "padded_tp2_sp": ["stage.batching=padded", TP2, "parallel.sequence_parallel=true"],
+    "budget_pp2": ["stage.batching=token_budget", PP2],
+    "budget_cp2": ["stage.batching=token_budget", CP2],
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_layouts_and_splits_agree(runs, tmp_path, base, pairs, single, way):
+    """Lengths are unequal and the answers of a pair lie in rows of several: the same losses, rewards and gradients."""
+    assert runs(tmp_path / "run", *words(base, pairs, *WAYS[way])) == []
+    assert_close(tmp_path / "run", single)
+
+
+def test_packed_rows_on_ranks_agree(runs, tmp_path, base, pairs):
+    """A packed sample is a row of pairs, so it is compared with its own kind."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert runs(one, *words(base, pairs)) == []
+    assert (
+        runs(two, *words(base, pairs, "train.micro_batch_size=2", RANKS2, "parallel.use_distributed_optimizer=true"))
+        == []
+    )
+    assert_close(two, one)
+
+
+def test_cached_reference_equals_the_live_one_bit_for_bit(runs, tmp_path, base, pairs):
+    cached, live = tmp_path / "cached", tmp_path / "live"
+    assert runs(cached, *words(base, pairs)) == []
+    assert runs(live, *words(base, pairs, "stage.reference=copy")) == []
+    assert rows(cached) == rows(live)
+    assert len(list((cached / "reference").iterdir())) == 1 and not (live / "reference").exists()
+
+
+def test_another_model_or_data_set_has_another_cache(runs, tmp_path, base, pairs):
+    """The name of the file is a fingerprint of both; the same run finds its own again."""
+    fewer = tmp_path / "fewer.jsonl"
+    fewer.write_text("".join(pairs.read_text().splitlines(keepends=True)[:20]))
+    again = tmp_path / "base"
+    shutil.copytree(base, again)
+    names = []
+    for number, said in enumerate(
+        [words(base, pairs), words(base, pairs), words(base, fewer), words(again, pairs),
+         words(base, pairs, "precision=bf16")]
+    ):  # fmt: skip
+        run = tmp_path / f"run{number}"
+        assert runs(run, *said, "train.train_iters=1", "train.eval_iters=0") == []
+        (file,) = (run / "reference").iterdir()
+        names.append(file.name)
+    assert names[0] == names[1] and len(set(names)) == 4
+
+
+def test_a_number_that_is_none_in_the_cache_is_refused(runs, tmp_path, base, pairs):
+    run = tmp_path / "run"
+    assert runs(run, *words(base, pairs, "train.train_iters=1")) == []
+    (cache,) = (run / "reference").iterdir()
+    values = np.load(cache)
+    values[3] = np.nan
+    np.save(cache, values)
+    (problem,) = runs(run, *words(base, pairs, "train.train_iters=2"))
+    assert str(cache) in problem and "no number" in problem and "delete it" in problem
+
+
+@pytest.mark.parametrize("variant", [["stage.reference=cached"], ["peft=lora", "peft.rank=4", "stage.reference=copy"]])
+def test_resume_is_bit_for_bit(runs, tmp_path, base, pairs, variant):
+    resumed, whole = tmp_path / "resumed", tmp_path / "whole"
+    said = words(base, pairs, *variant)
+    assert runs(resumed, *said, "train.exit_interval=4") == []
+    assert latest(resumed) == 4
+    assert runs(resumed, *said) == []
+    assert runs(whole, *said) == []
+    assert rows(resumed) == rows(whole)
+    assert not {name: d for name, d in runs.differences(resumed, whole, iteration=8).items() if d}
+
+
+@pytest.mark.parametrize(
+    "loss", ["ipo", "simpo", "orpo", "hinge", "cdpo", "robust_dpo"],
+)  # fmt: skip
+def test_every_loss_trains(runs, tmp_path, base, pairs, loss):
+    """Margins grow; losses without a reference make none."""
+    smoothing = ["stage.label_smoothing=0.1"] if loss in ("cdpo", "robust_dpo") else []
+    assert runs(tmp_path / "run", *words(base, pairs, f"stage.loss={loss}", "train.eval_iters=0", *smoothing)) == []
+    found = [row["rewards/margins"] for row in rows(tmp_path / "run")]
+    assert found[-1] > found[0]
+    assert (tmp_path / "run" / "reference").exists() == (loss not in ("simpo", "orpo"))
