@@ -1,8 +1,8 @@
 """The whole chain on the embedded corpus, on this machine: python tools/demo.py (or: make demo)
 
 Collects the standard library's text, trains a tokenizer, indexes tokens, pretrains on two tensor-parallel ranks,
-evaluates, fine-tunes on questions about the library, prefers right answers to others (DPO), draws the curves and prints
-a table. A stage that is done already is not run again; one that was interrupted resumes. Everything lies in runs/demo/.
+evaluates, fine-tunes on questions about the library, learns to prefer their own answers to others (a reward model, DPO),
+draws the curves and prints a table. A stage that is done already is not run again; one that was interrupted resumes. Everything lies in runs/demo/.
 """
 
 import argparse
@@ -30,16 +30,17 @@ class DemoStage:
 
 def stages(root: Path) -> list[DemoStage]:
     data = f"data.cache_dir={root / 'data'}"
-    base = f"checkpoint.load={root / 'pretrain' / 'checkpoints'}"
+    base, tuned = (f"checkpoint.load={root / stage / 'checkpoints'}" for stage in ("pretrain", "sft"))
     return [
         DemoStage("pretrain", (data, "train.log_interval=10"), "done.json"),
         DemoStage("evaluate", (data, base), "evaluation.json"),
         DemoStage("sft", (data, base, "train.log_interval=5"), "done.json"),
-        DemoStage("dpo", (data, f"checkpoint.load={root / 'sft' / 'checkpoints'}"), "done.json"),
+        DemoStage("reward", (data, tuned), "done.json"),
+        DemoStage("dpo", (data, tuned), "done.json"),
     ]
 
 
-TRAINED = ("pretrain", "sft", "dpo")
+TRAINED = ("pretrain", "sft", "reward", "dpo")
 """Stages with a curve."""
 
 
@@ -96,7 +97,7 @@ def summary(root: Path) -> Table:
 
 def _add_training(table: Table, run_dir: Path) -> None:
     rows = [row for row in read_metrics(run_dir) if "tokens-per-second" in row]
-    loss = next(key for key in ("lm loss", "dpo loss") if key in rows[0])
+    loss = next(key for key in ("lm loss", "reward loss", "dpo loss") if key in rows[0])
     speed = sorted(row["tokens-per-second"] for row in rows)[len(rows) // 2]
     table.add_row(
         run_dir.name, str(rows[-1]["iteration"]), f"{rows[0][loss]:.3f}", f"{rows[-1][loss]:.3f}",

@@ -9,7 +9,14 @@ import os
 from pathlib import Path
 
 PANELS = {
-    "loss": ["lm loss", "lm loss validation", "dpo loss", "dpo loss validation"],
+    "loss": [
+        "lm loss",
+        "lm loss validation",
+        "dpo loss",
+        "dpo loss validation",
+        "reward loss",
+        "reward loss validation",
+    ],
     "learning rate": ["learning-rate"],
     "gradient norm": ["grad-norm"],
     "tokens per second": ["tokens-per-second"],

@@ -168,14 +168,28 @@ def read_plain(path: Path) -> dict[str, Any]:
     return dist_checkpointing.load_common_state_dict(str(path))
 
 
-def load_sharded(path: Path, state: dict[str, Any]) -> dict[str, Any]:
+def load_sharded(path: Path, state: dict[str, Any], *, optional: str | None = None) -> dict[str, Any]:
     """Fills the sharded state dict from a checkpoint of any layout.
+
+    optional: tensors whose names begin so are left out of the result where the checkpoint has them not.
 
     Raises:
         UserError: tensors are missing or have other shapes, with all their names.
     """
+    if optional is not None:
+        saved = dist_checkpointing.load_tensors_metadata(str(path))
+        state = {part: _without(tensors, optional, saved) for part, tensors in state.items()}
     _check_shapes(path, state)
     return dist_checkpointing.load(state, str(path), strict=StrictHandling.ASSUME_OK_UNEXPECTED)
+
+
+def _without(tensors: dict[str, Any], prefix: str, saved: dict[str, Any]) -> dict[str, Any]:
+    """The tensors but for those whose names begin with the prefix and that were not saved."""
+    return {
+        name: leaf
+        for name, leaf in tensors.items()
+        if not (isinstance(leaf, ShardedTensor) and leaf.key.startswith(prefix) and leaf.key not in saved)
+    }
 
 
 def _check_shapes(path: Path, state: dict[str, Any]) -> None:

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from scale_llm.config.cluster import Device, Launcher
 from scale_llm.config.machine import Machine
-from scale_llm.config.model import Backend, ModelConfig
+from scale_llm.config.model import Backend, Head, ModelConfig
 from scale_llm.config.names import run_name
 from scale_llm.config.parallel import ParallelConfig
 from scale_llm.config.run import RunConfig
-from scale_llm.config.stage import Batching, DpoConfig, SequenceStageConfig
+from scale_llm.config.stage import Batching, DpoConfig, RewardConfig, SequenceStageConfig
 from scale_llm.config.tokenizer import TokenizerConfig
 
 
@@ -93,11 +93,13 @@ def _resolve_stage(cfg: RunConfig) -> None:
     if not isinstance(stage, SequenceStageConfig):
         return
     cfg.checkpoint.finetune = True
+    if isinstance(stage, RewardConfig):
+        cfg.model.head, cfg.model.architecture = Head.reward, None  # not the class of the model it begins as
     if stage.batching is not Batching.padded and cfg.parallel.context_parallel_size > 1:
         if cfg.model.backend is Backend.auto:  # Transformer Engine cuts each conversation, we cut the row
             cfg.model.backend = Backend.torch
     if stage.batching is Batching.token_budget and stage.max_tokens_per_micro_batch is None:
-        rows = 2 if isinstance(stage, DpoConfig) else 1  # a pair of answers is kept together
+        rows = 2 if isinstance(stage, RewardConfig | DpoConfig) else 1  # a pair of answers is kept together
         stage.max_tokens_per_micro_batch = cfg.train.micro_batch_size * cfg.model.seq_length * rows
 
 

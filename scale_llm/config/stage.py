@@ -76,6 +76,16 @@ class SftConfig(SequenceStageConfig):
 
 
 @dataclass(kw_only=True, slots=True)
+class RewardConfig(SequenceStageConfig):
+    """A reward model from pairs of answers (Bradley and Terry)."""
+
+    name: str = "reward"
+    center_rewards_coefficient: float = 0.0
+    """Weight of the square of a pair's sum of rewards, which keeps their mean near 0 (Eisenstein et al. 2023, arXiv
+    2312.09244)."""
+
+
+@dataclass(kw_only=True, slots=True)
 class DpoConfig(SequenceStageConfig):
     """Direct preference optimisation on pairs of answers."""
 

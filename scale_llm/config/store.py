@@ -20,13 +20,14 @@ from scale_llm.config.parallel import ParallelConfig
 from scale_llm.config.peft import PeftConfig
 from scale_llm.config.precision import PrecisionConfig
 from scale_llm.config.run import RunConfig
-from scale_llm.config.stage import DpoConfig, EvaluateConfig, PretrainConfig, SftConfig, StageConfig
+from scale_llm.config.stage import DpoConfig, EvaluateConfig, PretrainConfig, RewardConfig, SftConfig, StageConfig
 from scale_llm.config.tokenizer import TokenizerConfig
 from scale_llm.config.train import TrainConfig
 
 STAGES: dict[str, type[StageConfig]] = {
     "pretrain": PretrainConfig,
     "sft": SftConfig,
+    "reward": RewardConfig,
     "dpo": DpoConfig,
     "evaluate": EvaluateConfig,
 }

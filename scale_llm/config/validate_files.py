@@ -119,5 +119,6 @@ def _other_model(cfg: RunConfig, former: dict[str, Any], what: str, remedy: str)
 
 def _free(model: dict[str, Any]) -> set[str]:
     """Keys that may differ; the length of a learned position table may not."""
+    free = FREE | {"head"} if model["head"] == "reward" else FREE  # a language model's body, a head that is new
     learned = model["position_embedding_type"] == "learned_absolute"
-    return FREE - {"max_position_embeddings"} if learned else FREE
+    return free - {"max_position_embeddings"} if learned else free

@@ -3,7 +3,7 @@
 from scale_llm.config.model import Backend, Head
 from scale_llm.config.peft import PeftMethod
 from scale_llm.config.run import RunConfig
-from scale_llm.config.stage import Batching, DpoConfig, PreferenceLoss, SequenceStageConfig, SftConfig
+from scale_llm.config.stage import Batching, DpoConfig, PreferenceLoss, RewardConfig, SequenceStageConfig, SftConfig
 
 
 def sequence_problems(cfg: RunConfig, stage: SequenceStageConfig) -> list[str]:
@@ -11,6 +11,8 @@ def sequence_problems(cfg: RunConfig, stage: SequenceStageConfig) -> list[str]:
     found = [*_start(cfg), *_batching(cfg, stage), *_packing(cfg, stage)]
     if isinstance(stage, SftConfig):
         found += _sft(stage)
+    if isinstance(stage, RewardConfig):
+        found += _reward(cfg, stage)
     if isinstance(stage, DpoConfig):
         found += _dpo(cfg, stage)
     return found
@@ -23,7 +25,7 @@ def _start(cfg: RunConfig) -> list[str]:
             "checkpoint.load=null: nothing to fine-tune; give checkpoint.load=<a run_dir>/checkpoints, or a Hugging "
             "Face directory"
         )
-    if cfg.model.head is not Head.language_model:
+    if cfg.model.head is not Head.language_model and not isinstance(cfg.stage, RewardConfig):
         found.append(f"model.head={cfg.model.head.value}: fine-tuning predicts tokens; set model.head=language_model")
     return found
 
@@ -51,9 +53,9 @@ def _batching(cfg: RunConfig, stage: SequenceStageConfig) -> list[str]:
             f"stage.max_tokens_per_micro_batch={budget}: is for stage.batching=token_budget, this is "
             f"{stage.batching.value}; remove it or set stage.batching=token_budget"
         ]
-    needed = cfg.model.seq_length * (2 if isinstance(stage, DpoConfig) else 1)
+    needed = cfg.model.seq_length * (2 if isinstance(stage, RewardConfig | DpoConfig) else 1)
     if budget < needed:
-        what = "pair of answers" if isinstance(stage, DpoConfig) else "conversation"
+        what = "pair of answers" if isinstance(stage, RewardConfig | DpoConfig) else "conversation"
         return [
             f"stage.max_tokens_per_micro_batch={budget}: holds no {what} of model.seq_length="
             f"{cfg.model.seq_length}; give at least {needed}"
@@ -97,4 +99,15 @@ def _dpo(cfg: RunConfig, stage: DpoConfig) -> list[str]:
         found.append(f"stage.sft_coeff={stage.sft_coeff}: must be 0 or larger; give a number 0 or larger")
     if cfg.peft.method is PeftMethod.prompt_tuning:
         found.append("peft.method=prompt_tuning: is for stage=sft; set peft=lora or peft=none")
+    return found
+
+
+def _reward(cfg: RunConfig, stage: RewardConfig) -> list[str]:
+    found = []
+    if stage.center_rewards_coefficient < 0:
+        found.append(
+            f"stage.center_rewards_coefficient={stage.center_rewards_coefficient}: must be 0 or larger; 0.01 is usual"
+        )
+    if cfg.peft.method is not PeftMethod.none:
+        found.append(f"peft.method={cfg.peft.method.value}: a reward model trains all weights; set peft=none")
     return found

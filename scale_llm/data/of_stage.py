@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from scale_llm.config.peft import PeftMethod
 from scale_llm.config.run import RunConfig
-from scale_llm.config.stage import DpoConfig, SftConfig
+from scale_llm.config.stage import DpoConfig, RewardConfig, SftConfig
 
 if TYPE_CHECKING:
     from scale_llm.data.chat.examples import PreparedExamples
@@ -25,7 +25,7 @@ def prepare_run(cfg: RunConfig, show_progress: bool = False) -> PreparedData | P
             cfg.data, cfg.tokenizer, train_on=cfg.stage.train_on, seq_length=longest, cache_dir=cfg.data.cache_dir,
             show_progress=show_progress,
         )  # fmt: skip
-    if isinstance(cfg.stage, DpoConfig):
+    if isinstance(cfg.stage, RewardConfig | DpoConfig):
         from scale_llm.data.chat.preferences import prepare_preferences
 
         return prepare_preferences(

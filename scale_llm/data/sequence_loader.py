@@ -55,7 +55,8 @@ class Shape:
     sequences (padded) of a micro-batch. budget: places of a micro-batch (token_budget). multiple: row lengths are
     multiples of it. uniform: all micro-batches of a step have one shape, as pipeline stages need it. rows_multiple: of
     a rank's micro-batches (token_budget), as interleaved schedules need it. numbered: batches say which sequence is
-    where.
+    where. whole: for models that judge a sequence: its last token has a place too, and the mask is 1 at the last token
+    that counts alone.
     """
 
     batching: Batching
@@ -66,6 +67,7 @@ class Shape:
     uniform: bool = False
     rows_multiple: int = 1
     numbered: bool = False
+    whole: bool = False
 
 
 class SequenceLoader:
@@ -136,7 +138,8 @@ class SequenceLoader:
         return [self._batch([row], width, joined=True) for row, width in zip(mine, widths, strict=True)]
 
     def _places(self, numbers: Sequence[int]) -> int:
-        return int(sum(self._sequences.lengths[number] - 1 for number in numbers))
+        short = 0 if self._shape.whole else 1
+        return int(sum(self._sequences.lengths[number] - short for number in numbers))
 
     def _widths(self, places: list[int]) -> list[int]:
         if self._shape.uniform:
@@ -155,7 +158,7 @@ class SequenceLoader:
     def _row(self, numbers: Sequence[int], width: int) -> "_Row":
         row = _Row.empty(width)
         for number in numbers:
-            row.add(self._sequences[number])
+            row.add(self._sequences[number], whole=self._shape.whole)
         return row
 
 
@@ -174,8 +177,14 @@ class _Row:
         tokens, labels, position_ids = (np.zeros(width, dtype=np.int64) for _ in range(3))
         return cls(tokens, labels, position_ids, np.zeros(width, dtype=np.float32), [])
 
-    def add(self, sequence: TokenSequence) -> None:
+    def add(self, sequence: TokenSequence, *, whole: bool) -> None:
         start = self.ends[-1] if self.ends else 0
+        if whole:
+            end = start + len(sequence.tokens)
+            self.tokens[start:end], self.position_ids[start:end] = sequence.tokens, np.arange(end - start)
+            self.loss_mask[start + np.flatnonzero(sequence.trained)[-1]] = 1
+            self.ends.append(end)
+            return
         end = start + len(sequence.tokens) - 1
         self.tokens[start:end] = sequence.tokens[:-1]
         self.labels[start:end] = sequence.tokens[1:]

@@ -17,6 +17,7 @@ from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_te
 from scale_llm.engine.engine import Engine
 from scale_llm.engine.optimizer import is_distributed, parts
 from scale_llm.models.adapters.names import is_adapter
+from scale_llm.models.heads import is_head
 
 _PREFIX = "optimizer.state"
 
@@ -80,7 +81,9 @@ def load_model_state(engine: Engine, state: dict[str, Any], *, main_weights: boo
     """
     for i, module in enumerate(engine.modules):
         part = state["model" if len(engine.modules) == 1 else f"model{i}"]
-        module.load_state_dict(part, strict=not engine.has_adapters)
+        found = module.load_state_dict(part, strict=False)  # a base, its adapters and a new head are apart
+        apart = [key for key in found.missing_keys if not (is_adapter(key) or engine.has_adapters or is_head(key))]
+        assert not apart and not found.unexpected_keys, f"{apart}, {found.unexpected_keys}"
     if main_weights:
         follow_weights(engine)
 

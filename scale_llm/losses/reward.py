@@ -1,10 +1,11 @@
 """Losses of reward models: which of several answers is better. One value a pair or list. Legend: n pairs, k answers."""
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from scale_llm.losses.language_model import Metrics
-from scale_llm.losses.sequences import masked_sum
+from scale_llm.losses.sequences import masked_sum, segment_sums
 
 _LOWEST = -1e30
 """A score that weighs nothing; minus infinity would make gradients nan."""
@@ -55,3 +56,26 @@ def ranking_accuracy(scores: torch.Tensor, valid: torch.Tensor | None = None) ->
     right = scores[:, :, None] > scores[:, None, :]
     pairs = (kept[:, :, None] & kept[:, None, :]).triu(diagonal=1)
     return masked_sum(right.to(torch.float32), pairs)
+
+
+def pair_reward_loss(
+    scores: torch.Tensor, batch: dict[str, torch.Tensor], cp_group: dist.ProcessGroup | None, *, centring: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor, Metrics]:
+    """Summed Bradley-Terry loss of the pairs of a batch, their number, and metrics.
+
+    scores: [s/c, b, 1], one for every token. batch: `loss_mask` (not 0 at the token whose score is the sequence's) and
+    `segments`, [b, s/c]; `numbers` and `margins` [2 n], of the chosen and the rejected sequence of each pair in turn.
+    Each of the c ranks of cp_group counts its share of the pairs, as their sums are added up.
+    """
+    mask, segments = (batch[key].transpose(0, 1) for key in ("loss_mask", "segments"))
+    count = batch["numbers"].numel()
+    values, _ = segment_sums(scores[..., 0], mask, segments, max(count, 2), cp_group)
+    share = (1.0 if count else 0.0) / (cp_group.size() if cp_group is not None else 1)
+    chosen, rejected = values[0::2], values[1::2]
+    margin = batch["margins"][0::2].to(values) if count else 0.0
+    losses = bradley_terry(chosen, rejected, margin=margin, centring=centring)
+    pairs = torch.tensor(losses.numel() * share, dtype=torch.float32, device=losses.device)
+    metrics = {"reward loss": (losses.detach().sum() * share, pairs)}
+    for name, (value, _) in reward_metrics(chosen, rejected).items():
+        metrics[name] = (value * share, pairs)
+    return losses.sum() if count else losses.sum() * 0.0, pairs, metrics

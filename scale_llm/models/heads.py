@@ -3,6 +3,9 @@
 import torch
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
+HEAD = "score."
+"""What its names in checkpoints begin with."""
+
 
 class ScalarHead(torch.nn.Linear):
     """One number for each token: hidden states [s/tp or s, b, h] -> [s, b, 1]. Whole on every tensor-parallel rank."""
@@ -18,3 +21,8 @@ class ScalarHead(torch.nn.Linear):
         if not self._gathers:
             return scores
         return gather_from_sequence_parallel_region(scores, tensor_parallel_output_grad=False, group=self._group)
+
+
+def is_head(name: str) -> bool:
+    """Whether a parameter, by its name in the model, is the head's."""
+    return name.startswith("output_layer.")

@@ -21,10 +21,15 @@ def run(cfg: RunConfig) -> None:
 
             train(context, Sft(context))
         elif cfg.stage.name == "dpo":
-            from scale_llm.stages.dpo import Dpo
+            from scale_llm.stages.dpo import dpo
             from scale_llm.stages.loop import train
 
-            train(context, Dpo(context))
+            train(context, dpo(context))
+        elif cfg.stage.name == "reward":
+            from scale_llm.stages.loop import train
+            from scale_llm.stages.reward import reward
+
+            train(context, reward(context))
         else:
             from scale_llm.stages.evaluate import evaluate
 

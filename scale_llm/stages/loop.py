@@ -61,7 +61,7 @@ def resume(run: RunContext, stage: Stage) -> Progress:
         if base is None:
             raise UserError(f"checkpoint.load={cfg.checkpoint.load}: no checkpoint there; name a directory that holds "
                             "latest_checkpointed_iteration.txt")  # fmt: skip
-    if base is not None and stage.engine.has_adapters:
+    if base is not None and (stage.engine.has_adapters or cfg.checkpoint.finetune):
         load_weights(run, stage.engine, base[1])
         base = None
     if own is not None:

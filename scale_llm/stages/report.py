@@ -94,7 +94,10 @@ class Reporter:
         self._say(log_line(row, means, self._iterations, seconds, tflops))
         if self._bar is not None:
             self._bar.advance(
-                progress.iteration, self._status(means.get("lm loss", means.get("dpo loss")), rate, tflops)
+                progress.iteration,
+                self._status(
+                    next((value for name, value in means.items() if name.endswith("loss")), None), rate, tflops
+                ),
             )
 
     def _status(self, loss: float | None, rate: float, tflops: float) -> str:

@@ -18,6 +18,7 @@ from scale_llm.data.tokenizer import Tokenizer
 from scale_llm.engine import state as engine_state
 from scale_llm.engine.engine import Engine
 from scale_llm.engine.state import Weights
+from scale_llm.models.heads import HEAD
 from scale_llm.parallel.rng import rng_state, set_rng_state
 from scale_llm.stages.base import Stage
 from scale_llm.stages.context import RunContext
@@ -93,7 +94,8 @@ def load_weights(run: RunContext, engine: Engine, path: Path) -> None:
         engine_state.follow_weights(engine)
     else:
         main_weights = engine.optimizer is not None
-        engine_state.load_model_state(engine, load_sharded(path, wanted), main_weights=main_weights)
+        loaded = load_sharded(path, wanted, optional=HEAD)
+        engine_state.load_model_state(engine, loaded, main_weights=main_weights)
     if engine.has_adapters:
         engine.begin_adapters(prompt_tokens(run))
     if adapters is not None:

@@ -49,12 +49,13 @@ def virtual_tokens(cfg: RunConfig, vocab_size: int) -> np.ndarray:
 class Members:
     """Comparisons: which sequences each has, of a list of two or more the best and the worst."""
 
-    def __init__(self, sequences: TokenSequences, groups: np.ndarray, numbers: np.ndarray):
-        """groups: comparison i has the sequences groups[i] to groups[i + 1]. numbers: the comparisons meant."""
+    def __init__(self, sequences: TokenSequences, groups: np.ndarray, numbers: np.ndarray, *, whole: bool = False):
+        """groups: comparison i has the sequences groups[i] to groups[i + 1]. numbers: the comparisons meant. whole:
+        see Shape."""
         first, last = groups[:-1][numbers], groups[1:][numbers] - 1
         self._pairs = np.stack([first, last], axis=1)
         lengths = np.asarray(sequences.lengths)
-        self.places = lengths[first] + lengths[last] - 2
+        self.places = lengths[first] + lengths[last] - (0 if whole else 2)
         """Of a row that each takes, [n]."""
 
     def of(self, stream: SequenceStream) -> "PairStream":
@@ -93,9 +94,9 @@ def row_unit(cfg: RunConfig, mesh: Mesh) -> int:
 
 def loader_of(
     cfg: RunConfig, mesh: Mesh, sequences: TokenSequences, stream: SequenceStream, *, row_tokens: int | None = None,
-    numbered: bool = False,
+    numbered: bool = False, whole: bool = False,
 ) -> SequenceLoader:  # fmt: skip
-    """This rank's micro-batches. row_tokens: of a packed row, by default model.seq_length."""
+    """This rank's micro-batches. row_tokens: of a packed row, by default model.seq_length; the others: see Shape."""
     stage, sizes = cfg.stage, mesh.sizes
     assert isinstance(stage, SequenceStageConfig)
     shape = Shape(
@@ -107,6 +108,7 @@ def loader_of(
         uniform=sizes.pp > 1,
         rows_multiple=sizes.pp if sizes.vpp is not None else 1,
         numbered=numbered,
+        whole=whole,
     )
     return SequenceLoader(
         sequences,

@@ -34,7 +34,7 @@ def test_every_option_composes(group):
 def test_options_are_listed():
     """Adding an option means defending it here."""
     assert {group: options(group) for group in GROUPS} == {
-        "stage": ["dpo", "evaluate", "pretrain", "sft"],
+        "stage": ["dpo", "evaluate", "pretrain", "reward", "sft"],
         "model": [
             "demo",
             "from_checkpoint",
@@ -55,7 +55,7 @@ def test_options_are_listed():
         "checkpoint": ["default"],
         "logging": ["default", "plain"],
         "cluster": ["local", "local_cpu", "slurm"],
-        "experiment": ["demo_dpo", "demo_evaluate", "demo_pretrain", "demo_sft"],
+        "experiment": ["demo_dpo", "demo_evaluate", "demo_pretrain", "demo_reward", "demo_sft"],
     }
 
 

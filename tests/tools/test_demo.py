@@ -47,6 +47,7 @@ def test_later_stages_learn(finished):
     assert tuned[-1] < 0.9 * tuned[0]
     assert abs(preferred[0] - 0.6931) < 1e-3 and preferred[-1] < 0.6
     assert values("dpo", "rewards/accuracies validation")[-1] > 0.6
+    assert values("reward", "rewards/accuracies validation")[-1] > 0.6
     assert "| reference | before | after |" in (root / "sft" / "samples.md").read_text()
 
 
@@ -62,6 +63,6 @@ def test_second_run_reuses_everything(finished):
     root, _, seconds = finished
     before = {path: path.stat().st_mtime_ns for path in (root / "pretrain").rglob("*") if path.is_file()}
     output, again = demo(root)
-    assert all(f"{stage}: done before" in output for stage in ("pretrain", "evaluate", "sft", "dpo"))
+    assert all(f"{stage}: done before" in output for stage in ("pretrain", "evaluate", "sft", "reward", "dpo"))
     assert before == {path: path.stat().st_mtime_ns for path in before}
     assert again < seconds / 3

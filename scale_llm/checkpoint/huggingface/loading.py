@@ -8,6 +8,7 @@ import torch
 from scale_llm.checkpoint.huggingface.source import HuggingFaceModel
 from scale_llm.checkpoint.staging import refuse
 from scale_llm.config.model import ModelConfig
+from scale_llm.models.heads import HEAD
 from scale_llm.models.huggingface.same_function import differences
 from scale_llm.models.init import shards
 
@@ -23,6 +24,8 @@ def load_huggingface(directory: Path, state: dict[str, Any], model: ModelConfig)
     tables = {tensor.key: tensor for tensor in source.tensors}
     with torch.no_grad():
         for shard in shards(state):
+            if shard.key not in tables and shard.key.startswith(HEAD):
+                continue  # of a language model: the head is new
             depth = shard.prepend_axis_num
             index = tuple(shard.global_offset[:depth])
             whole = source.megatron(tables[shard.key], index, shard.global_shape[depth])

@@ -4,7 +4,7 @@ from dataclasses import fields
 from enum import Enum
 from pathlib import Path
 
-from scale_llm.config.model import ModelConfig, PositionEmbedding, RopeScaling
+from scale_llm.config.model import Head, ModelConfig, PositionEmbedding, RopeScaling
 
 FREE = {
     "name", "architecture", "backend", "compile_ops", "seq_length", "make_vocab_size_divisible_by", "hidden_dropout",
@@ -22,6 +22,8 @@ def differences(source: ModelConfig, model: ModelConfig, directory: Path) -> lis
         free |= {field.name for field in fields(model) if field.name.startswith("rope_")}
     if model.num_experts is None:
         free |= {field.name for field in fields(model) if field.name.startswith("moe_")}
+    if model.head is Head.reward and source.head is Head.language_model:
+        free |= {"head", "untie_embeddings_and_output_weights"}  # a head that is new
     problems = []
     for field in fields(model):
         ours, theirs = getattr(model, field.name), getattr(source, field.name)
