@@ -1,8 +1,9 @@
 """The whole chain on the embedded corpus, on this machine: python tools/demo.py (or: make demo)
 
 Collects the standard library's text, trains a tokenizer, indexes tokens, pretrains on two tensor-parallel ranks,
-evaluates, fine-tunes on questions about the library, learns to prefer their own answers to others (a reward model, DPO),
-draws the curves and prints a table. A stage that is done already is not run again; one that was interrupted resumes. Everything lies in runs/demo/.
+evaluates, fine-tunes on questions about the library, learns to prefer their own answers to others (a reward model,
+DPO), draws the curves and prints a table. A stage that is done already is not run again; one that was interrupted
+resumes. Everything lies in runs/demo/.
 """
 
 import argparse
