@@ -1,6 +1,5 @@
 """Whole runs of direct preference optimisation, from a base model that a run has pretrained."""
 
-import json
 import math
 import shutil
 
@@ -16,29 +15,6 @@ RANKS2 = "cluster.nproc_per_node=2"
 WORDS = ["stage=dpo", "model=from_checkpoint", "model.seq_length=96", "data.split='80,20,0'", "optim.lr=1e-3",
          "train.global_batch_size=4", "train.micro_batch_size=1", "train.train_iters=8", "train.eval_interval=4",
          "optim.lr_warmup_iters=0"]  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def base(runs, tmp_path_factory):
-    path = tmp_path_factory.mktemp("base") / "run"
-    assert runs(path, "train.train_iters=10") == []
-    return path / "checkpoints"
-
-
-@pytest.fixture(scope="session")
-def pairs(tmp_path_factory):
-    """Sums, right and wrong, of unequal lengths."""
-    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
-    with open(path, "w") as file:
-        for a in range(6):
-            for b in range(5):
-                row = {
-                    "prompt": f"{a} and {b}?" * (1 + a % 3),
-                    "chosen": f"That is {a + b}.",
-                    "rejected": "No idea" * (1 + b),
-                }
-                file.write(json.dumps(row) + "\n")
-    return path
 
 
 def words(base, pairs, *more):

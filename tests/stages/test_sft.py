@@ -22,14 +22,6 @@ LORA = ["peft=lora", "peft.rank=4", "peft.dropout=0.1"]
 
 
 @pytest.fixture(scope="session")
-def base(runs, tmp_path_factory):
-    """A model that knows a little, and its tokenizer."""
-    path = tmp_path_factory.mktemp("base") / "run"
-    assert runs(path) == []
-    return path / "checkpoints"
-
-
-@pytest.fixture(scope="session")
 def conversations(tmp_path_factory):
     """Sums in words; every fourth conversation has two turns, every fifth a weight."""
     path = tmp_path_factory.mktemp("data") / "sums.jsonl"

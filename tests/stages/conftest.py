@@ -1,0 +1,28 @@
+"""What runs of later stages begin with: a model that knows a little, and pairs of answers."""
+
+import json
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def base(runs, tmp_path_factory):
+    """Checkpoints of a pretrained model, its tokenizer with them."""
+    path = tmp_path_factory.mktemp("base") / "run"
+    assert runs(path) == []
+    return path / "checkpoints"
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory):
+    """Sums, said and not said, of unequal lengths; every third pair is clearly better (a margin)."""
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    with open(path, "w") as file:
+        for a in range(6):
+            for b in range(5):
+                prompt, chosen = f"{a} and {b}?" * (1 + a % 3), f"That is {a + b}."
+                row = {"prompt": prompt, "chosen": chosen, "rejected": "No idea" * (1 + b)}
+                if a % 3 == 0:
+                    row["margin"] = 0.5
+                file.write(json.dumps(row) + "\n")
+    return path
