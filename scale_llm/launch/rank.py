@@ -86,18 +86,36 @@ def run(run_dir: Path, log: IO[str]) -> int:
         stages.run(cfg)
         return REQUEUE if "--job" in sys.argv and stopped_by_signal() else 0
     except UserError as error:
-        errors.record_exception(error)
+        record(errors, error)
         log.write(numbered(error.problems) + "\n")
         return error.exit_status
     except SystemExit as error:
         if not error.code:
             return 0
-        errors.record_exception(error)
+        record(errors, error)
         return error.code if isinstance(error.code, int) else 1
     except BaseException as error:
-        errors.record_exception(error)
+        record(errors, error)
         traceback.print_exc(file=log)
         return 1
+
+
+def record(errors: Any, error: BaseException) -> None:
+    """Leaves the error to the elastic agent under a temporary name first: it may read, or kill this rank, at any time,
+    and half a file would end the launcher with an error of its own."""
+    variable = "TORCHELASTIC_ERROR_FILE"
+    file = os.environ.get(variable)
+    if file is None:
+        errors.record_exception(error)
+        return
+    partial = f"{file}.partial"
+    os.environ[variable] = partial
+    try:
+        errors.record_exception(error)
+        if os.path.isfile(partial):
+            os.replace(partial, file)
+    finally:
+        os.environ[variable] = file
 
 
 def stopped_by_signal() -> bool:

@@ -7,11 +7,11 @@ import pytest
 
 SCRIPT = """
 import os, signal, sys
-import torch.distributed as dist
-from scale_llm.stages.progress import StopRequest
-if "blocked" in sys.argv:  # as a task of Slurm starts
+if "blocked" in sys.argv:  # as a task of Slurm starts: before any thread, which would take the signal
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1, signal.SIGTERM))
     os.kill(os.getpid(), signal.SIGUSR1)
+import torch.distributed as dist
+from scale_llm.stages.progress import StopRequest
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 stop = StopRequest(dist.group.WORLD, None)
 for name in sys.argv[1:]:
