@@ -69,6 +69,11 @@ def _huggingface(directory: Path) -> RunConfig:
 
 
 def _ours(directory: Path) -> RunConfig:
+    if not directory.is_dir():
+        raise UserError(
+            f"checkpoint.load={directory}: no such directory; give a run's checkpoints directory (the demo's is made "
+            "by make demo), or a Hugging Face directory"
+        )
     try:
         found = latest_checkpoint(directory)
     except ValueError as error:
