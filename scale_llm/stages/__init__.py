@@ -10,29 +10,33 @@ def run(cfg: RunConfig) -> None:
 
     context = start_rank(cfg)
     try:
-        if cfg.stage.name == "pretrain":
-            from scale_llm.stages.loop import train
-            from scale_llm.stages.pretrain import Pretrain
-
-            train(context, Pretrain(context))
-        elif cfg.stage.name == "sft":
-            from scale_llm.stages.loop import train
-            from scale_llm.stages.sft import Sft
-
-            train(context, Sft(context))
-        elif cfg.stage.name == "dpo":
-            from scale_llm.stages.dpo import dpo
-            from scale_llm.stages.loop import train
-
-            train(context, dpo(context))
-        elif cfg.stage.name == "reward":
-            from scale_llm.stages.loop import train
-            from scale_llm.stages.reward import reward
-
-            train(context, reward(context))
-        else:
+        if cfg.stage.name == "evaluate":
             from scale_llm.stages.evaluate import evaluate
 
             evaluate(context)
+            return
+        from scale_llm.stages.loop import train
+
+        train(context, trained_stage(context))
     finally:
         stop()
+
+
+def trained_stage(run):
+    """The stage that the loop drives, by its name."""
+    name = run.cfg.stage.name
+    if name == "sft":
+        from scale_llm.stages.sft import sft
+
+        return sft(run)
+    if name == "reward":
+        from scale_llm.stages.reward import reward
+
+        return reward(run)
+    if name == "dpo":
+        from scale_llm.stages.dpo import dpo
+
+        return dpo(run)
+    from scale_llm.stages.pretrain import Pretrain
+
+    return Pretrain(run)

@@ -8,10 +8,12 @@ from scale_llm.engine.engine import Engine, StepResult
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """metrics by their TensorBoard tag; texts (Markdown) by theirs. Empty where there is nothing to evaluate."""
+    """metrics by their TensorBoard tag; texts (Markdown) by theirs; remarks: lines for the log. Empty where there is
+    nothing to evaluate."""
 
     metrics: dict[str, float] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
 
 
 class Stage(Protocol):

@@ -4,37 +4,46 @@ from functools import partial
 
 import numpy as np
 
-from scale_llm.config.stage import DpoConfig, PreferenceLoss, ReferenceModel
+from scale_llm.config.stage import DpoConfig, PreferenceLoss
 from scale_llm.data.chat.preferences import load_preferences
 from scale_llm.data.sequence_loader import Batch
 from scale_llm.losses.direct_preference import pair_loss
 from scale_llm.losses.preference import REFERENCE_FREE
 from scale_llm.stages.context import RunContext
-from scale_llm.stages.pairs import PairStage
-from scale_llm.stages.reference import CachedReference, LiveReference
+from scale_llm.stages.preference_summary import pair_summary
+from scale_llm.stages.reference import reference_of
+from scale_llm.stages.sequence_stage import SequenceStage, SequenceTask
 
 
-def dpo(run: RunContext) -> PairStage:
+def dpo(run: RunContext) -> SequenceStage:
     """The stage the loop drives for `stage=dpo`."""
-    stage = run.cfg.stage
+    stage, preferences = run.cfg.stage, load_preferences(run.prepared)
     assert isinstance(stage, DpoConfig)
-    preferences = load_preferences(run.prepared)
-    if stage.loss.value in REFERENCE_FREE:
-        return PairStage(run, preferences, loss_of, completed=lambda batch: batch)
-    kind = CachedReference if stage.reference is ReferenceModel.cached else LiveReference
-    reference = kind(run, preferences.sequences, np.asarray(preferences.groups))
+    groups, complete = np.asarray(preferences.groups), None
+    if stage.loss.value not in REFERENCE_FREE:
+        reference = reference_of(run, preferences.sequences, groups, stage.reference)
 
-    def completed(batch: Batch) -> Batch:
-        return {**batch, "reference": reference.log_probs(batch["numbers"].numpy())}
+        def complete(engine, batches: list[Batch]) -> list[Batch]:
+            return [{**batch, "reference": reference.log_probs(batch["numbers"].numpy())} for batch in batches]
 
-    return PairStage(run, preferences, loss_of, completed=completed)
+    return SequenceStage(
+        run,
+        SequenceTask(
+            sequences=preferences.sequences,
+            groups=groups,
+            loss=loss_of(run, stage),
+            complete=complete,
+            summary=pair_summary,
+            row_tokens=2 * run.cfg.model.seq_length,  # a pair of the longest answers
+            numbered=True,
+            ends=True,
+        ),
+    )
 
 
-def loss_of(run: RunContext):
+def loss_of(run: RunContext, stage: DpoConfig):
     """The configured loss as the engine calls it."""
-    stage, groups = run.cfg.stage, run.mesh.groups
-    assert isinstance(stage, DpoConfig)
-    options = {"beta": stage.beta}
+    options, groups = {"beta": stage.beta}, run.mesh.groups
     if stage.loss in (PreferenceLoss.cdpo, PreferenceLoss.robust_dpo):
         options["label_smoothing"] = stage.label_smoothing
     if stage.loss is PreferenceLoss.simpo:

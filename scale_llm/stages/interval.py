@@ -3,6 +3,18 @@
 import math
 
 
+def beside_chance(right: float, count: float) -> str:
+    """Whether so many pairs in the right order tell the model from a coin."""
+    low, high = wilson_interval(right, count)
+    found = f"{right:.0f} of {count:.0f} held-out pairs in the right order, 95% interval {low:.3f} to {high:.3f}"
+    if low > 0.5:
+        return f"{found}: better than chance"
+    if high < 0.5:
+        return f"{found}: worse than chance; are chosen and rejected the wrong way round?"
+    needed = "more held-out pairs (train.eval_iters, data.split) or a better model would tell"
+    return f"{found}: not told apart from chance; {needed}"
+
+
 def wilson_interval(right: float, count: float, z: float = 1.96) -> tuple[float, float]:
     """The 95% interval of a share (Wilson 1927): chance is not excluded where it holds one half."""
     if not count:

@@ -122,6 +122,8 @@ class Reporter:
         )
         values = " | ".join(f"{name}: {value:.6E}" for name, value in metrics.items())
         self._say(f" validation at iteration {progress.iteration} | {values} |")
+        for remark in found.remarks:
+            self._say(f" {remark}")
 
     @contextlib.contextmanager
     def saving(self, progress: Progress, directory: Path) -> Iterator[None]:

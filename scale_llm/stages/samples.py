@@ -25,7 +25,8 @@ class Samples:
     run_dir/samples.jsonl has a row for each: prompt, reference, before, after; samples.md is the same to read.
     """
 
-    def __init__(self, run: RunContext, sequences: TokenSequences):
+    def __init__(self, run: RunContext, sequences: TokenSequences, numbers: np.ndarray):
+        """numbers: of the sequences that are held out."""
         stage, cfg = run.cfg.stage, run.cfg
         assert isinstance(stage, SftConfig)
         self._directory, self._longest = Path(cfg.run_dir), stage.max_new_tokens
@@ -34,10 +35,10 @@ class Samples:
         self._references: list[list[int]] = []
         self._before: list[str] | None = None
         self._tokenizer = Tokenizer.load(run.prepared.tokenizer_path, cfg.tokenizer.eod_token)
-        for number in range(len(sequences.lengths)):
+        for number in numbers:
             if len(self._prompts) == stage.num_samples:
                 break
-            prompt, reference = cut(sequences[number])
+            prompt, reference = cut(sequences[int(number)])
             if prompt and len(prompt) + stage.max_new_tokens <= cfg.model.seq_length:
                 self._prompts.append(prompt)
                 self._references.append(reference)

@@ -1,89 +1,30 @@
 """The loaders of a stage that trains on whole sequences, packed or padded, of this rank's layout."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import replace
 
-import numpy as np
+import torch
+import torch.distributed as dist
 
-from scale_llm.config.peft import PeftMethod
 from scale_llm.config.run import RunConfig
 from scale_llm.config.stage import Batching, SequenceStageConfig
-from scale_llm.data.sequence_loader import SequenceLoader, Shape, TokenSequence, TokenSequences
+from scale_llm.data.sequence_loader import Batch, SequenceLoader, Shape, TokenSequences
 from scale_llm.data.sequence_stream import ROW_UNIT, PackedStream, SequenceStream, SingleStream
+from scale_llm.data.units import Units, UnitStream
 from scale_llm.parallel.mesh import Mesh
 
 
-@dataclass(frozen=True, slots=True)
-class Prefixed:
-    """A sequence after virtual tokens, none of which the loss counts."""
-
-    tokens: np.ndarray
-    trained: np.ndarray
-    weight: float
-
-
-class Subset:
-    """Some of the sequences, renumbered, each after the same virtual tokens."""
-
-    def __init__(self, sequences: TokenSequences, numbers: np.ndarray, prefix: np.ndarray):
-        self._sequences, self._numbers, self._prefix = sequences, numbers, prefix
-        self.lengths = np.asarray(sequences.lengths)[numbers] + len(prefix)
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def __getitem__(self, index: int) -> TokenSequence:
-        found = self._sequences[int(self._numbers[index])]
-        if not len(self._prefix):
-            return found
-        trained = np.concatenate([np.zeros(len(self._prefix), dtype=bool), found.trained])
-        return Prefixed(np.concatenate([self._prefix, found.tokens]), trained, found.weight)
-
-
-def virtual_tokens(cfg: RunConfig, vocab_size: int) -> np.ndarray:
-    """Token ids of prompt tuning's vectors: those after the vocabulary."""
-    count = cfg.peft.num_virtual_tokens if cfg.peft.method is PeftMethod.prompt_tuning else 0
-    return np.arange(vocab_size, vocab_size + count)
-
-
-class Members:
-    """Comparisons: which sequences each has, of a list of two or more the best and the worst."""
-
-    def __init__(self, sequences: TokenSequences, groups: np.ndarray, numbers: np.ndarray, *, whole: bool = False):
-        """groups: comparison i has the sequences groups[i] to groups[i + 1]. numbers: the comparisons meant. whole:
-        see Shape."""
-        first, last = groups[:-1][numbers], groups[1:][numbers] - 1
-        self._pairs = np.stack([first, last], axis=1)
-        lengths = np.asarray(sequences.lengths)
-        self.places = lengths[first] + lengths[last] - (0 if whole else 2)
-        """Of a row that each takes, [n]."""
-
-    def of(self, stream: SequenceStream) -> "PairStream":
-        """The sequences of a stream of comparisons."""
-        return PairStream(stream, self._pairs)
-
-
-class PairStream:
-    """A stream of comparisons as their sequences, the chosen one first."""
-
-    def __init__(self, stream: SequenceStream, pairs: np.ndarray):
-        self._stream, self._pairs = stream, pairs
-
-    def sample(self, index: int) -> list[int]:
-        return [int(number) for pair in self._stream.sample(index) for number in self._pairs[pair]]
-
-    def samples_in(self, epochs: float) -> int:
-        return self._stream.samples_in(epochs)
-
-
 def stream_of(
-    stage: SequenceStageConfig, places: np.ndarray, row_tokens: int, *, seed: int, end: float = math.inf,
+    stage: SequenceStageConfig, units: Units, row_tokens: int, *, seed: int, end: float = math.inf,
     shuffle: bool = True,
-) -> SequenceStream:  # fmt: skip
-    """Samples as the stage batches them: rows of sequences, or single ones. places: that each takes of a row."""
+) -> UnitStream:  # fmt: skip
+    """Samples as the stage batches them: rows of units, or single ones. end: epochs."""
+    stream: SequenceStream
     if stage.batching is Batching.packed:
-        return PackedStream(places, row_tokens, seed=seed, end=end, shuffle=shuffle)
-    return SingleStream(len(places), seed=seed, end=end, shuffle=shuffle)
+        stream = PackedStream(units.places, row_tokens, seed=seed, end=end, shuffle=shuffle)
+    else:
+        stream = SingleStream(len(units), seed=seed, end=end, shuffle=shuffle)
+    return UnitStream(stream, units)
 
 
 def row_unit(cfg: RunConfig, mesh: Mesh) -> int:
@@ -118,3 +59,57 @@ def loader_of(
         data_parallel_size=sizes.dp,
         num_workers=cfg.data.num_workers,
     )
+
+
+def rows_of(
+    cfg: RunConfig, mesh: Mesh, sequences: TokenSequences, samples: list[list[int]], *, row_tokens: int,
+    whole: bool = False,
+) -> list[Batch]:  # fmt: skip
+    """Micro-batches of these samples apart from any stream, for a forward pass: on each data-parallel rank its own.
+
+    samples: sequences that go into one row. row_tokens: of a row at most, but that of the longest sample. Each batch
+    says by its `numbers` what it holds. A collective where experts are dealt out over data-parallel ranks.
+    """
+    sizes = mesh.sizes
+    longest = max((sum(int(sequences.lengths[number]) for number in sample) for sample in samples), default=1)
+    shape = Shape(
+        batching=Batching.token_budget,
+        row_tokens=row_tokens,
+        budget=max(row_tokens, longest),
+        multiple=row_unit(cfg, mesh),
+        uniform=sizes.pp > 1,
+        rows_multiple=sizes.pp if sizes.vpp is not None else 1,
+        numbered=True,
+        whole=whole,
+    )
+
+    def made(shape: Shape) -> list[Batch]:
+        loader = SequenceLoader(sequences, _Listed(samples), shape, data_parallel_rank=0, data_parallel_size=1)
+        return loader.global_batch(0, len(samples))
+
+    batches = made(shape)
+    wanted = most(len(batches), mesh)
+    return batches if len(batches) == wanted else made(replace(shape, rows_multiple=wanted))
+
+
+def most(count: int, mesh: Mesh) -> int:
+    """The largest count of any data-parallel rank where experts are dealt out over these, which then meet in every
+    layer; else the rank's own."""
+    if mesh.sizes.ep == 1:
+        return count
+    found = torch.tensor(count)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX, group=mesh.host_group)
+    return int(found)
+
+
+class _Listed:
+    """A stream of given samples."""
+
+    def __init__(self, samples: list[list[int]]):
+        self._samples = samples
+
+    def sample(self, index: int) -> list[int]:
+        return self._samples[index]
+
+    def samples_in(self, epochs: float) -> int:
+        return len(self._samples)

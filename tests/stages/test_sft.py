@@ -114,7 +114,6 @@ def test_losses_of_transformers(runs, tmp_path, conversations):
     from scale_llm.data.chat.examples import load_examples, split_indices
     from scale_llm.data.of_stage import prepare_run
     from scale_llm.data.sequence_stream import PackedStream
-    from scale_llm.stages.sequences import Subset
 
     directory, run = families.save("llama3", tmp_path / "model"), tmp_path / "run"
     (directory / "chat_template.jinja").unlink()
@@ -128,8 +127,8 @@ def test_losses_of_transformers(runs, tmp_path, conversations):
 
     cfg = load_config(run)
     examples = load_examples(prepare_run(cfg))
-    train = Subset(examples, split_indices(len(examples), cfg.data.split, "train"), torch.empty(0).numpy())
-    stream = PackedStream(train.lengths - 1, cfg.model.seq_length, seed=cfg.train.seed)
+    train = split_indices(len(examples), cfg.data.split, "train")
+    stream = PackedStream(examples.lengths[train] - 1, cfg.model.seq_length, seed=cfg.train.seed)
     model = families.build("llama3").train()
     decayed = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() == 1]
@@ -139,7 +138,7 @@ def test_losses_of_transformers(runs, tmp_path, conversations):
     wanted = []
     for step in range(10):
         numbers = [number for sample in range(4 * step, 4 * step + 4) for number in stream.sample(sample)]
-        chosen = [train[number] for number in numbers]
+        chosen = [examples[int(train[number])] for number in numbers]
         width = max(len(one.tokens) for one in chosen)
         tokens, labels = torch.zeros(len(chosen), width, dtype=torch.int64), torch.full((len(chosen), width), -100)
         for i, one in enumerate(chosen):

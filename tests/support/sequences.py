@@ -10,6 +10,7 @@ import numpy as np
 
 from scale_llm.config.stage import Batching, SftConfig
 from scale_llm.data.sequence_stream import SingleStream
+from scale_llm.data.units import Units, single_units
 from scale_llm.stages.sequences import loader_of, stream_of
 from support.training import VOCAB_SIZE, config, make_engine
 from support.whole_model import whole_model
@@ -55,7 +56,8 @@ def step(overrides: dict[str, Any], batching: str, micro_batch_size: int = 1, bu
     engine, loss = make_engine(cfg)
     pieces = Pieces()
     if batching == "packed":
-        stream = stream_of(cfg.stage, pieces.lengths - 1, cfg.model.seq_length, seed=1, end=1)
+        units = Units(pieces.lengths, single_units(COUNT), np.arange(COUNT))
+        stream = stream_of(cfg.stage, units, cfg.model.seq_length, seed=1, end=1)
         size = stream.samples_in(1)
         at_once = cfg.train.micro_batch_size * engine.mesh.sizes.dp
         size = -(-size // at_once) * at_once
