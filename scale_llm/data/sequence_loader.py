@@ -89,7 +89,8 @@ class SequenceLoader:
         wanted = (consumed_samples, global_batch_size)
         made = self._next[1] if self._next is not None and self._next[0] == wanted else None
         following = (consumed_samples + global_batch_size, global_batch_size)
-        batches = self._make(*wanted) if made is None else made.result()
+        # Never on this thread: streams find out where epochs begin as they go, which two at once would get wrong
+        batches = (made or self._pool.submit(self._make, *wanted)).result()
         self._next = (following, self._pool.submit(self._make, *following))
         return batches
 
