@@ -152,7 +152,7 @@ def test_every_place_holds_what_it_should(batching, micro_batch_size, ranks):
             begins = torch.nonzero((batch["position_ids"] == 0)[0] & ~padding[0]).flatten().tolist()
             assert set(begins) | {0} <= set(batch["boundaries"].tolist())
         else:
-            assert "boundaries" not in batch and len(tokens) == len(numbers) or not numbers
+            assert "boundaries" not in batch and len(tokens) == max(len(numbers), 1)
         assert "segments" not in batch and "numbers" not in batch
     assert sorted(held) == list(range(len(LENGTHS)))
 
@@ -309,7 +309,7 @@ def test_after_the_streams_end_samples_are_empty(batching, uniform, ranks, prese
             assert (batch["segments"] == -1).all() and not len(batch["numbers"])
             if batching == "token_budget":
                 assert batch["boundaries"].tolist() == [0]
-    assert any(not numbers_in(batch) for batch in every) or batching == "token_budget" and present
+    assert any(not numbers_in(batch) for batch in every) or (batching == "token_budget" and present)
     empty_steps = micro_batches(shape, stream=stream, size=12, start=36, ranks=ranks)
     assert all(batches and not sum(map(numbers_in, batches), []) for batches in empty_steps)
 
@@ -349,9 +349,7 @@ class Watched(Listed):
 
 def watched_loader(stream, workers):
     shape = shape_of("padded")
-    return SequenceLoader(
-        Pieces(), stream, shape, data_parallel_rank=0, data_parallel_size=1, num_workers=workers
-    )  # fmt: skip
+    return SequenceLoader(Pieces(), stream, shape, data_parallel_rank=0, data_parallel_size=1, num_workers=workers)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

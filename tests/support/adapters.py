@@ -32,6 +32,16 @@ def train(overrides: dict[str, Any], steps: int = 12) -> dict[str, Any]:
     return seen
 
 
+def begun(overrides: dict[str, Any], prompt: list[int]) -> tuple[dict | None, dict | None]:
+    """The whole model once its virtual tokens have begun as those of the prompt, and after a step that learns nothing
+    (on rank 0)."""
+    engine, loss = make_engine(config({**overrides, "optim.lr": 0.0, "optim.weight_decay": 0.0}))
+    engine.begin_adapters(prompt)
+    begun = whole_model(engine)
+    engine.train_step(micro_batches(samples(0), engine.mesh, 1), loss, samples=GLOBAL_BATCH)
+    return begun, whole_model(engine)
+
+
 def _bytes(layer) -> int:
     quantised = layer._nf4
     if quantised is None:
