@@ -1,5 +1,6 @@
 """conf/ and the words of the command line -> a typed RunConfig, through Hydra, once a run."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from hydra import compose as hydra_compose
@@ -8,7 +9,7 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from scale_llm.config import overrides as words
@@ -19,11 +20,17 @@ from scale_llm.config.store import conf_dir, register
 
 def compose(arguments: list[str]) -> RunConfig:
     """The configuration these words ask for. Open values (None, auto) are still open; run_dir may be ""."""
+    return compose_with_unset(arguments)[0]
+
+
+def compose_with_unset(arguments: list[str]) -> tuple[RunConfig, set[str]]:
+    """The configuration, and the keys that neither a word nor a file has set: those that have their defaults."""
     parsed = words.parse(arguments)
     swept = [str(override.input_line) for override in parsed if override.is_sweep_override()]
     if swept:
         raise UsageError(f"{' '.join(swept)}: several values need a sweep; add -m, or quote the value")
-    return _typed(_compose(parsed), parsed)
+    tree = _compose(parsed)
+    return _typed(tree, parsed), set(_unset(OmegaConf.to_container(tree), ""))
 
 
 def expand_sweep(arguments: list[str]) -> list[list[str]]:
@@ -44,19 +51,27 @@ def _compose(parsed: list[Override]) -> DictConfig:
 
 
 def _typed(tree: DictConfig, parsed: list[Override]) -> RunConfig:
-    if OmegaConf.is_missing(tree, "run_dir"):
-        tree.run_dir = ""
+    if OmegaConf.is_missing(tree, "stage"):
+        raise UsageError("stage: has no default; give stage=VALUE")
+    stage: Any = OmegaConf.get_type(tree.stage)
+    defaults = RunConfig(run_dir="", stage=stage())
     try:
-        missing = sorted(OmegaConf.missing_keys(tree))
-        if missing:
-            raise UsageError([f"{key}: has no default; give {key}=VALUE" for key in missing])
-        cfg = OmegaConf.to_object(tree)
+        cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(defaults), tree))
     except (OmegaConfBaseException, TypeError) as error:
         raise UsageError(_first_cause(error)) from error
     assert isinstance(cfg, RunConfig)
     if any(override.key_or_group in ("precision.bf16", "precision.fp16") for override in parsed):
         cfg.precision.auto = False  # precision.bf16=false asks for FP32, also where auto would choose otherwise
     return cfg
+
+
+def _unset(tree: Any, prefix: str) -> Iterator[str]:
+    """Dotted keys without a value. Of a plain tree: OmegaConf would follow ${...} to keys that have none yet."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _unset(value, f"{prefix}{name}.")
+        elif value == MISSING:
+            yield f"{prefix}{name}"
 
 
 def _value_problems(parsed: list[Override]) -> list[str]:

@@ -2,11 +2,15 @@
 
 A file conf/<group>/<option>.yaml begins with `defaults: [/schema/<group>@_here_]` (for stages, which differ in
 their keys, `/schema/stage/<name>@_here_`), so defaults live in the dataclasses alone and the YAML says what differs.
+Schemas hold types and no values: what a composed tree holds, a file or a word has set; `compose` adds the defaults.
 """
 
+import dataclasses
 import functools
 import importlib.util
+import typing
 from pathlib import Path
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -56,12 +60,21 @@ def register() -> None:
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
-    # The stage is left open: a default of one stage's dataclass would refuse the keys of every other
-    store.store(group="schema", name="run", node=RunConfig(run_dir=MISSING, stage=MISSING))
-    for name, schema in SCHEMAS.items():
-        store.store(group="schema", name=name, node=schema)
+    groups: dict[str, Any] = {name: _open(schema) for name, schema in SCHEMAS.items()}
+    # The stage is left out: one stage's dataclass would refuse the keys of every other
+    store.store(group="schema", name="run", node=RunConfig(run_dir=MISSING, stage=MISSING, **groups))
+    for name, node in groups.items():
+        store.store(group="schema", name=name, node=node)
     for name, schema in STAGES.items():
-        store.store(group="schema/stage", name=name, node=schema)
+        store.store(group="schema/stage", name=name, node=_open(schema, name=name))
+
+
+def _open(schema: type, **values: Any) -> Any:
+    """The dataclass with no value in any field but these."""
+    for name, kind in typing.get_type_hints(schema).items():
+        nested = isinstance(kind, type) and dataclasses.is_dataclass(kind)
+        values.setdefault(name, _open(kind) if nested else MISSING)
+    return schema(**values)
 
 
 def conf_dir() -> Path:

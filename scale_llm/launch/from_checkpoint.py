@@ -8,15 +8,14 @@ from pathlib import Path
 from scale_llm.config.checkpoint_files import TOKENIZER_DIR, is_huggingface, latest_checkpoint
 from scale_llm.config.errors import UserError
 from scale_llm.config.io import CONFIG_FILE, load_config
-from scale_llm.config.model import ModelConfig
 from scale_llm.config.run import RunConfig
 from scale_llm.config.stage import EvaluateConfig
 
 NAME = "from_checkpoint"
 
 
-def take_model(cfg: RunConfig, given: set[str]) -> None:
-    """Fills cfg.model and cfg.tokenizer in place. given: keys that the user has set, which stay.
+def take_model(cfg: RunConfig, unset: set[str]) -> None:
+    """Fills cfg.model and cfg.tokenizer in place. unset: keys that neither a word nor a file has set; the others stay.
 
     Raises:
         UserError: checkpoint.load is not given, or does not say what its model is.
@@ -25,22 +24,15 @@ def take_model(cfg: RunConfig, given: set[str]) -> None:
         raise UserError(f"model={NAME}: give checkpoint.load=DIR, whose model it means")
     load = Path(os.path.expanduser(cfg.checkpoint.load))
     written = _huggingface(load) if is_huggingface(load) else _ours(load)
-    model, tokenizer = written.model, written.tokenizer
     if isinstance(cfg.stage, EvaluateConfig):
         cfg.peft = written.peft  # what is evaluated is the model with its adapters
-    for name in _chosen(cfg.model) | {key.removeprefix("model.") for key in given if key.startswith("model.")}:
-        setattr(model, name, getattr(cfg.model, name))
-    cfg.model = model
-    if cfg.tokenizer.path is None and tokenizer.path is not None:
-        for key in ("path", "eod_token", "chat_template"):
-            if f"tokenizer.{key}" not in given:
-                setattr(cfg.tokenizer, key, getattr(tokenizer, key))
-
-
-def _chosen(model: ModelConfig) -> set[str]:
-    """Fields that an experiment has set: they are not what they are by default."""
-    default = ModelConfig(name=NAME)
-    return {field.name for field in fields(model) if getattr(model, field.name) != getattr(default, field.name)}
+    for name in (field.name for field in fields(cfg.model)):
+        if name == "name" or f"model.{name}" in unset:
+            setattr(cfg.model, name, getattr(written.model, name))
+    if cfg.tokenizer.path is None and written.tokenizer.path is not None:
+        for name in ("path", "eod_token", "chat_template"):
+            if f"tokenizer.{name}" in unset:
+                setattr(cfg.tokenizer, name, getattr(written.tokenizer, name))
 
 
 def huggingface_problems(cfg: RunConfig) -> list[str]:

@@ -42,12 +42,12 @@ def compose_run(
     fill: completes the configuration, told the keys that the user has given, before it is resolved. A job is resolved
     for a node of which nothing is known, and what depends on the node is settled there (`slurm/task.py`).
     """
-    from scale_llm.config.compose import compose
+    from scale_llm.config.compose import compose_with_unset
     from scale_llm.config.overrides import given_keys
 
-    cfg, join = compose(words), joined()
+    (cfg, unset), join = compose_with_unset(words), joined()
     if cfg.model.name == from_checkpoint.NAME:
-        from_checkpoint.take_model(cfg, given_keys(words))
+        from_checkpoint.take_model(cfg, unset)
     if fill is not None:
         fill(cfg, given_keys(words))
     is_job = join is None and cfg.cluster.launcher is Launcher.slurm

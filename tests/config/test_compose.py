@@ -2,7 +2,7 @@
 
 import pytest
 
-from scale_llm.config.compose import compose, expand_sweep
+from scale_llm.config.compose import compose, compose_with_unset, expand_sweep
 from scale_llm.config.errors import UsageError
 from scale_llm.config.optim import DecayStyle
 from scale_llm.config.run import RunConfig
@@ -69,6 +69,14 @@ def test_stage_decides_its_own_keys():
 def test_experiment_is_overridden_by_words():
     cfg = compose(["experiment=demo_pretrain", "model=tiny", "optim.lr=0.5"])
     assert (cfg.model.name, cfg.optim.lr, cfg.parallel.tensor_model_parallel_size) == ("tiny", 0.5, 2)
+
+
+def test_unset_keys_are_those_nobody_has_set():
+    """A word, an option's file or an experiment sets a key also where it says the default."""
+    cfg, unset = compose_with_unset(["experiment=demo_sft", "data.path=null", "optim.lr_decay_iters=${train.seed}"])
+    assert {"data.path", "optim.lr_decay_iters", "optim.lr", "model.seq_length", "stage.name"}.isdisjoint(unset)
+    assert {"data.fields.text", "model.backend", "run_dir", "train.seed", "stage.train_on"} <= unset
+    assert cfg.optim.lr_decay_iters == cfg.train.seed == 1234
 
 
 @pytest.mark.parametrize("spelling", ["WSD", "wsd"])

@@ -1,9 +1,11 @@
 """model=from_checkpoint and a Hugging Face directory in checkpoint.load, as far as the launcher: no rank starts."""
 
 import json
+import shutil
 
 import pytest
 
+from scale_llm.config import compose, store
 from scale_llm.config.errors import UserError
 from scale_llm.config.model import RopeScaling
 from scale_llm.launch.runs import compose_run, problems
@@ -47,6 +49,36 @@ def test_model_and_tokenizer_are_taken(tmp_path, directory):
 def test_what_the_user_gives_stays(tmp_path, directory):
     plan = composed(tmp_path, directory, "model=from_checkpoint", "model.seq_length=128", "tokenizer.path=/mine")
     assert plan.cfg.model.seq_length == 128 and plan.cfg.tokenizer.path == "/mine"
+
+
+@pytest.fixture
+def experiment(tmp_path, monkeypatch):
+    """Writes experiment=mine into a conf/ that is otherwise ours."""
+    conf = tmp_path / "conf"
+    shutil.copytree(store.conf_dir(), conf)
+    monkeypatch.setattr(store, "conf_dir", lambda: conf)
+    monkeypatch.setattr(compose, "conf_dir", lambda: conf)
+
+    def write(text):
+        head = "# @package _global_\ndefaults: [{override /model: from_checkpoint}, _self_]\n"
+        (conf / "experiment" / "mine.yaml").write_text(head + text)
+
+    return write
+
+
+def test_what_an_experiment_says_stays_even_where_it_is_the_default(tmp_path, directory, experiment):
+    """512 tokens, 4 layers and this end of text are the dataclasses' defaults: only the file knows they are meant."""
+    experiment("model: {seq_length: 512, num_layers: 4}\ntokenizer: {eod_token: <|endoftext|>}\n")
+    cfg = composed(tmp_path, directory, "experiment=mine").cfg
+    assert (cfg.model.seq_length, cfg.model.num_layers, cfg.tokenizer.eod_token) == (512, 4, "<|endoftext|>")
+    assert (cfg.model.hidden_size, cfg.model.rotary_base, cfg.tokenizer.path) == (64, 500000, str(directory))
+    assert cfg.model.name != "from_checkpoint"
+
+
+def test_words_come_before_the_experiment(tmp_path, directory, experiment):
+    experiment("model: {seq_length: 256}\n")
+    assert composed(tmp_path, directory, "experiment=mine", "model.seq_length=512").cfg.model.seq_length == 512
+    assert composed(tmp_path, directory, "experiment=mine").cfg.model.seq_length == 256
 
 
 def test_another_function_is_refused_with_every_field(tmp_path, directory):
