@@ -26,6 +26,10 @@ class PreferenceLoss(Enum):
     orpo = "orpo"
 
 
+REFERENCE_FREE = (PreferenceLoss.simpo, PreferenceLoss.orpo)
+"""Losses that measure the policy against nothing."""
+
+
 class ReferenceModel(Enum):
     cached = "cached"
     copy = "copy"

@@ -3,7 +3,7 @@
 import importlib.util
 
 from scale_llm.config.model import Backend
-from scale_llm.config.peft import BaseQuantization, PeftConfig, PeftMethod
+from scale_llm.config.peft import BaseQuantization, PeftMethod
 from scale_llm.config.peft_targets import chosen_parts, known_targets, unmatched
 from scale_llm.config.run import RunConfig
 from scale_llm.config.stage import PretrainConfig
@@ -13,7 +13,7 @@ def peft_problems(cfg: RunConfig) -> list[str]:
     """Problems of the peft group."""
     peft = cfg.peft
     if peft.method is PeftMethod.none:
-        return _without(peft)
+        return []
     found = []
     if isinstance(cfg.stage, PretrainConfig):
         found.append(
@@ -23,28 +23,14 @@ def peft_problems(cfg: RunConfig) -> list[str]:
     return found + (_prompt(cfg) if peft.method is PeftMethod.prompt_tuning else _low_rank(cfg))
 
 
-def _without(peft: PeftConfig) -> list[str]:
-    if peft.quantize_base is BaseQuantization.none:
+def _prompt(cfg: RunConfig) -> list[str]:
+    tokens = cfg.peft.num_virtual_tokens
+    if 1 <= tokens < cfg.model.seq_length:
         return []
     return [
-        f"peft.quantize_base={peft.quantize_base.value}: only weights that are not trained can be kept in 4 bits; set "
-        "peft=qlora or peft.quantize_base=none"
+        f"peft.num_virtual_tokens={tokens}: must be at least 1 and leave room in "
+        f"model.seq_length={cfg.model.seq_length}; 20 is usual"
     ]
-
-
-def _prompt(cfg: RunConfig) -> list[str]:
-    peft, found = cfg.peft, []
-    if peft.num_virtual_tokens < 1 or peft.num_virtual_tokens >= cfg.model.seq_length:
-        found.append(
-            f"peft.num_virtual_tokens={peft.num_virtual_tokens}: must be at least 1 and leave room in "
-            f"model.seq_length={cfg.model.seq_length}; 20 is usual"
-        )
-    if peft.quantize_base is not BaseQuantization.none:
-        found.append(
-            f"peft.quantize_base={peft.quantize_base.value}: goes with lora and dora, this is prompt_tuning; set "
-            "peft.quantize_base=none"
-        )
-    return found
 
 
 def _low_rank(cfg: RunConfig) -> list[str]:

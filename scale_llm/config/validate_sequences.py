@@ -3,7 +3,7 @@
 from scale_llm.config.model import Backend, Head
 from scale_llm.config.peft import PeftMethod
 from scale_llm.config.run import RunConfig
-from scale_llm.config.stage import Batching, DpoConfig, PreferenceLoss, RewardConfig, SequenceStageConfig, SftConfig
+from scale_llm.config.stage import Batching, DpoConfig, RewardConfig, SequenceStageConfig, SftConfig
 
 
 def sequence_problems(cfg: RunConfig, stage: SequenceStageConfig) -> list[str]:
@@ -46,13 +46,8 @@ def _sft(stage: SftConfig) -> list[str]:
 
 def _batching(cfg: RunConfig, stage: SequenceStageConfig) -> list[str]:
     budget = stage.max_tokens_per_micro_batch
-    if budget is None:
+    if budget is None or stage.batching is not Batching.token_budget:
         return []
-    if stage.batching is not Batching.token_budget:
-        return [
-            f"stage.max_tokens_per_micro_batch={budget}: is for stage.batching=token_budget, this is "
-            f"{stage.batching.value}; remove it or set stage.batching=token_budget"
-        ]
     needed = cfg.model.seq_length * (2 if isinstance(stage, RewardConfig | DpoConfig) else 1)
     if budget < needed:
         what = "pair of answers" if isinstance(stage, RewardConfig | DpoConfig) else "conversation"
@@ -89,11 +84,6 @@ def _dpo(cfg: RunConfig, stage: DpoConfig) -> list[str]:
         found.append(
             f"stage.label_smoothing={stage.label_smoothing}: is the share of wrong labels; give a number of at least 0 "
             "and below 0.5"
-        )
-    elif stage.label_smoothing and stage.loss not in (PreferenceLoss.cdpo, PreferenceLoss.robust_dpo):
-        found.append(
-            f"stage.label_smoothing={stage.label_smoothing}: is for stage.loss=cdpo and robust_dpo, this is "
-            f"{stage.loss.value}; set it to 0 or choose one of them"
         )
     if stage.sft_coeff < 0:
         found.append(f"stage.sft_coeff={stage.sft_coeff}: must be 0 or larger; give a number 0 or larger")

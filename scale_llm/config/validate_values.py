@@ -147,10 +147,6 @@ def stage_problems(cfg: RunConfig) -> list[str]:
         return [f"{keys}: {len(given)} lengths; set one of them, the others to null"]
     if isinstance(cfg.stage, SequenceStageConfig):
         return sequence_problems(cfg, cfg.stage)
-    if "train.train_epochs" in given:
-        return [
-            f"{keys}: epochs are of conversations, for stage=sft and dpo; give train.train_iters or train.train_samples"
-        ]
     return []
 
 

@@ -9,7 +9,7 @@ from scale_llm.config.checkpoint_files import TOKENIZER_DIR, is_huggingface, lat
 from scale_llm.config.errors import UserError
 from scale_llm.config.io import CONFIG_FILE, load_config
 from scale_llm.config.run import RunConfig
-from scale_llm.config.stage import EvaluateConfig
+from scale_llm.config.stage import EvaluateConfig, PretrainConfig
 
 NAME = "from_checkpoint"
 
@@ -30,7 +30,8 @@ def take_model(cfg: RunConfig, unset: set[str]) -> None:
         if name == "name" or f"model.{name}" in unset:
             setattr(cfg.model, name, getattr(written.model, name))
     if cfg.tokenizer.path is None and written.tokenizer.path is not None:
-        for name in ("path", "eod_token", "chat_template"):
+        chat = () if isinstance(cfg.stage, PretrainConfig | EvaluateConfig) else ("chat_template",)
+        for name in ("path", "eod_token", *chat):
             if f"tokenizer.{name}" in unset:
                 setattr(cfg.tokenizer, name, getattr(written.tokenizer, name))
 

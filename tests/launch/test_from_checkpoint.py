@@ -7,7 +7,10 @@ import pytest
 
 from scale_llm.config import compose, store
 from scale_llm.config.errors import UserError
+from scale_llm.config.io import save_config
+from scale_llm.config.machine import detect
 from scale_llm.config.model import RopeScaling
+from scale_llm.config.resolve import resolve
 from scale_llm.launch.runs import compose_run, problems
 
 CONFIG = {
@@ -79,6 +82,19 @@ def test_words_come_before_the_experiment(tmp_path, directory, experiment):
     experiment("model: {seq_length: 256}\n")
     assert composed(tmp_path, directory, "experiment=mine", "model.seq_length=512").cfg.model.seq_length == 512
     assert composed(tmp_path, directory, "experiment=mine").cfg.model.seq_length == 256
+
+
+@pytest.mark.parametrize(("stage", "template"), [("pretrain", None), ("evaluate", None), ("sft", "chat.jinja")])
+def test_a_chat_template_is_for_conversations(tmp_path, directory, stage, template):
+    """Where documents are read, the one that the checkpoint's run was given would be refused."""
+    former = compose.compose(["stage=sft", f"tokenizer.path={directory}", "tokenizer.chat_template=chat.jinja"])
+    checkpoint = tmp_path / "iter_0000001"
+    checkpoint.mkdir()
+    (checkpoint / "metadata.json").touch()
+    save_config(resolve(former, detect()), checkpoint)
+    plan = composed(tmp_path, checkpoint, "model=from_checkpoint", f"stage={stage}")
+    assert plan.cfg.tokenizer.chat_template == template and plan.cfg.tokenizer.path == str(directory)
+    assert problems(plan) == []
 
 
 def test_another_function_is_refused_with_every_field(tmp_path, directory):

@@ -1,0 +1,158 @@
+"""Keys that a run would not read, set to something else than their default: they would do nothing without a word."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from scale_llm.config.peft import LOW_RANK, PeftMethod
+from scale_llm.config.run import RunConfig
+from scale_llm.config.stage import (
+    REFERENCE_FREE,
+    Batching,
+    DpoConfig,
+    EvaluateConfig,
+    PreferenceLoss,
+    PretrainConfig,
+    SequenceStageConfig,
+    SftConfig,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """When some keys are read; `reason` may name {cfg.<group>.<key>}."""
+
+    keys: str
+    is_read: Callable[[RunConfig], bool]
+    reason: str
+    remedy: str
+
+
+def _documents(cfg: RunConfig) -> bool:
+    return isinstance(cfg.stage, PretrainConfig | EvaluateConfig)
+
+
+def _conversations(cfg: RunConfig) -> bool:
+    return not _documents(cfg)
+
+
+def _comparisons(cfg: RunConfig) -> bool:
+    return _conversations(cfg) and not isinstance(cfg.stage, SftConfig)
+
+
+def _low_rank(cfg: RunConfig) -> bool:
+    return cfg.peft.method in LOW_RANK
+
+
+def _prompt(cfg: RunConfig) -> bool:
+    return cfg.peft.method is PeftMethod.prompt_tuning
+
+
+def _token_budget(cfg: RunConfig) -> bool:
+    return isinstance(cfg.stage, SequenceStageConfig) and cfg.stage.batching is Batching.token_budget
+
+
+def _loss(*losses: PreferenceLoss) -> Callable[[RunConfig], bool]:
+    """Is it one of these? Keys of the same name in other stages are not meant."""
+    return lambda cfg: not isinstance(cfg.stage, DpoConfig) or cfg.stage.loss in losses
+
+
+RULES = (
+    Rule(
+        "data.format data.on_bad_row data.on_too_long tokenizer.chat_template data.fields.messages data.fields.role "
+        "data.fields.content data.fields.prompt data.fields.response data.fields.system data.fields.tools "
+        "data.fields.weight data.fields.instruction data.fields.input data.fields.output data.fields.conversations "
+        "data.fields.sender data.fields.value",
+        _conversations,
+        "is for conversations and comparisons, stage={cfg.stage.name} reads documents",
+        "remove it, or choose stage=sft, reward or dpo",
+    ),
+    Rule(
+        "data.fields.chosen data.fields.rejected data.fields.answers data.fields.ranks data.fields.scores "
+        "data.fields.margin data.fields.completion data.fields.label",
+        _comparisons,
+        "is for comparisons, which stage={cfg.stage.name} does not read",
+        "remove it, or choose stage=reward or dpo",
+    ),
+    Rule(
+        "data.fields.text data.reset_position_ids data.reset_attention_mask data.eod_mask_loss",
+        _documents,
+        "is for documents, which stage={cfg.stage.name} does not read",
+        "remove it, or choose stage=pretrain",
+    ),
+    Rule(
+        "train.train_epochs",
+        _conversations,
+        "epochs are of conversations and comparisons, for stage=sft, reward and dpo",
+        "give train.train_iters or train.train_samples in its place (train.eval_iters is the length of an evaluation)",
+    ),
+    Rule(
+        "peft.rank peft.alpha peft.use_rslora peft.dropout peft.target_modules",
+        _low_rank,
+        "is for lora and dora, this is peft.method={cfg.peft.method.value}",
+        "set peft=lora or peft=dora, or remove it",
+    ),
+    Rule(
+        "peft.quantize_base",
+        _low_rank,
+        "only weights beside those of lora and dora can be kept in 4 bits, this is peft.method={cfg.peft.method.value}",
+        "set peft=qlora, or peft.quantize_base=none",
+    ),
+    Rule(
+        "peft.num_virtual_tokens peft.prompt_init_text",
+        _prompt,
+        "is for prompt_tuning, this is peft.method={cfg.peft.method.value}",
+        "set peft=prompt_tuning, or remove it",
+    ),
+    Rule(
+        "stage.max_tokens_per_micro_batch",
+        _token_budget,
+        "is for stage.batching=token_budget, this is {cfg.stage.batching.value}",
+        "remove it, or set stage.batching=token_budget",
+    ),
+    Rule(
+        "stage.label_smoothing",
+        _loss(PreferenceLoss.cdpo, PreferenceLoss.robust_dpo),
+        "is for stage.loss=cdpo and robust_dpo, this is {cfg.stage.loss.value}",
+        "set it to 0, or choose one of them",
+    ),
+    Rule(
+        "stage.simpo_gamma",
+        _loss(PreferenceLoss.simpo),
+        "is for stage.loss=simpo, this is {cfg.stage.loss.value}",
+        "remove it, or set stage.loss=simpo",
+    ),
+    Rule(
+        "stage.reference",
+        _loss(*(loss for loss in PreferenceLoss if loss not in REFERENCE_FREE)),
+        "stage.loss={cfg.stage.loss.value} has no reference",
+        "remove it, or choose a loss with one, such as stage.loss=dpo",
+    ),
+)
+
+
+def unused_problems(cfg: RunConfig) -> list[str]:
+    """Keys with another value than their default that this run does not read."""
+    default = RunConfig(run_dir="", stage=type(cfg.stage)())
+    return [
+        f"{key}={_shown(_value(cfg, key))}: {rule.reason.format(cfg=cfg)}; {rule.remedy}"
+        for rule in RULES
+        for key in rule.keys.split()
+        if _value(cfg, key) != _value(default, key) and not rule.is_read(cfg)
+    ]
+
+
+def _value(cfg: RunConfig, key: str) -> Any:
+    """None for a key of another stage."""
+    found: Any = cfg
+    for name in key.split("."):
+        found = getattr(found, name, None)
+    return found
+
+
+def _shown(value: Any) -> str:
+    """As the command line has it."""
+    if isinstance(value, Enum):
+        return str(value.value)
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,99 @@
+"""A key that the run would not read is refused where it is not at its default, and nowhere else."""
+
+from dataclasses import fields
+
+import pytest
+
+from scale_llm.config.compose import compose
+from scale_llm.config.data import FieldsConfig
+from scale_llm.config.peft import PeftConfig
+from scale_llm.config.stage import REFERENCE_FREE
+from scale_llm.config.store import STAGES, options
+from scale_llm.config.unused import RULES, unused_problems
+from scale_llm.config.validate import problems_of
+from scale_llm.losses import preference
+
+DOCUMENTS, SEQUENCES = ("pretrain", "evaluate"), ("sft", "reward", "dpo")
+
+CONVERSATION_KEYS = ("data.format=alpaca", "data.on_bad_row=drop", "data.on_too_long=fail",
+                     "tokenizer.chat_template=chat.jinja", "data.fields.prompt=question", "data.fields.weight=w",
+                     "data.fields.sender=who")  # fmt: skip
+COMPARISON_KEYS = ("data.fields.chosen=good", "data.fields.ranks=r", "data.fields.label=l")
+DOCUMENT_KEYS = ("data.fields.text=body", "data.reset_position_ids=true", "data.reset_attention_mask=true",
+                 "data.eod_mask_loss=true")  # fmt: skip
+LOW_RANK_KEYS = ("peft.rank=8", "peft.alpha=1.0", "peft.use_rslora=true", "peft.dropout=0.1",
+                 "peft.target_modules=[linear_qkv]", "peft.quantize_base=nf4")  # fmt: skip
+PROMPT_KEYS = ("peft.num_virtual_tokens=5", "peft.prompt_init_text=hello")
+
+BUDGET, SMOOTHING = "stage.max_tokens_per_micro_batch=4096", "stage.label_smoothing=0.1"
+
+UNREAD = {
+    **{f"stage={stage}": (*CONVERSATION_KEYS, *COMPARISON_KEYS, "train.train_epochs=1.0") for stage in DOCUMENTS},
+    "stage=sft": (*COMPARISON_KEYS, *DOCUMENT_KEYS, BUDGET),
+    "stage=sft stage.batching=padded": (BUDGET,),
+    "stage=reward": (*DOCUMENT_KEYS, BUDGET),
+    "stage=dpo": (*DOCUMENT_KEYS, BUDGET, "stage.simpo_gamma=2.0", SMOOTHING),
+    "stage=dpo stage.loss=simpo": ("stage.reference=copy", SMOOTHING),
+    "stage=dpo stage.loss=orpo": ("stage.reference=copy", "stage.simpo_gamma=2.0", SMOOTHING),
+    "peft=none": (*LOW_RANK_KEYS, *PROMPT_KEYS),
+    "peft=prompt_tuning": LOW_RANK_KEYS,
+    **{f"peft={method}": PROMPT_KEYS for method in ("lora", "dora", "qlora")},
+}
+"""Words of a run, and others that would do nothing there."""
+
+READ = {
+    **{f"stage={stage}": DOCUMENT_KEYS for stage in DOCUMENTS},
+    "stage=sft": (*CONVERSATION_KEYS, "train.train_epochs=1.0", SMOOTHING),
+    "stage=reward": (*CONVERSATION_KEYS, *COMPARISON_KEYS, "train.train_epochs=1.0"),
+    "stage=dpo": (*CONVERSATION_KEYS, *COMPARISON_KEYS, "train.train_epochs=1.0", "stage.reference=copy"),
+    "stage=dpo stage.loss=simpo": ("stage.simpo_gamma=2.0",),
+    **{f"stage=dpo stage.loss={loss}": (SMOOTHING,) for loss in ("cdpo", "robust_dpo")},
+    **{f"stage={stage} stage.batching=token_budget": (BUDGET,) for stage in SEQUENCES},
+    **{f"peft={method}": LOW_RANK_KEYS for method in ("lora", "dora")},
+    "peft=prompt_tuning": PROMPT_KEYS,
+}
+
+
+@pytest.mark.parametrize("run", UNREAD)
+def test_keys_that_are_not_read_are_refused(run):
+    """All of them at once, each with its value and, after a semicolon, a remedy."""
+    found = unused_problems(compose([*run.split(), *UNREAD[run]]))
+    assert {problem.split(": ")[0].replace("'", "") for problem in found} == set(UNREAD[run])
+    assert len(found) == len(UNREAD[run])
+    assert all("; " in problem and "{" not in problem for problem in found)
+
+
+@pytest.mark.parametrize("run", READ)
+def test_keys_that_are_read_are_not(run):
+    assert unused_problems(compose([*run.split(), *READ[run]])) == []
+
+
+def test_all_at_once_among_the_other_problems():
+    found = problems_of(compose(["train.micro_batch_size=0", "peft.rank=8", "data.format=alpaca"]))
+    assert {problem.split(":")[0] for problem in found} >= {
+        "train.micro_batch_size=0", "peft.rank=8", "data.format=alpaca",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("group", ["experiment", "stage", "peft"])
+def test_what_we_ship_sets_nothing_unused(group):
+    for option in options(group):
+        assert unused_problems(compose([f"{group}={option}"])) == []
+
+
+def test_rules_name_keys_that_exist_each_once():
+    """A field of a row, and a key of peft, that is added is to say who reads it."""
+    keys = [key for rule in RULES for key in rule.keys.split()]
+    assert len(keys) == len(set(keys))
+    assert {key for key in keys if key.startswith("data.fields.")} == {
+        f"data.fields.{field.name}" for field in fields(FieldsConfig)
+    }
+    assert {key for key in keys if key.startswith("peft.")} == {
+        f"peft.{field.name}" for field in fields(PeftConfig) if field.name != "method"
+    }
+    known = {field.name for stage in STAGES.values() for field in fields(stage)}
+    assert {key.removeprefix("stage.") for key in keys if key.startswith("stage.")} <= known
+
+
+def test_config_and_losses_agree_on_what_needs_no_reference():
+    assert {loss.value for loss in REFERENCE_FREE} == preference.REFERENCE_FREE
