@@ -48,6 +48,11 @@ class Tokenizer:
     def unique_identifiers(self) -> dict[str, str]:
         return {"class": type(self).__name__, "sha256": file_digest(self.path), "eod": str(self.eod)}
 
+    @property
+    def special_ids(self) -> set[int]:
+        """Tokens that mark something and stand for no text: ends of turns and documents, padding and their like."""
+        return {number for number, added in self.backend.get_added_tokens_decoder().items() if added.special}
+
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Token ids. Special tokens spelt out in the text are plain text unless `special`."""
         self.backend.encode_special_tokens = not special

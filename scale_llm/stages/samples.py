@@ -55,7 +55,7 @@ class Samples:
         return self._written(self._answers(engine)) if self._prompts else {}
 
     def _answers(self, engine: Engine) -> list[str]:
-        stop = {self._tokenizer.eod} | {reference[-1] for reference in self._references if reference}
+        stop = stop_tokens(self._tokenizer, self._references)
         found = greedy(engine, self._prompts, max_new_tokens=self._longest, stop=stop)
         return [self._text(tokens) for tokens in found]
 
@@ -81,6 +81,11 @@ class Samples:
             write_text(self._directory / FILE, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
             write_text(self._directory / "samples.md", text + "\n")
         return {TAG: text}
+
+
+def stop_tokens(tokenizer: Tokenizer, references: list[list[int]]) -> set[int]:
+    """Ends of text and of turns: special tokens alone, as a reference that was cut off ends in any token."""
+    return {tokenizer.eod} | ({reference[-1] for reference in references if reference} & tokenizer.special_ids)
 
 
 def cut(sequence) -> tuple[list[int], list[int]]:

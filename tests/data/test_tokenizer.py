@@ -38,6 +38,19 @@ def test_special_tokens_on_request(trained: Path):
     assert tokenizer.encode("<|endoftext|>", special=True) == [tokenizer.eod]
 
 
+def test_special_ids_are_those_of_special_tokens(trained: Path):
+    """A token that was added and is text (special=false) is not among them."""
+    import tokenizers
+
+    backend = tokenizers.Tokenizer.from_file(str(trained / "tokenizer.json"))
+    backend.add_special_tokens(["<|im_end|>"])
+    backend.add_tokens(["straightforward"])
+    backend.save(str(trained / "tokenizer.json"))
+    tokenizer = Tokenizer.load(str(trained), "<|endoftext|>")
+    assert tokenizer.special_ids == {tokenizer.eod, 300}
+    assert tokenizer.encode("straightforward") == [301]
+
+
 def test_training_is_deterministic(trained: Path, tmp_path: Path):
     train_tokenizer(TEXTS, vocab_size=300, eod_token="<|endoftext|>", path=tmp_path / "again.json")
     assert (tmp_path / "again.json").read_bytes() == (trained / "tokenizer.json").read_bytes()
