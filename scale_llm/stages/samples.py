@@ -84,8 +84,11 @@ class Samples:
 
 
 def stop_tokens(tokenizer: Tokenizer, references: list[list[int]]) -> set[int]:
-    """Ends of text and of turns: special tokens alone, as a reference that was cut off ends in any token."""
-    return {tokenizer.eod} | ({reference[-1] for reference in references if reference} & tokenizer.special_ids)
+    """Ends of text and of turns: the last special token of each reference, as templates may write a line's end after
+    it, and a reference that was cut off ends in any token."""
+    special = tokenizer.special_ids
+    ends = (next((token for token in reversed(reference) if token in special), None) for reference in references)
+    return {tokenizer.eod} | {token for token in ends if token is not None}
 
 
 def cut(sequence) -> tuple[list[int], list[int]]:

@@ -1,7 +1,7 @@
 """Instruction pairs that every machine has: docstrings of the running Python's standard library.
 
 A question about each function, method and class, answered by the start of its docstring. For comparisons, that answer
-is better than the docstring of another one.
+is better than the docstring of another one, a test.
 """
 
 import ast
@@ -54,17 +54,20 @@ def embedded_conversations(files: list[str], on_bytes: OnBytes | None = None) ->
 def embedded_comparisons(
     files: list[str], on_bytes: OnBytes | None = None, *, unpaired: bool = False
 ) -> Iterator[Comparison]:
-    """Each question with its own answer and, as the worse one, that of another question.
+    """Questions about the library with their own answer and, as the worse one, that of one of the library's tests.
 
-    unpaired: with its own answer as a desirable one, or with the other as an undesirable one, in turns.
+    A preference that little text can teach: documentation reads otherwise than a word on a test. No answer occurs
+    twice, or a model could tell a held-out pair by what it has learnt of its parts in others. unpaired: with its own
+    answer as a desirable one, or with the other as an undesirable one, in turns.
     """
     found = list(embedded_conversations(files, on_bytes))
-    for place, own in enumerate(found):
-        if len(found) < 2:
-            return
+    others = [each for each in found if _is_test(each.file)]
+    library = [each for each in found if not _is_test(each.file)]
+    count = min(len(others), len(library))
+    asked = [library[place * len(library) // count] for place in range(count)]  # spread over all modules
+    for place, own in enumerate(asked):
         question, answer = own.messages
-        # Of all others, so never the answer itself; no answer occurs twice
-        other = found[(place + 1 + _choice(question["content"], len(found) - 1)) % len(found)].messages[1]
+        other = others[place].messages[1]
         answers, label = [[answer], [other]], None
         if unpaired:
             label = place % 2 == 0
@@ -76,6 +79,10 @@ def _module(file: str) -> str:
     """The dotted name under which a file of the library is imported."""
     parts = Path(file).relative_to(sysconfig.get_path("stdlib")).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+def _is_test(file: str) -> bool:
+    return any(part.startswith(("test", "idle_test")) for part in _module(file).split("."))
 
 
 def _definitions(raw: bytes, module: str) -> list[tuple[str, Definition]]:

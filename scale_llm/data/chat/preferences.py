@@ -33,7 +33,7 @@ __all__ = [
     "prepare_preferences",
 ]
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the same input would give other files, so that old cache entries are left alone."""
 Kind = Literal["pairs", "unpaired"]
 """pairs: comparisons of two or more answers; unpaired: single answers, desirable or not."""

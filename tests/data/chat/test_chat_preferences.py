@@ -371,17 +371,16 @@ def test_what_the_configuration_cannot_mean(tmp_path: Path):
 
 
 def test_embedded_comparisons():
+    """Own answers of the library against answers of tests, none of them twice."""
     found = list(embedded_comparisons(embedded_files(4.0)))
-    own = list(embedded_conversations(embedded_files(4.0)))
-    assert found == list(embedded_comparisons(embedded_files(4.0))) and len(found) == len(own) > 100
-    assert [[*each.prompt, *each.answers[0]] for each in found] == [each.messages for each in own]
-    answers = {each.messages[1]["content"] for each in own}
-    others = [each.answers[1][0]["content"] for each in found]
-    assert all(
-        other in answers and [other] != [each.answers[0][0]["content"]]
-        for each, other in zip(found, others, strict=True)
-    )
-    assert len(set(others)) > len(found) / 2  # spread over all
+    own = {each.messages[0]["content"]: each for each in embedded_conversations(embedded_files(4.0))}
+    assert found == list(embedded_comparisons(embedded_files(4.0))) and len(found) > 100
+    assert all([*each.prompt, *each.answers[0]] == own[each.prompt[0]["content"]].messages for each in found)
+    of = {each.messages[1]["content"]: Path(each.file).parts for each in own.values()}
+    texts = [answer[0]["content"] for each in found for answer in each.answers]
+    assert len(set(texts)) == len(texts) == 2 * len(found) and set(texts) <= set(of)
+    tests = [any(part.startswith(("test", "idle_test")) for part in of[text]) for text in texts]
+    assert tests == [False, True] * len(found)
     unpaired = list(embedded_comparisons(embedded_files(4.0), unpaired=True))
     assert [each.label for each in unpaired] == [place % 2 == 0 for place in range(len(found))]
     assert [each.answers for each in unpaired] == [[each.answers[n % 2]] for n, each in enumerate(found)]
@@ -390,8 +389,8 @@ def test_embedded_comparisons():
 
 @pytest.mark.parametrize("kind", ["pairs", "unpaired"])
 def test_embedded_comparisons_are_the_default(prepared, kind: str):
-    ready = prepared(DataConfig(embedded_megabytes=1.0), seq_length=600, kind=kind)
-    assert ready.num_comparisons == len(list(embedded_conversations(embedded_files(1.0)))) > 10
+    ready = prepared(DataConfig(embedded_megabytes=4.0), seq_length=600, kind=kind)
+    assert ready.num_comparisons == len(list(embedded_comparisons(embedded_files(4.0)))) > 10
     assert ready.report["dropped"] == {} and ready.num_sequences == ready.num_comparisons * (1 + (kind == "pairs"))
 
 
