@@ -13,7 +13,7 @@ from scale_llm.config.parameters import (
     parameters_of_stage,
 )
 from scale_llm.config.run import RunConfig
-from scale_llm.config.stage import EvaluateConfig
+from scale_llm.config.stage import UntrainedStageConfig
 from scale_llm.config.validate_layout import world_size
 
 
@@ -89,7 +89,7 @@ def make_plan(cfg: RunConfig) -> Plan:
     parameters = count_parameters(cfg.model, layout.tp)
     return Plan(
         layout=layout,
-        batches=None if isinstance(cfg.stage, EvaluateConfig) else make_batches(cfg, layout.dp),
+        batches=None if isinstance(cfg.stage, UntrainedStageConfig) else make_batches(cfg, layout.dp),
         parameters=parameters,
         padded_vocab_size=padded_vocab_size(cfg.model, layout.tp),
         per_rank=fullest,
@@ -150,7 +150,7 @@ def _optimizer_bytes(cfg: RunConfig) -> int:
 
 def estimate_memory(cfg: RunConfig, layout: Layout, rank: RankParameters) -> Memory:
     """Weights, gradients and optimizer of one rank; the distributed optimizer cuts its state over replicas."""
-    if isinstance(cfg.stage, EvaluateConfig):
+    if isinstance(cfg.stage, UntrainedStageConfig):
         return Memory(weights=rank.total * _weight_bytes(cfg), gradients=0, optimizer=0)
     in_fp32 = cfg.precision.accumulate_allreduce_grads_in_fp32 or _weight_bytes(cfg) == 4
     distributed = cfg.parallel.use_distributed_optimizer

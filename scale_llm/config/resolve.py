@@ -15,7 +15,7 @@ from scale_llm.config.model import Backend, Head, ModelConfig
 from scale_llm.config.names import run_name
 from scale_llm.config.parallel import ParallelConfig
 from scale_llm.config.run import RunConfig
-from scale_llm.config.stage import Batching, DpoConfig, RewardConfig, SequenceStageConfig
+from scale_llm.config.stage import Batching, DpoConfig, RewardConfig, Score, SequenceStageConfig, answers_in_a_row
 from scale_llm.config.tokenizer import TokenizerConfig
 
 
@@ -94,13 +94,13 @@ def _resolve_stage(cfg: RunConfig) -> None:
         return
     cfg.checkpoint.finetune = True
     if isinstance(stage, RewardConfig):
-        cfg.model.head, cfg.model.architecture = Head.reward, None  # not the class of the model it begins as
+        cfg.model.head = Head.reward if stage.score is Score.last_token else Head.value
+        cfg.model.architecture = None  # not the class of the model it begins as
     if stage.batching is not Batching.padded and cfg.parallel.context_parallel_size > 1:
         if cfg.model.backend is Backend.auto:  # Transformer Engine cuts each conversation, we cut the row
             cfg.model.backend = Backend.torch
     if stage.batching is Batching.token_budget and stage.max_tokens_per_micro_batch is None:
-        rows = 2 if isinstance(stage, RewardConfig | DpoConfig) else 1  # a pair of answers is kept together
-        stage.max_tokens_per_micro_batch = cfg.train.micro_batch_size * cfg.model.seq_length * rows
+        stage.max_tokens_per_micro_batch = cfg.train.micro_batch_size * cfg.model.seq_length * answers_in_a_row(stage)
 
 
 def default_ffn_hidden_size(model: ModelConfig) -> int:
@@ -136,5 +136,7 @@ def _resolve_paths(cfg: RunConfig) -> None:
     cfg.data.cache_dir = os.path.expanduser(cfg.data.cache_dir or os.path.join(cfg.run_dir, "data"))
     if cfg.checkpoint.load is not None:
         cfg.checkpoint.load = os.path.expanduser(cfg.checkpoint.load)
+    if isinstance(cfg.stage, DpoConfig) and cfg.stage.reference_load is not None:
+        cfg.stage.reference_load = os.path.expanduser(cfg.stage.reference_load)
     if cfg.tokenizer.path is not None:
         cfg.tokenizer.path = os.path.expanduser(cfg.tokenizer.path)

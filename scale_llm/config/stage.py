@@ -24,6 +24,7 @@ class PreferenceLoss(Enum):
     hinge = "hinge"
     simpo = "simpo"
     orpo = "orpo"
+    kto = "kto"
 
 
 REFERENCE_FREE = (PreferenceLoss.simpo, PreferenceLoss.orpo)
@@ -33,6 +34,17 @@ REFERENCE_FREE = (PreferenceLoss.simpo, PreferenceLoss.orpo)
 class ReferenceModel(Enum):
     cached = "cached"
     copy = "copy"
+    base = "base"
+
+
+class RewardLoss(Enum):
+    bradley_terry = "bradley_terry"
+    plackett_luce = "plackett_luce"
+
+
+class Score(Enum):
+    last_token = "last_token"
+    mean_of_tokens = "mean_of_tokens"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -81,9 +93,14 @@ class SftConfig(SequenceStageConfig):
 
 @dataclass(kw_only=True, slots=True)
 class RewardConfig(SequenceStageConfig):
-    """A reward model from pairs of answers (Bradley and Terry)."""
+    """A reward model from answers in order of preference."""
 
     name: str = "reward"
+    loss: RewardLoss = RewardLoss.bradley_terry
+    """bradley_terry: of pairs, and of the best and the worst of longer lists; plackett_luce: of whole lists."""
+    score: Score = Score.last_token
+    """An answer's reward: the head's number at its last token (model.head=reward); or the mean of those of all its
+    tokens, so that each has a reward of its own (model.head=value)."""
     center_rewards_coefficient: float = 0.0
     """Weight of the square of a pair's sum of rewards, which keeps their mean near 0 (Eisenstein et al. 2023, arXiv
     2312.09244)."""
@@ -91,30 +108,55 @@ class RewardConfig(SequenceStageConfig):
 
 @dataclass(kw_only=True, slots=True)
 class DpoConfig(SequenceStageConfig):
-    """Direct preference optimisation on pairs of answers."""
+    """Direct preference optimisation, on pairs of answers or (kto) on single ones."""
 
     name: str = "dpo"
     loss: PreferenceLoss = PreferenceLoss.dpo
     """dpo (Rafailov et al. 2023), cdpo and robust_dpo (with label_smoothing), ipo, hinge (SLiC), simpo and orpo (which
-    need no reference)."""
+    need no reference), kto (single answers that are desirable or not: data.fields.label)."""
     beta: float = 0.1
     label_smoothing: float = 0.0
     """Share of pairs whose answers are the wrong way round, for cdpo and robust_dpo."""
     simpo_gamma: float = 1.0
     """simpo's target margin."""
+    desirable_weight: float = 1.0
+    """kto's weight of desirable answers."""
+    undesirable_weight: float = 1.0
+    """kto's weight of undesirable ones; so that the sums of weights of both kinds are alike."""
     sft_coeff: float = 0.0
     """Weight of the chosen answer's mean negative log-likelihood beside the loss."""
     length_normalised: bool = False
     """Log-probabilities as means over an answer's tokens in place of sums; ipo, simpo and orpo always take means."""
     reference: ReferenceModel = ReferenceModel.cached
-    """checkpoint.load, which is where the policy starts: its log-probabilities computed once, before training, and kept
-    in run_dir/reference; or a frozen copy of it beside the policy. Both give the same bits."""
+    """cached: its log-probabilities computed once, before training, and kept in run_dir/reference; copy: a frozen model
+    beside the policy, with the same bits; base: the policy without its adapters (peft=lora, dora or qlora), which needs
+    no memory."""
+    reference_load: str | None = None
+    """Checkpoint that the reference is; None: checkpoint.load, where the policy starts."""
 
 
 @dataclass(kw_only=True, slots=True)
-class EvaluateConfig(StageConfig):
+class UntrainedStageConfig(StageConfig):
+    """Common base of stages that train nothing and write no checkpoint."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ScoreConfig(UntrainedStageConfig):
+    """Rewards of the answers in data.path by a reward model (checkpoint.load), to run_dir/scores.jsonl."""
+
+    name: str = "score"
+
+
+@dataclass(kw_only=True, slots=True)
+class EvaluateConfig(UntrainedStageConfig):
     """Loss, perplexity and bits per byte of a checkpoint."""
 
     name: str = "evaluate"
     split: str = "test"
     """train, validation or test."""
+
+
+def answers_in_a_row(stage: StageConfig) -> int:
+    """Longest answers that the rows of a stage must hold: those of a pair lie in one."""
+    paired = isinstance(stage, RewardConfig) or (isinstance(stage, DpoConfig) and stage.loss is not PreferenceLoss.kto)
+    return 2 if paired else 1

@@ -24,7 +24,15 @@ from scale_llm.config.parallel import ParallelConfig
 from scale_llm.config.peft import PeftConfig
 from scale_llm.config.precision import PrecisionConfig
 from scale_llm.config.run import RunConfig
-from scale_llm.config.stage import DpoConfig, EvaluateConfig, PretrainConfig, RewardConfig, SftConfig, StageConfig
+from scale_llm.config.stage import (
+    DpoConfig,
+    EvaluateConfig,
+    PretrainConfig,
+    RewardConfig,
+    ScoreConfig,
+    SftConfig,
+    StageConfig,
+)
 from scale_llm.config.tokenizer import TokenizerConfig
 from scale_llm.config.train import TrainConfig
 
@@ -34,6 +42,7 @@ STAGES: dict[str, type[StageConfig]] = {
     "reward": RewardConfig,
     "dpo": DpoConfig,
     "evaluate": EvaluateConfig,
+    "score": ScoreConfig,
 }
 
 SCHEMAS: dict[str, type] = {

@@ -14,8 +14,9 @@ from scale_llm.config.stage import (
     EvaluateConfig,
     PreferenceLoss,
     PretrainConfig,
+    RewardConfig,
+    RewardLoss,
     SequenceStageConfig,
-    SftConfig,
 )
 
 
@@ -38,7 +39,7 @@ def _conversations(cfg: RunConfig) -> bool:
 
 
 def _comparisons(cfg: RunConfig) -> bool:
-    return _conversations(cfg) and not isinstance(cfg.stage, SftConfig)
+    return isinstance(cfg.stage, RewardConfig | DpoConfig)
 
 
 def _low_rank(cfg: RunConfig) -> bool:
@@ -83,7 +84,7 @@ RULES = (
     ),
     Rule(
         "train.train_epochs",
-        _conversations,
+        lambda cfg: isinstance(cfg.stage, SequenceStageConfig),
         "epochs are of conversations and comparisons, for stage=sft, reward and dpo",
         "give train.train_iters or train.train_samples in its place (train.eval_iters is the length of an evaluation)",
     ),
@@ -124,7 +125,25 @@ RULES = (
         "remove it, or set stage.loss=simpo",
     ),
     Rule(
-        "stage.reference",
+        "stage.desirable_weight stage.undesirable_weight",
+        _loss(PreferenceLoss.kto),
+        "is for stage.loss=kto, this is {cfg.stage.loss.value}",
+        "remove it, or set stage.loss=kto",
+    ),
+    Rule(
+        "stage.sft_coeff stage.length_normalised",
+        _loss(*(loss for loss in PreferenceLoss if loss is not PreferenceLoss.kto)),
+        "is for losses of pairs, this is stage.loss=kto",
+        "remove it, or choose another loss",
+    ),
+    Rule(
+        "stage.center_rewards_coefficient",
+        lambda cfg: not isinstance(cfg.stage, RewardConfig) or cfg.stage.loss is RewardLoss.bradley_terry,
+        "is for pairs, this is stage.loss=plackett_luce",
+        "set it to 0, or set stage.loss=bradley_terry",
+    ),
+    Rule(
+        "stage.reference stage.reference_load",
         _loss(*(loss for loss in PreferenceLoss if loss not in REFERENCE_FREE)),
         "stage.loss={cfg.stage.loss.value} has no reference",
         "remove it, or choose a loss with one, such as stage.loss=dpo",

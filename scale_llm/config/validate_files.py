@@ -10,6 +10,7 @@ from scale_llm.config.checkpoint_files import TRACKER, latest_checkpoint
 from scale_llm.config.errors import UserError
 from scale_llm.config.io import CONFIG_FILE, load_raw
 from scale_llm.config.run import RunConfig
+from scale_llm.config.stage import DpoConfig
 
 FREE = {
     "name",
@@ -36,7 +37,11 @@ FREE = {
 
 def file_problems(cfg: RunConfig) -> list[str]:
     """Problems of run_dir and of the directories that are written or read."""
-    return [*_writable("run_dir", cfg.run_dir), *_writable_elsewhere(cfg), *_same_run(cfg), *_load(cfg)]
+    found = [*_writable("run_dir", cfg.run_dir), *_writable_elsewhere(cfg), *_same_run(cfg)]
+    found += _load(cfg, "checkpoint.load", cfg.checkpoint.load)
+    if isinstance(cfg.stage, DpoConfig):
+        found += _load(cfg, "stage.reference_load", cfg.stage.reference_load)
+    return found
 
 
 def _writable(key: str, directory: str) -> list[str]:
@@ -79,31 +84,31 @@ def _same_run(cfg: RunConfig) -> list[str]:
     return _other_model(cfg, former, f"{what} another model", "give another run_dir, or the model it holds")
 
 
-def _load(cfg: RunConfig) -> list[str]:
-    load = cfg.checkpoint.load
+def _load(cfg: RunConfig, key: str, load: str | None) -> list[str]:
+    """Problems of a checkpoint that is read."""
     if load is None:
         return []
     path = Path(load)
     if not path.is_dir():
-        return [f"checkpoint.load={load}: no such directory; give the checkpoints directory of a run"]
+        return [f"{key}={load}: no such directory; give the checkpoints directory of a run"]
     try:
         found = latest_checkpoint(path)
     except ValueError as error:
-        return [f"checkpoint.load={load}: {error}; write the iteration of a checkpoint into it"]
+        return [f"{key}={load}: {error}; write the iteration of a checkpoint into it"]
     if found is None:
         inside = path / "checkpoints"
         hint = str(inside) if (inside / TRACKER).is_file() else "the checkpoints directory of a run"
-        return [f"checkpoint.load={load}: holds no {TRACKER}; give {hint}"]
+        return [f"{key}={load}: holds no {TRACKER}; give {hint}"]
     one = found[1]
     if not one.is_dir():
-        return [f"checkpoint.load={load}: {TRACKER} names {one.name}, which is not there; write one that is into it"]
+        return [f"{key}={load}: {TRACKER} names {one.name}, which is not there; write one that is into it"]
     if not (one / CONFIG_FILE).is_file():
         return []  # Hugging Face's, or Megatron-LM's: its shapes are compared when it is read
     try:
         former = load_raw(one / CONFIG_FILE)
     except UserError as error:
         return error.problems
-    return _other_model(cfg, former, f"checkpoint.load={load}: holds another model", "choose that model")
+    return _other_model(cfg, former, f"{key}={load}: holds another model", "choose that model")
 
 
 def _other_model(cfg: RunConfig, former: dict[str, Any], what: str, remedy: str) -> list[str]:
@@ -119,6 +124,6 @@ def _other_model(cfg: RunConfig, former: dict[str, Any], what: str, remedy: str)
 
 def _free(model: dict[str, Any]) -> set[str]:
     """Keys that may differ; the length of a learned position table may not."""
-    free = FREE | {"head"} if model["head"] == "reward" else FREE  # a language model's body, a head that is new
+    free = FREE if model["head"] == "language_model" else FREE | {"head"}  # a language model's body, a head that is new
     learned = model["position_embedding_type"] == "learned_absolute"
     return free - {"max_position_embeddings"} if learned else free

@@ -1,9 +1,17 @@
 """Whether a run that trains on whole sequences has what it needs: fine-tuning, preference optimisation."""
 
 from scale_llm.config.model import Backend, Head
-from scale_llm.config.peft import PeftMethod
+from scale_llm.config.peft import LOW_RANK, PeftMethod
 from scale_llm.config.run import RunConfig
-from scale_llm.config.stage import Batching, DpoConfig, RewardConfig, SequenceStageConfig, SftConfig
+from scale_llm.config.stage import (
+    Batching,
+    DpoConfig,
+    ReferenceModel,
+    RewardConfig,
+    SequenceStageConfig,
+    SftConfig,
+    answers_in_a_row,
+)
 
 
 def sequence_problems(cfg: RunConfig, stage: SequenceStageConfig) -> list[str]:
@@ -48,9 +56,10 @@ def _batching(cfg: RunConfig, stage: SequenceStageConfig) -> list[str]:
     budget = stage.max_tokens_per_micro_batch
     if budget is None or stage.batching is not Batching.token_budget:
         return []
-    needed = cfg.model.seq_length * (2 if isinstance(stage, RewardConfig | DpoConfig) else 1)
+    answers = answers_in_a_row(stage)
+    needed = cfg.model.seq_length * answers
     if budget < needed:
-        what = "pair of answers" if isinstance(stage, RewardConfig | DpoConfig) else "conversation"
+        what = "pair of answers" if answers > 1 else "conversation"
         return [
             f"stage.max_tokens_per_micro_batch={budget}: holds no {what} of model.seq_length="
             f"{cfg.model.seq_length}; give at least {needed}"
@@ -87,9 +96,27 @@ def _dpo(cfg: RunConfig, stage: DpoConfig) -> list[str]:
         )
     if stage.sft_coeff < 0:
         found.append(f"stage.sft_coeff={stage.sft_coeff}: must be 0 or larger; give a number 0 or larger")
+    for key in ("desirable_weight", "undesirable_weight"):
+        if getattr(stage, key) <= 0:
+            found.append(f"stage.{key}={getattr(stage, key)}: must be larger than 0; 1 is usual")
     if cfg.peft.method is PeftMethod.prompt_tuning:
         found.append("peft.method=prompt_tuning: is for stage=sft; set peft=lora or peft=none")
-    return found
+    return found + _reference(cfg, stage)
+
+
+def _reference(cfg: RunConfig, stage: DpoConfig) -> list[str]:
+    if stage.reference is not ReferenceModel.base:
+        return []
+    if cfg.peft.method not in LOW_RANK:
+        return [
+            f"stage.reference=base: is the model under adapters, and peft.method={cfg.peft.method.value} has none; set "
+            "peft=lora, or stage.reference=cached"
+        ]
+    if stage.reference_load is not None:
+        return [
+            f"stage.reference_load={stage.reference_load}: stage.reference=base is the policy's own; remove one of them"
+        ]
+    return []
 
 
 def _reward(cfg: RunConfig, stage: RewardConfig) -> list[str]:

@@ -4,10 +4,11 @@ import math
 from typing import Any
 
 from scale_llm.config.data import DataConfig
+from scale_llm.config.model import Head
 from scale_llm.config.optim import OptimConfig
 from scale_llm.config.precision import PrecisionConfig
 from scale_llm.config.run import RunConfig
-from scale_llm.config.stage import EvaluateConfig, SequenceStageConfig
+from scale_llm.config.stage import EvaluateConfig, ScoreConfig, SequenceStageConfig
 from scale_llm.config.validate_sequences import sequence_problems
 
 POSITIVE = {
@@ -138,6 +139,8 @@ def stage_problems(cfg: RunConfig) -> list[str]:
     """How long to run, and what an evaluation needs."""
     if isinstance(cfg.stage, EvaluateConfig):
         return _evaluate_problems(cfg, cfg.stage)
+    if isinstance(cfg.stage, ScoreConfig):
+        return _score_problems(cfg)
     lengths = {f"train.{key}": getattr(cfg.train, key) for key in ("train_iters", "train_samples", "train_epochs")}
     given = {key: value for key, value in lengths.items() if value is not None}
     keys = ", ".join(f"{key}={value}" for key, value in given.items())
@@ -148,6 +151,20 @@ def stage_problems(cfg: RunConfig) -> list[str]:
     if isinstance(cfg.stage, SequenceStageConfig):
         return sequence_problems(cfg, cfg.stage)
     return []
+
+
+def _score_problems(cfg: RunConfig) -> list[str]:
+    found = []
+    if cfg.checkpoint.load is None:
+        found.append("checkpoint.load=null: nothing scores; give checkpoint.load=<a reward run's run_dir>/checkpoints")
+    if cfg.data.path is None:
+        found.append("data.path=null: nothing to score; give a JSONL, JSON or Parquet file of conversations")
+    if cfg.model.head is Head.language_model:
+        found.append(
+            "model.head=language_model: has no number for an answer; give the checkpoint of a reward model, with "
+            "model=from_checkpoint"
+        )
+    return found
 
 
 def _evaluate_problems(cfg: RunConfig, stage: EvaluateConfig) -> list[str]:

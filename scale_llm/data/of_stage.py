@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from scale_llm.config.peft import PeftMethod
 from scale_llm.config.run import RunConfig
-from scale_llm.config.stage import DpoConfig, RewardConfig, SftConfig
+from scale_llm.config.stage import DpoConfig, PreferenceLoss, RewardConfig, ScoreConfig, SftConfig, TrainOn
 
 if TYPE_CHECKING:
     from scale_llm.data.chat.examples import PreparedExamples
@@ -18,19 +18,21 @@ def prepare_run(cfg: RunConfig, show_progress: bool = False) -> PreparedData | P
     """Makes the data of a resolved run, or finds what an earlier call made."""
     assert cfg.data.cache_dir is not None, "resolved"
     longest = cfg.model.seq_length - places_taken(cfg)
-    if isinstance(cfg.stage, SftConfig):
+    if isinstance(cfg.stage, SftConfig | ScoreConfig):
         from scale_llm.data.chat.examples import prepare_examples
 
+        train_on = cfg.stage.train_on if isinstance(cfg.stage, SftConfig) else TrainOn.last_assistant
         return prepare_examples(
-            cfg.data, cfg.tokenizer, train_on=cfg.stage.train_on, seq_length=longest, cache_dir=cfg.data.cache_dir,
+            cfg.data, cfg.tokenizer, train_on=train_on, seq_length=longest, cache_dir=cfg.data.cache_dir,
             show_progress=show_progress,
         )  # fmt: skip
     if isinstance(cfg.stage, RewardConfig | DpoConfig):
         from scale_llm.data.chat.preferences import prepare_preferences
 
+        unpaired = isinstance(cfg.stage, DpoConfig) and cfg.stage.loss is PreferenceLoss.kto
         return prepare_preferences(
-            cfg.data, cfg.tokenizer, kind="pairs", seq_length=longest, cache_dir=cfg.data.cache_dir,
-            show_progress=show_progress,
+            cfg.data, cfg.tokenizer, kind="unpaired" if unpaired else "pairs", seq_length=longest,
+            cache_dir=cfg.data.cache_dir, show_progress=show_progress,
         )  # fmt: skip
     from scale_llm.data.prepare import prepare
 

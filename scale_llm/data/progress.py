@@ -30,3 +30,16 @@ def byte_progress(label: str, total_bytes: int, show: bool) -> Iterator[Callable
         task = progress.add_task(label, total=total_bytes)
         yield lambda count: progress.advance(task, count)
         progress.update(task, completed=total_bytes)
+
+
+@contextlib.contextmanager
+def count_progress(label: str, total: int, show: bool) -> Iterator[Callable[[int], None]]:
+    """The same of things that are counted."""
+    if not show:
+        yield lambda count: None
+        return
+    from rich.progress import MofNCompleteColumn, Progress
+
+    with Progress(*Progress.get_default_columns(), MofNCompleteColumn()) as progress:
+        task = progress.add_task(label, total=total)
+        yield lambda count: progress.advance(task, count)

@@ -56,7 +56,7 @@ class Shape:
     multiples of it. uniform: all micro-batches of a step have one shape, as pipeline stages need it. rows_multiple: of
     a rank's micro-batches (token_budget), as interleaved schedules need it. numbered: batches say which sequence is
     where. whole: for models that judge a sequence: its last token has a place too, and the mask is 1 at the last token
-    that counts alone.
+    that counts alone; with every_token at all that count.
     """
 
     batching: Batching
@@ -68,6 +68,7 @@ class Shape:
     rows_multiple: int = 1
     numbered: bool = False
     whole: bool = False
+    every_token: bool = False
 
 
 class SequenceLoader:
@@ -159,7 +160,10 @@ class SequenceLoader:
     def _row(self, numbers: Sequence[int], width: int) -> "_Row":
         row = _Row.empty(width)
         for number in numbers:
-            row.add(self._sequences[number], whole=self._shape.whole)
+            if self._shape.whole:
+                row.add_whole(self._sequences[number], every_token=self._shape.every_token)
+            else:
+                row.add(self._sequences[number])
         return row
 
 
@@ -178,14 +182,16 @@ class _Row:
         tokens, labels, position_ids = (np.zeros(width, dtype=np.int64) for _ in range(3))
         return cls(tokens, labels, position_ids, np.zeros(width, dtype=np.float32), [])
 
-    def add(self, sequence: TokenSequence, *, whole: bool) -> None:
+    def add_whole(self, sequence: TokenSequence, *, every_token: bool) -> None:
         start = self.ends[-1] if self.ends else 0
-        if whole:
-            end = start + len(sequence.tokens)
-            self.tokens[start:end], self.position_ids[start:end] = sequence.tokens, np.arange(end - start)
-            self.loss_mask[start + np.flatnonzero(sequence.trained)[-1]] = 1
-            self.ends.append(end)
-            return
+        end = start + len(sequence.tokens)
+        self.tokens[start:end], self.position_ids[start:end] = sequence.tokens, np.arange(end - start)
+        counted = np.flatnonzero(sequence.trained)
+        self.loss_mask[start + (counted if every_token else counted[-1:])] = 1
+        self.ends.append(end)
+
+    def add(self, sequence: TokenSequence) -> None:
+        start = self.ends[-1] if self.ends else 0
         end = start + len(sequence.tokens) - 1
         self.tokens[start:end] = sequence.tokens[:-1]
         self.labels[start:end] = sequence.tokens[1:]

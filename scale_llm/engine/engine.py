@@ -22,6 +22,7 @@ from scale_llm.config.run import RunConfig
 from scale_llm.engine.moe import load_balancing_losses
 from scale_llm.engine.optimizer import build_optimizer, build_scheduler
 from scale_llm.engine.update import update
+from scale_llm.models.adapters.layers import without_adapters
 from scale_llm.models.gpt import build_gpt
 from scale_llm.models.packing import PackedSequences, packed_sequences
 from scale_llm.models.spec import choose_backend
@@ -166,6 +167,10 @@ class Engine:
             module.begin_adapters(quantise=self.peft.quantize_base is BaseQuantization.nf4, prompt=prompt)
         if self.optimizer is not None:
             self.optimizer.reload_model_params()
+
+    def base(self):
+        """A context in which the model is what lies under its low-rank adapters."""
+        return without_adapters(self.modules)
 
     def gather_parameters(self) -> None:
         """Makes every rank's weights whole: with overlap_param_gather they are so only in the next forward pass.

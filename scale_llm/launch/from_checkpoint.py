@@ -9,7 +9,7 @@ from scale_llm.config.checkpoint_files import TOKENIZER_DIR, is_huggingface, lat
 from scale_llm.config.errors import UserError
 from scale_llm.config.io import CONFIG_FILE, load_config
 from scale_llm.config.run import RunConfig
-from scale_llm.config.stage import EvaluateConfig, PretrainConfig
+from scale_llm.config.stage import EvaluateConfig, PretrainConfig, UntrainedStageConfig
 
 NAME = "from_checkpoint"
 
@@ -24,7 +24,7 @@ def take_model(cfg: RunConfig, unset: set[str]) -> None:
         raise UserError(f"model={NAME}: give checkpoint.load=DIR, whose model it means")
     load = Path(os.path.expanduser(cfg.checkpoint.load))
     written = _huggingface(load) if is_huggingface(load) else _ours(load)
-    if isinstance(cfg.stage, EvaluateConfig):
+    if isinstance(cfg.stage, UntrainedStageConfig):
         cfg.peft = written.peft  # what is evaluated is the model with its adapters
     for name in (field.name for field in fields(cfg.model)):
         if name == "name" or f"model.{name}" in unset:

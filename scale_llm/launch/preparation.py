@@ -16,7 +16,8 @@ def prepare_data(cfg: RunConfig) -> None:
     prepared = prepare_run(cfg, show_progress=cfg.logging.progress)
     problems = []
     if isinstance(prepared, PreparedExamples):
-        print("\n".join([*report_lines(prepared.report), *packing_lines(cfg, prepared)]), flush=True)
+        packing = packing_lines(cfg, prepared) if isinstance(cfg.stage, SftConfig) else []
+        print("\n".join([*report_lines(prepared.report), *packing]), flush=True)
     elif isinstance(prepared, PreparedPreferences):
         print("\n".join(preference_lines(prepared.report)), flush=True)
     else:

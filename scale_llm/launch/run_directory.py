@@ -11,7 +11,7 @@ from scale_llm.config.checkpoint_files import latest_checkpoint
 from scale_llm.config.errors import UserError
 from scale_llm.config.io import save_config, write_text
 from scale_llm.config.run import RunConfig
-from scale_llm.config.stage import EvaluateConfig
+from scale_llm.config.stage import UntrainedStageConfig
 
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "numpy", "tokenizers", "hydra-core")
 
@@ -28,7 +28,7 @@ def tracker_problems(cfg: RunConfig) -> list[str]:
 def greeting(cfg: RunConfig) -> str:
     """The first line of a run."""
     latest = latest_checkpoint(cfg.checkpoint.save or "")
-    if latest is not None and not isinstance(cfg.stage, EvaluateConfig):
+    if latest is not None and not isinstance(cfg.stage, UntrainedStageConfig):
         return f"resuming {cfg.run_dir} at iteration {latest[0]}"
     return f"starting {cfg.run_dir}"
 

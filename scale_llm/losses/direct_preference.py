@@ -1,7 +1,7 @@
-"""The loss of a batch of pairs from the policy's logits: log-probabilities of answers, then the DPO family.
+"""The loss of a batch of answers from the policy's logits: their log-probabilities, then the DPO family or KTO.
 
-Legend: s sequence, b batch, v vocabulary, p tensor-parallel ranks, c context-parallel ranks, n sequences (two a pair,
-the chosen one first).
+Legend: s sequence, b batch, v vocabulary, p tensor-parallel ranks, c context-parallel ranks, n sequences (of pairs two
+each, the chosen one first).
 """
 
 from typing import TypeAlias
@@ -11,7 +11,15 @@ import torch.distributed as dist
 
 from scale_llm.losses.language_model import Metrics
 from scale_llm.losses.log_probabilities import vocab_parallel_log_probs
-from scale_llm.losses.preference import Pairs, chosen_nll, per_token, preference_loss, preference_metrics
+from scale_llm.losses.preference import (
+    Pairs,
+    chosen_nll,
+    kto,
+    kto_metrics,
+    per_token,
+    preference_loss,
+    preference_metrics,
+)
 from scale_llm.losses.sequences import segment_sums
 
 Group: TypeAlias = dist.ProcessGroup | None
@@ -28,6 +36,39 @@ def answer_log_probs(
     tokens = vocab_parallel_log_probs(logits, labels, tp_group, vocab_size)
     count = max(batch["numbers"].numel(), 1)
     return segment_sums(tokens, mask, segments, count, cp_group)
+
+
+def unpaired_loss(
+    logits: torch.Tensor, batch: dict[str, torch.Tensor], tp_group: Group, cp_group: Group, vocab_size: int, *,
+    beta: float, desirable_weight: float, undesirable_weight: float,
+) -> tuple[torch.Tensor, torch.Tensor, Metrics]:  # fmt: skip
+    """Summed KTO loss of single answers, their number, and metrics.
+
+    batch: also `reference` [n], the same of the reference, `desirable` bool [n], and `kl` [], the reference point z0 of
+    the whole global batch. An answer is judged right if it is desirable and more likely than z0 allows, or neither.
+    """
+    sums, _ = answer_log_probs(logits, batch, tp_group, cp_group, vocab_size)
+    answers = batch["numbers"].numel()
+    share = (1.0 if answers else 0.0) / (cp_group.size() if cp_group is not None else 1)
+    if not answers:  # a rank without an answer takes part all the same
+        desirable, log_ratio = torch.ones(1, dtype=torch.bool, device=sums.device), sums
+    else:
+        desirable = batch["desirable"].to(sums.device)
+        log_ratio = sums - batch["reference"].to(sums)
+    kl = batch["kl"].to(sums)
+    losses = kto(
+        log_ratio, desirable, kl, beta=beta, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight
+    )
+    count = torch.tensor(losses.numel() * share, dtype=torch.float32, device=losses.device)
+    right = ((log_ratio.detach() > kl) == desirable).to(torch.float32).sum()
+    metrics = {
+        "dpo loss": (losses.detach().sum() * share, count),
+        "rewards/accuracies": (right * share, count),
+        "kl": (kl * count, count),
+    }
+    for key, (value, number) in kto_metrics(log_ratio.detach(), desirable, beta=beta).items():
+        metrics[key] = (value * share, number * share)
+    return losses.sum() if answers else losses.sum() * 0.0, count, metrics
 
 
 def pair_loss(

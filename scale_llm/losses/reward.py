@@ -1,11 +1,19 @@
 """Losses of reward models: which of several answers is better. One value a pair or list. Legend: n pairs, k answers."""
 
+from typing import TypeAlias
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
 from scale_llm.losses.language_model import Metrics
 from scale_llm.losses.sequences import masked_sum, segment_sums
+
+Group: TypeAlias = dist.ProcessGroup | None
+
+BINS = 10
+CALIBRATION = "calibration/"
+"""What the sums of calibration_bins begin with."""
 
 _LOWEST = -1e30
 """A score that weighs nothing; minus infinity would make gradients nan."""
@@ -58,24 +66,89 @@ def ranking_accuracy(scores: torch.Tensor, valid: torch.Tensor | None = None) ->
     return masked_sum(right.to(torch.float32), pairs)
 
 
-def pair_reward_loss(
-    scores: torch.Tensor, batch: dict[str, torch.Tensor], cp_group: dist.ProcessGroup | None, *, centring: float = 0.0
-) -> tuple[torch.Tensor, torch.Tensor, Metrics]:
+def reward_loss(
+    scores: torch.Tensor, batch: dict[str, torch.Tensor], cp_group: Group, *, centring: float = 0.0,
+    calibrated: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, Metrics]:  # fmt: skip
     """Summed Bradley-Terry loss of the pairs of a batch, their number, and metrics.
 
-    scores: [s/c, b, 1], one for every token. batch: `loss_mask` (not 0 at the token whose score is the sequence's) and
-    `segments`, [b, s/c]; `numbers` and `margins` [2 n], of the chosen and the rejected sequence of each pair in turn.
-    Each of the c ranks of cp_group counts its share of the pairs, as their sums are added up.
+    scores: [s/c, b, 1], one for every token. batch: `loss_mask` (not 0 at the tokens whose mean score is the
+    sequence's) and `segments`, [b, s/c]; `numbers` and `margins` [2 n], of the chosen and the rejected sequence of each
+    pair in turn. Each of the c ranks of cp_group counts its share of the pairs, as their sums are added up. calibrated:
+    the sums of `calibration_bins` too.
     """
-    mask, segments = (batch[key].transpose(0, 1) for key in ("loss_mask", "segments"))
-    count = batch["numbers"].numel()
-    values, _ = segment_sums(scores[..., 0], mask, segments, max(count, 2), cp_group)
-    share = (1.0 if count else 0.0) / (cp_group.size() if cp_group is not None else 1)
+    values, share = sequence_scores(scores, batch, cp_group, least=2)
     chosen, rejected = values[0::2], values[1::2]
-    margin = batch["margins"][0::2].to(values) if count else 0.0
+    margin = batch["margins"][0::2].to(values) if share else 0.0
     losses = bradley_terry(chosen, rejected, margin=margin, centring=centring)
     pairs = torch.tensor(losses.numel() * share, dtype=torch.float32, device=losses.device)
     metrics = {"reward loss": (losses.detach().sum() * share, pairs)}
     for name, (value, _) in reward_metrics(chosen, rejected).items():
         metrics[name] = (value * share, pairs)
-    return losses.sum() if count else losses.sum() * 0.0, pairs, metrics
+    if calibrated:
+        for name, (value, count) in calibration_bins(chosen, rejected).items():
+            metrics[name] = (value * share, count * share)
+    return losses.sum() if share else losses.sum() * 0.0, pairs, metrics
+
+
+def ranking_loss(
+    scores: torch.Tensor, batch: dict[str, torch.Tensor], cp_group: Group
+) -> tuple[torch.Tensor, torch.Tensor, Metrics]:
+    """Summed Plackett-Luce loss of the lists of a batch, their number, and metrics.
+
+    As reward_loss, but batch has `lists` int64 [n] in place of margins: which list, from 0, each sequence is of; those
+    of a list lie behind each other, best first.
+    """
+    values, share = sequence_scores(scores, batch, cp_group, least=2)
+    lists = batch["lists"].to(values.device) if share else torch.zeros(2, dtype=torch.int64, device=values.device)
+    table, valid = _table(values, lists)
+    losses = plackett_luce(table, valid)
+    number = torch.tensor(losses.numel() * share, dtype=torch.float32, device=losses.device)
+    right, pairs = ranking_accuracy(table, valid)
+    best, worst = table[:, 0].detach(), table.detach().gather(1, valid.sum(dim=1, keepdim=True) - 1)[:, 0]
+    metrics = {
+        "reward loss": (losses.detach().sum() * share, number),
+        "rewards/accuracies": (right * share, pairs * share),
+        "rewards/chosen": (best.sum() * share, number),
+        "rewards/rejected": (worst.sum() * share, number),
+        "rewards/margins": ((best - worst).sum() * share, number),
+    }
+    return losses.sum() if share else losses.sum() * 0.0, number, metrics
+
+
+def sequence_scores(
+    scores: torch.Tensor, batch: dict[str, torch.Tensor], cp_group: Group, *, least: int = 1
+) -> tuple[torch.Tensor, float]:
+    """The score of every sequence, [n], and the share of their sums that this rank of c counts: 0 where there are none,
+    and then `least` values stand in, so that the rank takes part all the same."""
+    mask, segments = (batch[key].transpose(0, 1) for key in ("loss_mask", "segments"))
+    count = batch["numbers"].numel()
+    sums, tokens = segment_sums(scores[..., 0], mask, segments, count or least, cp_group)
+    return sums / tokens.clamp(min=1), (1.0 if count else 0.0) / (cp_group.size() if cp_group is not None else 1)
+
+
+@torch.no_grad()
+def calibration_bins(chosen: torch.Tensor, rejected: torch.Tensor, bins: int = BINS) -> Metrics:
+    """For each of equal parts of [1/2, 1]: how sure the model was of pairs there, and how often it was right.
+
+    Sure: sigmoid(|chosen - rejected|), Bradley-Terry's probability of the order that the model gives. chosen, rejected:
+    [n]. `calibration/i/confidence` and `calibration/i/accuracy` are sums over the pairs of part i, and their number.
+    """
+    sure = torch.sigmoid((chosen - rejected).abs())
+    place = ((sure - 0.5) * 2 * bins).long().clamp(max=bins - 1)
+    right = (chosen > rejected).to(sure.dtype)
+    found: Metrics = {}
+    for part in range(bins):
+        here = place == part
+        found[f"{CALIBRATION}{part}/confidence"] = masked_sum(sure, here)
+        found[f"{CALIBRATION}{part}/accuracy"] = masked_sum(right, here)
+    return found
+
+
+def _table(values: torch.Tensor, lists: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """values [n] of lists behind each other -> [lists, longest], and where a list has a value."""
+    sizes = torch.bincount(lists)
+    place = torch.arange(len(lists), device=lists.device) - (sizes.cumsum(0) - sizes)[lists]
+    table = values.new_zeros(len(sizes), int(sizes.max())).index_put((lists, place), values)
+    valid = torch.arange(table.size(1), device=lists.device) < sizes[:, None]
+    return table, valid

@@ -13,8 +13,11 @@ def run(cfg: RunConfig) -> None:
         if cfg.stage.name == "evaluate":
             from scale_llm.stages.evaluate import evaluate
 
-            evaluate(context)
-            return
+            return evaluate(context)
+        if cfg.stage.name == "score":
+            from scale_llm.stages.score import score
+
+            return score(context)
         from scale_llm.stages.loop import train
 
         train(context, trained_stage(context))

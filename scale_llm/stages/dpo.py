@@ -1,15 +1,15 @@
-"""Direct preference optimisation: the policy is moved by pairs of answers, measured against where it started."""
+"""Direct preference optimisation: the policy is moved by pairs of answers, measured against a reference model."""
 
 from functools import partial
 
 import numpy as np
 
-from scale_llm.config.stage import DpoConfig, PreferenceLoss
+from scale_llm.config.stage import REFERENCE_FREE, DpoConfig, PreferenceLoss
 from scale_llm.data.chat.preferences import load_preferences
 from scale_llm.data.sequence_loader import Batch
 from scale_llm.losses.direct_preference import pair_loss
-from scale_llm.losses.preference import REFERENCE_FREE
 from scale_llm.stages.context import RunContext
+from scale_llm.stages.kto import kto_task
 from scale_llm.stages.preference_summary import pair_summary
 from scale_llm.stages.reference import reference_of
 from scale_llm.stages.sequence_stage import SequenceStage, SequenceTask
@@ -19,12 +19,14 @@ def dpo(run: RunContext) -> SequenceStage:
     """The stage the loop drives for `stage=dpo`."""
     stage, preferences = run.cfg.stage, load_preferences(run.prepared)
     assert isinstance(stage, DpoConfig)
+    if stage.loss is PreferenceLoss.kto:
+        return SequenceStage(run, kto_task(run, stage, preferences))
     groups, complete = np.asarray(preferences.groups), None
-    if stage.loss.value not in REFERENCE_FREE:
-        reference = reference_of(run, preferences.sequences, groups, stage.reference)
+    if stage.loss not in REFERENCE_FREE:
+        reference = reference_of(run, stage, preferences.sequences, groups)
 
         def complete(engine, batches: list[Batch]) -> list[Batch]:
-            return [{**batch, "reference": reference.log_probs(batch["numbers"].numpy())} for batch in batches]
+            return [{**batch, "reference": reference.log_probs(engine, batch["numbers"].numpy())} for batch in batches]
 
     return SequenceStage(
         run,

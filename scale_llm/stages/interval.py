@@ -3,15 +3,15 @@
 import math
 
 
-def beside_chance(right: float, count: float) -> str:
-    """Whether so many pairs in the right order tell the model from a coin."""
+def beside_chance(right: float, count: float, what: str) -> str:
+    """Whether so many right ones of so many tell a model from a coin."""
     low, high = wilson_interval(right, count)
-    found = f"{right:.0f} of {count:.0f} held-out pairs in the right order, 95% interval {low:.3f} to {high:.3f}"
+    found = f"{right:.0f} of {count:.0f} {what}, 95% interval {low:.3f} to {high:.3f}"
     if low > 0.5:
         return f"{found}: better than chance"
     if high < 0.5:
-        return f"{found}: worse than chance; are chosen and rejected the wrong way round?"
-    needed = "more held-out pairs (train.eval_iters, data.split) or a better model would tell"
+        return f"{found}: worse than chance; are better and worse the wrong way round?"
+    needed = "more held-out rows (train.eval_iters, data.split) or a better model would tell"
     return f"{found}: not told apart from chance; {needed}"
 
 

@@ -11,7 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from scale_llm.config.batch import settle_epochs
-from scale_llm.config.stage import SequenceStageConfig
+from scale_llm.config.errors import UserError
+from scale_llm.config.stage import Batching, SequenceStageConfig
 from scale_llm.data.chat.examples import split_indices
 from scale_llm.data.sequence_loader import Batch, TokenSequences
 from scale_llm.data.units import Units
@@ -41,8 +42,8 @@ class SequenceTask:
     """sequences: all of them. groups: int [u + 1], unit i has sequences groups[i] to groups[i + 1]. loss: as the engine
     calls it. held_out_loss: likewise, by default the same. complete: adds to the micro-batches of a step what the loss
     needs by the `numbers` of their sequences. summary: of a whole evaluation. answers: to prompts, before and after
-    training. row_tokens: of a packed row, by default model.seq_length. numbered, whole: see sequence_loader.Shape.
-    ends: see Units. noise: NEFTune's alpha.
+    training. row_tokens: of a packed row, by default model.seq_length. numbered, whole, every_token: see
+    sequence_loader.Shape. ends: see Units. noise: NEFTune's alpha.
     """
 
     sequences: TokenSequences
@@ -55,6 +56,7 @@ class SequenceTask:
     row_tokens: int | None = None
     numbered: bool = False
     whole: bool = False
+    every_token: bool = False
     ends: bool = False
     noise: float = 0.0
 
@@ -73,6 +75,7 @@ class SequenceStage:
         self._run, self._task = run, task
         self._row = task.row_tokens or cfg.model.seq_length
         train = self._units(split_indices(len(task.groups) - 1, cfg.data.split, "train"))
+        self._check_budget(train)
         epochs = cfg.train.train_epochs or math.inf
         stream = stream_of(stage, train, self._row, seed=cfg.train.seed, end=epochs)
         if cfg.train.train_epochs is not None:
@@ -90,11 +93,22 @@ class SequenceStage:
         task = self._task
         return Units(task.sequences.lengths, task.groups, numbers, whole=task.whole, ends=task.ends)
 
+    def _check_budget(self, units: Units) -> None:
+        """Ranked lists may be longer than pairs, which is known with the data."""
+        stage = self._run.cfg.stage
+        assert isinstance(stage, SequenceStageConfig)
+        budget, longest = stage.max_tokens_per_micro_batch, int(units.places.max(initial=0))
+        if stage.batching is Batching.token_budget and budget is not None and longest > budget:
+            raise UserError(
+                f"stage.max_tokens_per_micro_batch={budget}: a list of answers takes {longest} tokens; give at least "
+                "as many"
+            )
+
     def _loader_of(self, stream):
         task = self._task
         return loader_of(
             self._run.cfg, self._run.mesh, task.sequences, stream, row_tokens=self._row, numbered=task.numbered,
-            whole=task.whole,
+            whole=task.whole, every_token=task.every_token,
         )  # fmt: skip
 
     def _batches(self, loader, first: int, size: int) -> list[Batch]:

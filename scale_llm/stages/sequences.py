@@ -35,7 +35,7 @@ def row_unit(cfg: RunConfig, mesh: Mesh) -> int:
 
 def loader_of(
     cfg: RunConfig, mesh: Mesh, sequences: TokenSequences, stream: SequenceStream, *, row_tokens: int | None = None,
-    numbered: bool = False, whole: bool = False,
+    numbered: bool = False, whole: bool = False, every_token: bool = False,
 ) -> SequenceLoader:  # fmt: skip
     """This rank's micro-batches. row_tokens: of a packed row, by default model.seq_length; the others: see Shape."""
     stage, sizes = cfg.stage, mesh.sizes
@@ -50,6 +50,7 @@ def loader_of(
         rows_multiple=sizes.pp if sizes.vpp is not None else 1,
         numbered=numbered,
         whole=whole,
+        every_token=every_token,
     )
     return SequenceLoader(
         sequences,
@@ -63,7 +64,7 @@ def loader_of(
 
 def rows_of(
     cfg: RunConfig, mesh: Mesh, sequences: TokenSequences, samples: list[list[int]], *, row_tokens: int,
-    whole: bool = False,
+    whole: bool = False, every_token: bool = False,
 ) -> list[Batch]:  # fmt: skip
     """Micro-batches of these samples apart from any stream, for a forward pass: on each data-parallel rank its own.
 
@@ -81,6 +82,7 @@ def rows_of(
         rows_multiple=sizes.pp if sizes.vpp is not None else 1,
         numbered=True,
         whole=whole,
+        every_token=every_token,
     )
 
     def made(shape: Shape) -> list[Batch]:

@@ -6,7 +6,15 @@ import math
 import pytest
 import torch
 
-from scale_llm.losses.reward import bradley_terry, plackett_luce, ranking_accuracy, reward_metrics
+from scale_llm.losses.reward import (
+    bradley_terry,
+    calibration_bins,
+    plackett_luce,
+    ranking_accuracy,
+    ranking_loss,
+    reward_loss,
+    reward_metrics,
+)
 
 
 def scores(*shape):
@@ -73,3 +81,47 @@ def test_ranking_accuracy():
         torch.tensor([[3.0, 1.0, 2.0], [1.0, 0.0, 9.0]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
     )
     assert (right.item(), pairs.item()) == (3, 4)
+
+
+def test_calibration_bins():
+    """Margins of 0, 1, -1 and 5: probabilities of 0.5, 0.731 twice, once wrong, and 0.993; parts 0, 4 and 9 of 10."""
+    chosen, rejected = torch.tensor([1.0, 2.0, 0.0, 5.0]), torch.tensor([1.0, 1.0, 1.0, 0.0])
+    found = {name: (value.item(), count.item()) for name, (value, count) in calibration_bins(chosen, rejected).items()}
+    assert found["calibration/0/confidence"] == (0.5, 1.0) and found["calibration/0/accuracy"] == (0.0, 1.0)
+    assert found["calibration/4/confidence"] == (pytest.approx(2 / (1 + math.exp(-1))), 2.0)
+    assert found["calibration/4/accuracy"] == (1.0, 2.0)
+    assert found["calibration/9/confidence"] == (pytest.approx(1 / (1 + math.exp(-5))), 1.0)
+    assert sum(count for name, (_, count) in found.items() if name.endswith("accuracy")) == 4
+
+
+def test_ranking_loss_of_lists_behind_each_other():
+    """Lists of 3, 2 and 4 answers in two rows: the sum of each list's own loss; its pairs, its best and its worst."""
+    sizes, generator = [3, 2, 4], torch.Generator().manual_seed(7)
+    values = torch.randn(9, generator=generator, dtype=torch.float64, requires_grad=True)
+    segments = torch.tensor([[0, 0, 1, 2, 2, 3, 4, -1], [5, 6, 6, 7, 8, 8, -1, -1]])
+    scores = torch.randn(2, 8, generator=generator, dtype=torch.float64)
+    last = torch.tensor([[0, 1, 1, 0, 1, 1, 1, 0], [1, 0, 1, 1, 0, 1, 0, 0]])
+    scores = torch.where(last.bool(), values[segments.clamp(min=0)], scores)
+    batch = {"loss_mask": last, "segments": segments, "numbers": torch.arange(9),
+             "lists": torch.repeat_interleave(torch.arange(3), torch.tensor(sizes))}  # fmt: skip
+    loss, count, metrics = ranking_loss(scores.t()[..., None], batch, None)
+    parts = values.split(sizes)
+    wanted = sum(plackett_luce(part[None])[0] for part in parts)
+    torch.testing.assert_close(loss, wanted)
+    torch.testing.assert_close(
+        torch.autograd.grad(loss, values, retain_graph=True), torch.autograd.grad(wanted, values)
+    )
+    assert count == 3 and metrics["rewards/accuracies"][1] == 3 + 1 + 6
+    assert metrics["rewards/chosen"][0].item() == pytest.approx(sum(part[0].item() for part in parts))
+    assert metrics["rewards/rejected"][0].item() == pytest.approx(sum(part[-1].item() for part in parts))
+
+
+def test_a_rank_without_answers_joins():
+    scores = torch.randn(4, 1, 1, requires_grad=True)
+    batch = {"loss_mask": torch.zeros(1, 4), "segments": torch.full((1, 4), -1), "numbers": torch.empty(0).long(),
+             "margins": torch.empty(0), "lists": torch.empty(0).long()}  # fmt: skip
+    for loss in (reward_loss, ranking_loss):
+        value, count, metrics = loss(scores, batch, None)
+        assert value == 0 and count == 0 and all(number == 0 for _, number in metrics.values())
+        (gradient,) = torch.autograd.grad(value, scores)
+        assert not gradient.any()

@@ -20,7 +20,7 @@ from scale_llm.config.io import CONFIG_FILE, load_config, to_yaml, write_text
 from scale_llm.config.machine import Machine, detect
 from scale_llm.config.resolve import resolve
 from scale_llm.config.run import RunConfig
-from scale_llm.config.stage import EvaluateConfig
+from scale_llm.config.stage import UntrainedStageConfig
 from scale_llm.config.validate import machine_problems
 from scale_llm.launch.environment import Joined, interface_towards, rank_variables, task_of_srun
 from scale_llm.launch.join import READY, wait_until_ready
@@ -35,7 +35,7 @@ ERROR_FILES = "logs/error_rank_{rank}.json"
 def become_rank(run_dir: Path) -> NoReturn:
     """Replace this process by its rank, so that Slurm's signals reach the rank itself."""
     cfg, join = load_config(run_dir), task_of_srun(os.environ)
-    saves = not isinstance(cfg.stage, EvaluateConfig)
+    saves = not isinstance(cfg.stage, UntrainedStageConfig)
     _answer_signals(saves)
     error_file = run_dir / ERROR_FILES.format(rank=join.rank)
     os.environ["TORCHELASTIC_ERROR_FILE"] = str(error_file)  # where `job end` finds why a rank failed

@@ -1,6 +1,8 @@
 """megatron-core's linear layers with low-rank matrices beside their weights, put into a layer spec."""
 
+import contextlib
 import functools
+from collections.abc import Iterable, Iterator
 
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
@@ -15,6 +17,7 @@ class Adapted:
     """What comes before a linear layer of megatron-core in a class that has an adapter."""
 
     adapter: LowRank
+    enabled = True
     _nf4: Nf4Weight | None = None
 
     def __init__(self, *args, rows_of, parts: list[str], peft: PeftConfig, **kwargs):
@@ -25,6 +28,8 @@ class Adapted:
 
     def forward(self, x, *args, **kwargs):
         out, bias = super().forward(x, *args, **kwargs)
+        if not self.enabled:
+            return out, bias
         delta = self.adapter(x)
         if not self.adapter.dora:
             return out + delta, bias
@@ -59,6 +64,19 @@ class Adapted:
     def sharded_state_dict(self, prefix="", sharded_offsets=(), metadata=None):
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         return {**state, **self.adapter.sharded_state_dict(f"{prefix}adapter.", sharded_offsets, metadata)}
+
+
+@contextlib.contextmanager
+def without_adapters(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
+    """The models as they are under their low-rank adapters."""
+    layers = [layer for module in modules for layer in module.modules() if isinstance(layer, Adapted)]
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enabled = True
 
 
 @functools.cache

@@ -22,7 +22,7 @@ def differences(source: ModelConfig, model: ModelConfig, directory: Path) -> lis
         free |= {field.name for field in fields(model) if field.name.startswith("rope_")}
     if model.num_experts is None:
         free |= {field.name for field in fields(model) if field.name.startswith("moe_")}
-    if model.head is Head.reward and source.head is Head.language_model:
+    if model.head is not Head.language_model and source.head is Head.language_model:
         free |= {"head", "untie_embeddings_and_output_weights"}  # a head that is new
     problems = []
     for field in fields(model):
