@@ -8,6 +8,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 PYTEST_ARGS ?=
+# Test files that run at once. Those of a file share what they start, so a file stays whole
+PYTEST_WORKERS ?= 2
 
 .PHONY: demo test test-slurm lint setup clean
 
@@ -15,7 +17,7 @@ demo: $(STAMP)
 	$(BIN)/python tools/demo.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-slurm: $(STAMP)
 	$(BIN)/python -m pytest -m slurm tests/slurm $(PYTEST_ARGS)

@@ -6,7 +6,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from scale_llm.config.checkpoint_files import TRACKER, latest_checkpoint
+from scale_llm.config.checkpoint_files import TOKENIZER_DIR, TRACKER, latest_checkpoint
 from scale_llm.config.errors import UserError
 from scale_llm.config.io import CONFIG_FILE, load_raw
 from scale_llm.config.run import RunConfig
@@ -40,7 +40,8 @@ def file_problems(cfg: RunConfig) -> list[str]:
     found = [*_writable("run_dir", cfg.run_dir), *_writable_elsewhere(cfg), *_same_run(cfg)]
     found += _load(cfg, "checkpoint.load", cfg.checkpoint.load)
     if isinstance(cfg.stage, DpoConfig):
-        found += _load(cfg, "stage.reference_load", cfg.stage.reference_load)
+        problems = _load(cfg, "stage.reference_load", cfg.stage.reference_load)
+        found += problems or _other_tokenizer(cfg, cfg.stage.reference_load)
     return found
 
 
@@ -109,6 +110,24 @@ def _load(cfg: RunConfig, key: str, load: str | None) -> list[str]:
     except UserError as error:
         return error.problems
     return _other_model(cfg, former, f"{key}={load}: holds another model", "choose that model")
+
+
+def _other_tokenizer(cfg: RunConfig, reference: str | None) -> list[str]:
+    """A reference whose token ids mean other tokens."""
+    if reference is None or cfg.tokenizer.path is None:
+        return []
+    found = latest_checkpoint(reference)
+    own = Path(cfg.tokenizer.path)
+    files = [own / "tokenizer.json" if own.is_dir() else own]
+    if found is not None:
+        files += [found[1] / TOKENIZER_DIR / "tokenizer.json", found[1] / "tokenizer.json"]
+    texts = [file.read_bytes() for file in files if file.is_file()]
+    if len(set(texts)) < 2:
+        return []
+    return [
+        f"stage.reference_load={reference}: holds another tokenizer than {files[0]}, so that its tokens mean other "
+        "text; give a reference with the policy's tokenizer"
+    ]
 
 
 def _other_model(cfg: RunConfig, former: dict[str, Any], what: str, remedy: str) -> list[str]:

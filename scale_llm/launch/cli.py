@@ -52,6 +52,10 @@ def run_command(arguments: list[str]) -> int:
         from scale_llm.launch.status import status
 
         return status(arguments[1:])
+    if arguments[:1] == ["score"] and not {"-h", "--help"} & set(arguments):
+        from scale_llm.launch.score import score_words
+
+        arguments = score_words(arguments[1:])
     command = parse_command(arguments)
     if "help" in command.flags:
         from scale_llm.launch.help_text import help_text

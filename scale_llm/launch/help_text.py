@@ -17,6 +17,7 @@ Trains and evaluates language models: composes a configuration, checks it, start
 
   scale-llm cluster=slurm cluster.nodes=4 cluster.gpus_per_node=8 cluster.time=12:00:00 model=llama3_8b run_dir=...
   scale-llm status RUN_DIR...
+  scale-llm score runs/reward/checkpoints answers.jsonl runs/scores      (rewards of the answers in a file)
 
 A rerun with the same run_dir resumes. Under torchrun and srun it joins the ranks that are there.
 

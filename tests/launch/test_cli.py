@@ -84,3 +84,15 @@ def test_several_nodes_need_a_starter(capsys):
 def test_sweep_names_the_points_with_problems(capsys):
     status, text = failing(capsys, "-m", "--check", "train.train_iters=1", "model.num_layers=4,5", "parallel=pp2")
     assert status == 1 and "[model.num_layers=5]" in text and "[model.num_layers=4]" not in text
+
+
+def test_score_is_a_run_in_fewer_words():
+    from scale_llm.config.errors import UsageError
+    from scale_llm.launch.score import score_words
+
+    assert score_words(["--check", "ckpt", "a.jsonl", "out", "data.fields.prompt=question"]) == [
+        "stage=score", "model=from_checkpoint", "checkpoint.load=ckpt", "data.path=a.jsonl", "run_dir=out", "--check",
+        "data.fields.prompt=question",
+    ]  # fmt: skip
+    with pytest.raises(UsageError, match="scale-llm score runs/reward"):
+        score_words(["ckpt", "a.jsonl"])

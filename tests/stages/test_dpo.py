@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from support.runs import latest, rows
 
+from scale_llm.config.errors import UserError
+
 TP2 = "parallel.tensor_model_parallel_size=2"
 PP2 = "parallel.pipeline_model_parallel_size=2"
 CP2 = "parallel.context_parallel_size=2"
@@ -134,3 +136,58 @@ def test_every_loss_trains(runs, tmp_path, base, pairs, loss):
     found = [row["rewards/margins"] for row in rows(tmp_path / "run")]
     assert found[-1] > found[0]
     assert (tmp_path / "run" / "reference").exists() == (loss not in ("simpo", "orpo"))
+
+
+def test_one_batch_again_and_again(runs, tmp_path, base, pairs):
+    """All pairs of a batch are told apart for certain, and ever more clearly."""
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(pairs.read_text().splitlines(keepends=True)[:4]))
+    said = words(base, few, "data.split='100,0,0'", "stage.batching=padded", "train.train_iters=12",
+                 "optim.lr_decay_style=constant", "optim.lr=5e-4")  # fmt: skip
+    assert runs(tmp_path / "run", *said) == []
+    found = rows(tmp_path / "run")
+    assert all(row["rewards/accuracies"] == 1.0 for row in found[1:])
+    margins = [row["rewards/margins"] for row in found]
+    assert 0 < margins[1] < margins[3] < margins[5] and margins[-1] > 1.5, margins
+
+
+def test_the_model_under_adapters_is_the_reference(runs, tmp_path, base, pairs):
+    """As good as the cached values but for the rounding of other rows, and without a second model or a file."""
+    lora = ["peft=lora", "peft.rank=4", TP2, "stage.batching=padded"]
+    assert runs(tmp_path / "own", *words(base, pairs, *lora, "stage.reference=base")) == []
+    assert runs(tmp_path / "cached", *words(base, pairs, *lora)) == []
+    assert_close(tmp_path / "own", tmp_path / "cached", 3e-5)
+    assert not (tmp_path / "own" / "reference").exists()
+
+
+def test_another_checkpoint_is_the_reference(runs, tmp_path, base, pairs, single):
+    """Of a run that has moved away, margins do not begin at 0; of another model or tokenizer it is refused."""
+    moved = f"stage.reference_load={single / 'checkpoints'}"
+    assert runs(tmp_path / "run", *words(base, pairs, moved, "stage.batching=padded")) == []
+    first = rows(tmp_path / "run")[0]
+    assert abs(first["rewards/margins"]) > 0.1
+    other = tmp_path / "other"
+    assert runs(other, "train.train_iters=1", "model.num_layers=2", "train.eval_iters=0") == []
+    with pytest.raises(UserError, match=r"stage.reference_load=.*another model: model.num_layers"):
+        runs(tmp_path / "no", *words(base, pairs, f"stage.reference_load={other / 'checkpoints'}"))
+    shutil.copytree(base, tmp_path / "copy")
+    for file in (tmp_path / "copy").glob("iter_*/tokenizer/tokenizer.json"):
+        file.write_text(file.read_text().replace("<|endoftext|>", "<|end|>"))
+    with pytest.raises(UserError, match=r"stage.reference_load=.*another tokenizer"):
+        runs(tmp_path / "no", *words(base, pairs, f"stage.reference_load={tmp_path / 'copy'}"))
+
+
+def test_experts_on_two_ranks(runs, tmp_path, pairs):
+    """Experts dealt out over data-parallel ranks meet in every layer, so that ranks must not compute references at
+    their own pace: 24 pairs over two ranks, of unequal numbers in a step's rows."""
+    model = ["model.num_experts=4", "model.moe_router_topk=2", "model.moe_aux_loss_coeff=0"]
+    assert runs(tmp_path / "base", *model, "train.train_iters=2", "train.eval_iters=0") == []
+    fewer = tmp_path / "fewer.jsonl"
+    fewer.write_text("".join(pairs.read_text().splitlines(keepends=True)[:19]))
+    said = words(tmp_path / "base" / "checkpoints", fewer, "train.train_iters=3", "train.micro_batch_size=2",
+                 "data.split='100,0,0'")  # fmt: skip
+    assert runs(tmp_path / "one", *said) == []
+    for kind in ("cached", "copy"):
+        two = tmp_path / kind
+        assert runs(two, *said, RANKS2, "parallel.expert_model_parallel_size=2", f"stage.reference={kind}") == []
+        assert_close(two, tmp_path / "one", 5e-5)

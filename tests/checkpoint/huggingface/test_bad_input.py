@@ -179,7 +179,8 @@ def test_interrupted_import_leaves_nothing_that_looks_complete(models, tmp_path,
     """Stopped while it writes; a second attempt then succeeds."""
     words = ["import", str(models.original("llama3")), str(tmp_path / "out")]
     slow = (
-        f"import sys, time, runpy; sys.argv[1:] = {words!r}\n"
+        f"import signal, sys, time, runpy; sys.argv[1:] = {words!r}\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's children ignore it\n"
         "from scale_llm.checkpoint.huggingface.source import HuggingFaceModel as M\n"
         "plain = M.megatron\n"
         "def megatron(*a):\n    time.sleep(0.2)\n    return plain(*a)\n"
