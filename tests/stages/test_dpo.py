@@ -55,6 +55,12 @@ WAYS = {
     "budget_dp2": ["stage.batching=token_budget", RANKS2],
     "padded_tp2_sp": ["stage.batching=padded", TP2, "parallel.sequence_parallel=true"],
     "budget_pp2": ["stage.batching=token_budget", PP2],
+    "budget_pp2_vpp2_live": [
+        "stage.batching=token_budget",
+        PP2,
+        "parallel.virtual_pipeline_model_parallel_size=2",
+        "stage.reference=copy",
+    ],
     "budget_cp2": ["stage.batching=token_budget", CP2],
 }
 
