@@ -67,6 +67,11 @@ class GPT(GPTModel):
         tp = self.pg_collection.tp
         return lengths.chunk(tp.size())[tp.rank()] if self.config.sequence_parallel else lengths
 
+    @property
+    def is_language_model(self) -> bool:
+        """Whether it answers with logits."""
+        return not self._scores
+
     def freeze(self) -> None:
         """Leaves adapters alone to be trained."""
         for name, parameter in self.named_parameters():

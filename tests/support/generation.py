@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from scale_llm.config.model import Backend
 from scale_llm.engine.engine import Engine
 from scale_llm.engine.generation import Completion, Generator, SamplingParams
 from scale_llm.losses.log_probabilities import vocab_parallel_log_probs
@@ -42,3 +43,8 @@ def generate(
     chosen = order or list(range(count))
     every = prompts(count)
     return generator.generate([every[i] for i in chosen], wanted, [1000 + i for i in chosen])
+
+
+def with_backend(directory: str, backend: str) -> list[Completion]:
+    """Greedy, with layers of another backend."""
+    return generate(directory, {"model.backend": Backend(backend)}, {"temperature": 0.0}, batch=3)
