@@ -6,7 +6,7 @@ import pytest
 import torch
 from support import families
 from support.generation import prompts
-from support.parity import CP2, EP2, PP2, SP, TP2, VPP2
+from support.parity import CP2, EP2, OVERLAP, PP2, SP, TP2, VPP2
 
 GENERATE = "support.generation:generate"
 GREEDY = {"temperature": 0.0}
@@ -102,3 +102,107 @@ def test_samples_do_not_depend_on_the_layout(ranks, saved, case, params):
     found = ranks(world_size, GENERATE, directory=saved(name), layout=layout, params=params, batch=3)
     for rank in found:
         assert_same(rank, single)
+
+
+@pytest.mark.parametrize("case", ["one", "tp2", "pp2", "mixtral"])
+@pytest.mark.parametrize("params", [{"temperature": 0.7}, {"temperature": 1.3, "top_k": 5}, GREEDY])
+def test_log_probabilities_are_those_of_a_training_forward_pass(ranks, saved, case, params):
+    """Of the full distribution at the temperature, top_k or not; at temperature 1 for greedy text."""
+    name = case if case in families.FAMILIES else "qwen2"
+    world_size, layout = {"tp2": (2, SP), "pp2": (2, PP2)}.get(case, (1, {}))
+    found = ranks(world_size, "support.generation:log_probs", directory=saved(name), layout=layout, params=params)
+    for ours, theirs in found[-1]:
+        assert len(ours) == 20
+        assert ours == pytest.approx(theirs, abs=1e-5)
+
+
+ADAPTERS = {
+    "lora": (1, {}, {"peft.method": "lora", "peft.rank": 4}),
+    "lora_tp2_sp": (2, SP, {"peft.method": "lora", "peft.rank": 4}),
+    "dora": (1, {}, {"peft.method": "dora", "peft.rank": 4}),
+}
+
+
+@pytest.mark.parametrize("case", ADAPTERS)
+def test_adapters(ranks, case):
+    world_size, layout, peft = ADAPTERS[case]
+    plain = ranks(world_size, "support.generation:adapted", layout=layout, peft=peft | {"optim.lr": 0.0})
+    moved = ranks(world_size, "support.generation:adapted", layout=layout, peft=peft | {"optim.lr": 0.1})
+    for found in (plain, moved):
+        assert all(ours == theirs for rank in found for ours, theirs in rank)
+    assert moved[0] != plain[0], "the adapters must matter"
+
+
+@pytest.mark.parametrize("case", ["dense", "experts"])
+def test_replicas_may_have_other_numbers_of_prompts(ranks, saved, case):
+    """Experts are shared by the replicas: one that is done runs passes of padding for the other's tokens."""
+    name, layout = ("llama3", {}) if case == "dense" else ("mixtral", EP2)
+    single = ranks(1, GENERATE, directory=saved(name), layout={}, params=SAMPLED, batch=3)[0]
+    found = ranks(2, "support.generation:uneven", directory=saved(name), layout=layout, counts=[0, 5])
+    assert found[0] == []
+    assert_same(found[1], single[:5])
+
+
+@pytest.mark.parametrize("case", ["one", "dp2_overlap"])
+def test_generation_between_steps_of_training(ranks, case):
+    """It follows the weights, and leaves training as it was; parameters that are gathered late are whole for it."""
+    world_size, layout = (1, {}) if case == "one" else (2, OVERLAP)
+    found = ranks(world_size, "support.generation:training_between", overrides=layout)
+    alone = ranks(world_size, "support.training:train", overrides=layout, steps=3)
+    for rank, plain in zip(found, alone, strict=True):
+        assert rank["losses"] == plain["loss"]
+        assert all(ours == theirs for ours, theirs in rank["texts"])
+
+
+def test_stop_token(ranks, saved):
+    """A sample ends with the stop token, which it includes; the others go on."""
+    whole = transformers_greedy("llama3")
+    stop = whole[2][3]
+    options = {"directory": saved("llama3"), "layout": {}, "batch": 3}
+    found = ranks(1, GENERATE, params={**GREEDY, "stop": [stop]}, **options)[0]
+    for completion, tokens in zip(found, whole, strict=True):
+        assert completion.finished == (stop in tokens)
+        assert completion.tokens == (tokens[: tokens.index(stop) + 1] if stop in tokens else tokens)
+        assert len(completion.log_probs) == len(completion.tokens)
+    assert 0 < sum(completion.finished for completion in found) < 8
+
+
+def test_stop_strings(ranks, saved):
+    """One that spans two tokens ends a sample with the second of them; one that never occurs does nothing."""
+    decode = families.tokenizer().decode
+    whole = transformers_greedy("llama3")
+    tokens, place, stop = next(
+        (tokens, place, first[-1] + second[0])
+        for tokens in whole
+        for place in range(2, 18)
+        for first, second in [(decode(tokens[place : place + 1]), decode(tokens[place + 1 : place + 2]))]
+        if first.isascii() and second.isascii() and first and second and first != second
+        and (first[-1] + second[0]) in decode(tokens[: place + 2])
+        and (first[-1] + second[0]) not in decode(tokens[: place + 1])
+        and (first[-1] + second[0]) not in first + "|" + second
+    )  # fmt: skip
+    options = {"directory": saved("llama3"), "layout": {}, "batch": 3}
+    found = ranks(1, GENERATE, params={**GREEDY, "stop_strings": [stop]}, **options)[0]
+    completion = found[whole.index(tokens)]
+    assert completion.finished and completion.tokens == tokens[: place + 2]
+    never = ranks(1, GENERATE, params={**GREEDY, "stop_strings": ["no such text"]}, **options)[0]
+    assert [completion.tokens for completion in never] == whole
+    assert not any(completion.finished for completion in never)
+
+
+def test_what_cannot_be_is_said(ranks, saved):
+    said = ranks(1, "support.generation:problems", directory=saved("gpt2"))[0]
+    assert said == [
+        "1 seeds for 2 prompts: give one for each",
+        "prompt 0 has 13 tokens, and with max_new_tokens=4 more than max_seq_length=16: give at most 12, or raise "
+        "max_seq_length",
+        "prompt 1 is empty: begin it with a token at least",
+        "temperature=-1.0: give a number from 0 (the likeliest token) on",
+        "top_k=-1: give 0 for all tokens, or how many of the likeliest",
+        "top_p=0.0: give a probability above 0, at most 1",
+        "max_new_tokens=0: give at least 1",
+        "stop_strings has an empty text, which every text contains: leave it out",
+        "stop_strings=('x',): the Generator was made without `decode`, which turns tokens into text; give it the "
+        "tokenizer's",
+        "max_seq_length=129: the model has learnt 128 positions; give at most 128",
+    ]
