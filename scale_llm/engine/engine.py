@@ -181,8 +181,8 @@ class Engine:
 
     @contextmanager
     def whole_parameters(self) -> Iterator[None]:
-        """For passes of the modules themselves that the ranks of other replicas do not join: weights are whole, dropout is
-        off, and no forward pass gathers anything over data-parallel ranks. Begins and ends with a collective."""
+        """For passes of the modules themselves that the ranks of other replicas do not join: weights are whole, dropout
+        is off, and no forward pass gathers anything over data-parallel ranks. Begins with a collective."""
         if self._gathers_late:
             for chunk in self.chunks:
                 chunk.disable_forward_pre_hook(param_sync=True)

@@ -14,13 +14,21 @@ from scale_llm.models.ops import rotary, split_rotary
 class CachedSelfAttention(SelfAttention):
     """Every other pass, parameters and their names are megatron-core's."""
 
-    def forward(self, hidden_states, attention_mask, *args, rotary_pos_emb=None, packed_seq_params=None, **kwargs):
-        if isinstance(packed_seq_params, CachedTokens):
-            return self.cached(hidden_states, rotary_pos_emb, packed_seq_params)
+    def forward(
+        self,
+        hidden_states,
+        attention_mask,
+        key_value_states=None,
+        inference_context=None,
+        rotary_pos_emb=None,
+        **kwargs,
+    ):
+        packed = kwargs.get("packed_seq_params")
+        if isinstance(packed, CachedTokens):
+            return self.cached(hidden_states, rotary_pos_emb, packed)
         return super().forward(
-            hidden_states, attention_mask, *args, rotary_pos_emb=rotary_pos_emb, packed_seq_params=packed_seq_params,
-            **kwargs,
-        )  # fmt: skip
+            hidden_states, attention_mask, key_value_states, inference_context, rotary_pos_emb, **kwargs
+        )
 
     def cached(self, hidden_states, angles, tokens: CachedTokens):
         """hidden_states [t, 1, h] (its part of t with sequence parallelism), angles [L, 1, 1, rot]

@@ -72,9 +72,8 @@ class TorchSelfAttention(CachedSelfAttention):
             return self.cached(hidden_states, rotary_pos_emb, packed)
         if inference_context is not None:
             return super().forward(
-                hidden_states, attention_mask, key_value_states, inference_context, rotary_pos_emb=rotary_pos_emb,
-                **kwargs,
-            )  # fmt: skip
+                hidden_states, attention_mask, key_value_states, inference_context, rotary_pos_emb, **kwargs
+            )
         mixed, _ = self.linear_qkv(hidden_states)
         if packed is None or packed.batches is None:
             tables = None if rotary_pos_emb is None else self._tables_of(rotary_pos_emb, mixed.dtype, packed)

@@ -1,4 +1,4 @@
-"""Draws follow the softmax that numpy computes, filtered as asked, on one rank and on four that share the vocabulary."""
+"""Draws follow the softmax that numpy computes, filtered as asked, on one rank and on four that share it."""
 
 import numpy as np
 import pytest

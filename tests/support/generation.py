@@ -99,7 +99,8 @@ def slow(engine: Engine, prompt: list[int], count: int) -> list[int]:
     for _ in range(count):
         row = torch.tensor([text + [0] * (SEQ_LENGTH - len(text))])
         batch = {"tokens": row, "position_ids": torch.arange(SEQ_LENGTH)[None]}
-        (logits,) = engine.forward([batch], lambda logits, _, last=len(text) - 1: logits[last, 0])
+        last = len(text) - 1
+        (logits,) = engine.forward([batch], lambda logits, _, last=last: logits[last, 0])
         parts = [torch.empty_like(logits) for _ in range(engine.mesh.sizes.tp)]
         dist.all_gather(parts, logits, group=engine.mesh.groups.tp)
         text.append(int(torch.cat(parts)[: engine.vocab_size].argmax()))

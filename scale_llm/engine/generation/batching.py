@@ -16,13 +16,12 @@ from scale_llm.engine.generation.samples import Sample
 @dataclass(frozen=True, slots=True)
 class Plan:
     """tokens and positions: int64 [t]. prompts: (slot, first token in the row, tokens) of each that has entered,
-    without its last token. longest: tokens of the longest sample."""
+    without its last token. lengths: tokens of each sample in use, the latest included."""
 
     tokens: torch.Tensor
     positions: torch.Tensor
     prompts: tuple[tuple[int, int, int], ...]
-    sequences: int
-    longest: int
+    lengths: tuple[int, ...]
 
 
 class Slots:
@@ -32,7 +31,8 @@ class Slots:
         """size: slots; prompt_tokens: of prompts that enter in one pass, but one prompt always may; multiple: what t
         must be divisible by."""
         self.running: list[Sample] = []
-        self._waiting = deque(samples)
+        # Those of about one length side by side: attention then reads few places that hold nothing
+        self._waiting = deque(sorted(samples, key=lambda sample: -len(sample.prompt)))
         self._size, self._prompt_tokens, self._multiple = size, prompt_tokens, multiple
         self._entered: list[int] = []  # slots
 
@@ -58,8 +58,7 @@ class Slots:
             torch.tensor(tokens + [0] * padding),
             torch.tensor(positions + [0] * padding),
             tuple(prompts),
-            len(self.running),
-            1 + max(positions[: len(self.running)], default=0),
+            tuple(position + 1 for position in positions[: len(self.running)]),
         )
 
     def _admit(self) -> None:

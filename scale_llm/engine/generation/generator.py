@@ -8,8 +8,8 @@ from scale_llm.engine.engine import Engine
 from scale_llm.engine.generation.batching import Slots
 from scale_llm.engine.generation.noise import token_keys
 from scale_llm.engine.generation.passes import Passes
-from scale_llm.engine.generation.sampling import Sampler
 from scale_llm.engine.generation.samples import Completion, Decode, Sample, SamplingParams, Stopping
+from scale_llm.engine.generation.sampling import Sampler
 
 PROMPT_TOKENS = 4096
 """Tokens of prompts that enter in one forward pass: bounds its memory."""
@@ -99,8 +99,8 @@ class Generator:
                 problems.append(f"prompt {number} is empty: begin it with a token at least")
             elif len(prompt) > room:
                 problems.append(
-                    f"prompt {number} has {len(prompt)} tokens, and with max_new_tokens={params.max_new_tokens} more than "
-                    f"max_seq_length={self._longest}: give at most {max(room, 0)}, or raise max_seq_length"
+                    f"prompt {number} has {len(prompt)} tokens, and with max_new_tokens={params.max_new_tokens} more "
+                    f"than max_seq_length={self._longest}: give at most {max(room, 0)}, or raise max_seq_length"
                 )
         if problems:
             raise UserError(problems)

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from scale_llm.engine.engine import Engine
 from scale_llm.engine.generation.batching import Plan
 from scale_llm.models.kv_cache import CachedTokens, KeyValueCache
+from scale_llm.parallel.fused import uncompiled
 
 
 class Passes:
@@ -41,14 +42,14 @@ class Passes:
         engine, device = self._engine, self._engine.device.device
         tokens, positions = plan.tokens.to(device), plan.positions.to(device)
         cached = CachedTokens(
-            cache=self._cache, positions=positions, sequences=plan.sequences, longest=plan.longest,
-            prompts=plan.prompts,
+            cache=self._cache, positions=positions, lengths=plan.lengths, prompts=plan.prompts
         )  # fmt: skip
         logits = None
         for module in engine.modules:  # one, or this rank's virtual stages in turn
             if not module.pre_process:
                 module.set_input_tensor(self._receive(tokens.numel()))
-            out = module(tokens[None], positions[None], None, packed_seq_params=cached)
+            with uncompiled():  # calling a compiled pass takes longer than a few tokens' pass itself
+                out = module(tokens[None], positions[None], None, packed_seq_params=cached)
             if module.post_process:
                 logits = out
             else:
