@@ -5,7 +5,8 @@ A loss is `(model_output, batch) -> (loss_sum, count, metrics)`; the engine divi
 micro-batches and data- and context-parallel ranks.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -183,6 +184,22 @@ class Engine:
             chunk.disable_forward_pre_hook(param_sync=True)
             chunk.enable_forward_pre_hook()
 
+    @contextmanager
+    def whole_parameters(self) -> Iterator[None]:
+        """For passes of the modules themselves that the ranks of other replicas do not join: weights are whole, dropout
+        is off, and no forward pass gathers anything over data-parallel ranks. Begins with a collective."""
+        if self._gathers_late:
+            for chunk in self.chunks:
+                chunk.disable_forward_pre_hook(param_sync=True)
+        for chunk in self.chunks:
+            chunk.eval()
+        try:
+            yield
+        finally:
+            if self._gathers_late:
+                for chunk in self.chunks:
+                    chunk.enable_forward_pre_hook()
+
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch], loss_fn: Loss) -> dict[str, tuple[float, float]]:
         """Metric sums and counts over this rank's micro-batches and all ranks; nothing of the engine changes."""
@@ -205,7 +222,12 @@ class Engine:
         """What the length of a row must be divisible by on this layout."""
         sizes = self.mesh.sizes
         context = 2 * sizes.cp if sizes.cp > 1 else 1
-        return context * (sizes.tp if self.config.sequence_parallel else 1)
+        return context * self.row_multiple
+
+    @property
+    def row_multiple(self) -> int:
+        """The same where context-parallel ranks all have the whole row."""
+        return self.mesh.sizes.tp if self.config.sequence_parallel else 1
 
     def _run(self, batches: list[Batch], loss_fn: Loss, *, forward_only: bool, mean: bool = True):
         self._counts.clear()

@@ -3,7 +3,9 @@
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 
@@ -16,6 +18,7 @@ from scale_llm.models.adapters.names import is_adapter
 from scale_llm.models.adapters.prompt import VirtualTokens
 from scale_llm.models.heads import ScalarHead
 from scale_llm.models.init import initialise
+from scale_llm.models.kv_cache import CachedTokens
 from scale_llm.models.neftune import add_noise
 from scale_llm.models.rope_scaling import stretched
 from scale_llm.models.spec import block_spec, choose_backend
@@ -64,6 +67,11 @@ class GPT(GPTModel):
         tp = self.pg_collection.tp
         return lengths.chunk(tp.size())[tp.rank()] if self.config.sequence_parallel else lengths
 
+    @property
+    def is_language_model(self) -> bool:
+        """Whether it answers with logits."""
+        return not self._scores
+
     def freeze(self) -> None:
         """Leaves adapters alone to be trained."""
         for name, parameter in self.named_parameters():
@@ -86,14 +94,26 @@ class GPT(GPTModel):
                     tensor.key, tensor.allow_shape_mismatch = f"{prefix}score.{name}", False
         return state
 
-    def _postprocess(self, hidden_states, *args, labels=None, runtime_gather_output=None, **kwargs):
+    def _postprocess(
+        self, hidden_states, *args, labels=None, runtime_gather_output=None, packed_seq_params=None, **kwargs
+    ):
         if not self.post_process:
             return hidden_states
         if self._scores:
             return self.output_layer(hidden_states)
+        if isinstance(packed_seq_params, CachedTokens):
+            return self._latest_logits(hidden_states, packed_seq_params.sequences)
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         logits, _ = self.output_layer(hidden_states, weight=weight, runtime_gather_output=runtime_gather_output)
         return logits
+
+    def _latest_logits(self, hidden_states: torch.Tensor, count: int) -> torch.Tensor:
+        """Logits [count, v/tp] of the first tokens of a row [t or t/tp, 1, h]: others' are not asked for."""
+        if self.config.sequence_parallel:
+            hidden_states = gather_from_sequence_parallel_region(hidden_states, group=self.pg_collection.tp)
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        return F.linear(hidden_states[:count, 0], weight)
 
     def tie_embeddings_and_output_weights_state_dict(
         self, sharded_state_dict, output_layer_weight_key, first_stage_word_emb_key, metadata=None

@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from scale_llm.config.errors import UserError
 from scale_llm.config.model import Backend
+from scale_llm.models.cached_attention import CachedSelfAttention
 from scale_llm.models.torch_layers import (
     Activation,
     TorchAttention,
@@ -44,9 +45,12 @@ def block_spec(
 ):  # fmt: skip
     """Spec of the transformer block of one pipeline stage (and virtual stage). adapters: changes a layer's spec."""
     if backend is Backend.transformer_engine:
-        return get_gpt_decoder_block_spec(
+        block = get_gpt_decoder_block_spec(
             config, use_transformer_engine=True, normalization=config.normalization, vp_stage=vp_stage, pp_rank=pp_rank
         )
+        for layer in block.layer_specs:
+            layer.submodules.self_attention.module = CachedSelfAttention
+        return block
     layer = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts,
         moe_grouped_gemm=False,
@@ -54,6 +58,7 @@ def block_spec(
         normalization=config.normalization,
     )
     if backend is Backend.local:
+        layer.submodules.self_attention.module = CachedSelfAttention
         from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
         norm = WrappedTorchNorm

@@ -8,10 +8,11 @@ import math
 
 import torch
 import torch.nn.functional as F
-from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 
-from scale_llm.models.ops import attention, rms_norm, rotary, rotary_tables, split_rotary, swiglu, to_batches, to_row
+from scale_llm.models.cached_attention import CachedSelfAttention
+from scale_llm.models.kv_cache import CachedTokens
+from scale_llm.models.ops import attention, rms_norm, rotary_tables, swiglu, to_batches, to_row
 from scale_llm.models.packing import PackedSequences
 from scale_llm.parallel.context import gather_sequence, sequence_chunks
 
@@ -47,7 +48,7 @@ class Activation:
         return self.function(x)
 
 
-class TorchSelfAttention(SelfAttention):
+class TorchSelfAttention(CachedSelfAttention):
     """megatron-core's self-attention, whose training pass splits, turns and attends without copies between.
 
     Parameters and their names are megatron-core's; so is the pass with an inference context.
@@ -67,6 +68,8 @@ class TorchSelfAttention(SelfAttention):
         """hidden_states [s/c, b, h], mask [b, 1, s/c, s] True where hidden, rotary angles [s/c, 1, 1, rot]
         -> (output [s/c, b, h], bias or None)."""
         packed = kwargs.get("packed_seq_params")
+        if isinstance(packed, CachedTokens):
+            return self.cached(hidden_states, rotary_pos_emb, packed)
         if inference_context is not None:
             return super().forward(
                 hidden_states, attention_mask, key_value_states, inference_context, rotary_pos_emb, **kwargs
@@ -84,14 +87,7 @@ class TorchSelfAttention(SelfAttention):
 
     def _context(self, mixed, tables, attention_mask, packed: PackedSequences | None = None):
         """Queries, keys and values [s/c, b, g * (r + 2) * d] -> what they attend to [s/c, b, n*d]."""
-        groups, size = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
-        if self.q_layernorm is None and self.k_layernorm is None:
-            query, key, value = split_rotary(mixed, tables, groups=groups, head_size=size)
-        else:
-            query, key, value = split_rotary(mixed, None, groups=groups, head_size=size)
-            query, key = self.q_layernorm(query.flatten(2, 3)), self.k_layernorm(key)
-            if tables is not None:
-                query, key = rotary(query, tables), rotary(key, tables)
+        query, key, value = self.heads(mixed, tables)
         attend = self._checkpointed_attention_forward if self._recomputes() else self.core_attention
         return attend(query, key, value, attention_mask, attn_mask_type=self.attn_mask_type, packed_seq_params=packed)
 

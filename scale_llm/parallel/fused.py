@@ -6,7 +6,8 @@ Only small functions of tensors are compiled, never a model: what runs is then t
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,6 +26,17 @@ def use_compiler(on: bool, *, any_size: bool = False) -> None:
     """
     global _on, _any_size
     _on, _any_size = on, any_size
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Fused functions run as plain torch while it lasts."""
+    global _on
+    before, _on = _on, False
+    try:
+        yield
+    finally:
+        _on = before
 
 
 def compiling() -> bool:

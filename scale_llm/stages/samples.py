@@ -12,7 +12,7 @@ from scale_llm.config.stage import SftConfig
 from scale_llm.data.sequence_loader import TokenSequences
 from scale_llm.data.tokenizer import Tokenizer
 from scale_llm.engine.engine import Engine
-from scale_llm.engine.generation import greedy
+from scale_llm.engine.generation import Generator, SamplingParams
 from scale_llm.stages.context import RunContext
 
 FILE = "samples.jsonl"
@@ -55,9 +55,12 @@ class Samples:
         return self._written(self._answers(engine)) if self._prompts else {}
 
     def _answers(self, engine: Engine) -> list[str]:
-        stop = stop_tokens(self._tokenizer, self._references)
-        found = greedy(engine, self._prompts, max_new_tokens=self._longest, stop=stop)
-        return [self._text(tokens) for tokens in found]
+        stop = frozenset(stop_tokens(self._tokenizer, self._references))
+        params = SamplingParams(temperature=0.0, max_new_tokens=self._longest, stop=stop)
+        longest = max(map(len, self._prompts)) + self._longest
+        generator = Generator(engine, max_batch_size=len(self._prompts), max_seq_length=longest)
+        found = generator.generate(self._prompts, params, [0] * len(self._prompts))
+        return [self._text(completion.tokens) for completion in found]
 
     def _text(self, tokens: list[int]) -> str:
         return self._tokenizer.decode([token for token in tokens if token < self._tokenizer.vocab_size])

@@ -16,7 +16,7 @@ _TOOLS = Path(__file__).resolve().parents[1]
 class Contestant:
     """build: "module:function" of a builder of steps, called with `arguments` in a new process.
 
-    steps: steps of one round. seconds: of each round, for one step.
+    steps: steps of one round. seconds: of each round, for one step. done: what a step returned, in each round.
     """
 
     name: str
@@ -25,10 +25,16 @@ class Contestant:
     environment: dict[str, str] = field(default_factory=dict)
     steps: int = 1
     seconds: list[float] = field(default_factory=list)
+    done: list[float] = field(default_factory=list)
 
     @property
     def median_seconds(self) -> float:
         return median(self.seconds)
+
+    @property
+    def median_rate(self) -> float:
+        """Done in a second."""
+        return median(done / seconds for done, seconds in zip(self.done, self.seconds, strict=True))
 
 
 class _Process:
@@ -52,7 +58,9 @@ class _Process:
     def round(self) -> None:
         self._process.stdin.write(f"{self.contestant.steps}\n")
         self._process.stdin.flush()
-        self.contestant.seconds.append(self._read()["seconds"] / self.contestant.steps)
+        answer = self._read()
+        self.contestant.seconds.append(answer["seconds"] / self.contestant.steps)
+        self.contestant.done.append(answer["done"] / self.contestant.steps)
 
     def _read(self) -> dict:
         line = self._process.stdout.readline()

@@ -3,8 +3,9 @@
 python -m benchmarks.worker MODULE:FUNCTION JSON_ARGUMENTS
 
 The function builds the contestant and returns a step without arguments. After the warm-up the process writes
-{"ready": true}; for each line with a number it runs that many steps and writes {"seconds": for all of them}. Anything
-that a library prints goes to the error stream.
+{"ready": true}; for each line with a number it runs that many steps and writes {"seconds": for all of them, "done": the
+sum of what they returned, where they return how much they have done}. Anything that a library prints goes to the error
+stream.
 """
 
 import importlib
@@ -27,9 +28,12 @@ def main() -> None:
     print(json.dumps({"ready": True}), file=answers)
     for line in sys.stdin:
         start = time.perf_counter()
+        done = 0
         for _ in range(int(line)):
-            step()
-        print(json.dumps({"seconds": time.perf_counter() - start}), file=answers)
+            result = step()
+            done += result if isinstance(result, int) else 0
+        seconds = time.perf_counter() - start
+        print(json.dumps({"seconds": seconds, "done": done}), file=answers)
 
 
 if __name__ == "__main__":

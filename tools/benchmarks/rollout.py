@@ -1,0 +1,54 @@
+"""New tokens per second, against transformers' generate on the same weights, at most 32 samples at once."""
+
+import argparse
+import importlib.util
+import tempfile
+from pathlib import Path
+
+from benchmarks.alternate import Contestant, alternate
+from benchmarks.rollout_contestants import BATCH, WORKLOADS, prepare
+from benchmarks.rows import Row, faster
+from scale_llm.config.machine import detect
+
+HELP = "new tokens per second of sampling, against transformers' generate"
+EXAMPLES = """examples:
+  python tools/benchmark.py rollout --out rollout.json
+  python tools/benchmark.py rollout --out rollout.json --precision bf16 --threads 1
+"""
+_BUILDERS = "benchmarks.rollout_contestants"
+_NAMES = {
+    "stop": "samples end at a stop token",
+    "length": f"one batch of {BATCH}, all samples equally long",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--precision", choices=["bf16", "fp32", "both"], default="both")
+    parser.add_argument("--threads", type=int, default=2, help="threads of every contestant (default: 2)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of the alternation (default: 5; medians of them)")
+
+
+def run(arguments: argparse.Namespace) -> list[Row]:
+    """All rows. Each precision and workload is one alternation of two contestants."""
+    if importlib.util.find_spec("transformers") is None:
+        raise SystemExit("transformers is not installed: pip install -c constraints.txt transformers")
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as directory:
+        prepare(Path(directory))
+        for precision in ["bf16", "fp32"] if arguments.precision == "both" else [arguments.precision]:
+            for workload in WORKLOADS:
+                contestants = _contestants(directory, precision, workload)
+                alternate(contestants, rounds=max(5, arguments.rounds), threads=arguments.threads)
+                ours, peer = (contestant.median_rate for contestant in contestants)
+                measure = f"{precision}, {_NAMES[workload]}"
+                rows.append(faster(measure, ours, peer, "transformers generate, sdpa", "new tokens/s"))
+    return rows
+
+
+def _contestants(directory: str, precision: str, workload: str) -> list[Contestant]:
+    arguments = {"directory": directory, "precision": precision, "workload": workload}
+    compiled = bool(detect().compiler)
+    return [
+        Contestant(name="ours", build=f"{_BUILDERS}:ours", arguments={**arguments, "compiled": compiled}),
+        Contestant(name="transformers", build=f"{_BUILDERS}:transformers_generate", arguments=arguments),
+    ]
