@@ -12,7 +12,8 @@ from scale_llm.config.stage import SftConfig
 from scale_llm.data.sequence_loader import TokenSequences
 from scale_llm.data.tokenizer import Tokenizer
 from scale_llm.engine.engine import Engine
-from scale_llm.engine.generation import Generator, SamplingParams
+from scale_llm.engine.generation.generator import Generator
+from scale_llm.engine.generation.samples import SamplingParams
 from scale_llm.stages.context import RunContext
 
 FILE = "samples.jsonl"

@@ -9,8 +9,9 @@ import torch.distributed as dist
 from scale_llm.config.errors import UserError
 from scale_llm.config.model import Backend
 from scale_llm.engine.engine import Engine
-from scale_llm.engine.generation import Completion, Generator, SamplingParams
+from scale_llm.engine.generation.generator import Generator
 from scale_llm.engine.generation.noise import token_keys
+from scale_llm.engine.generation.samples import Completion, SamplingParams
 from scale_llm.engine.generation.sampling import Sampler
 from scale_llm.losses.log_probabilities import vocab_parallel_log_probs
 from scale_llm.parallel.device import start

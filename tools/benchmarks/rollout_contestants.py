@@ -53,7 +53,8 @@ def ours(directory: str, precision: str, workload: str, compiled: bool):
     from scale_llm.checkpoint.huggingface.source import read_json
     from scale_llm.engine import state
     from scale_llm.engine.engine import Engine
-    from scale_llm.engine.generation import Generator, SamplingParams
+    from scale_llm.engine.generation.generator import Generator
+    from scale_llm.engine.generation.samples import SamplingParams
     from scale_llm.models.huggingface import read_model
     from scale_llm.parallel.mesh import MeshSizes, build_mesh
 
