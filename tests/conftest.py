@@ -7,6 +7,10 @@ import pytest
 from support.ranks import Ranks
 from support.runs import Runs
 
+from scale_llm.parallel import cpu
+
+cpu.adapt()  # before any test imports megatron-core, as on a rank
+
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Ranks]:
