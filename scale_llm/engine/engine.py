@@ -20,6 +20,7 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from scale_llm.config.model import Backend
 from scale_llm.config.peft import LOW_RANK, BaseQuantization, PeftMethod
 from scale_llm.config.run import RunConfig
+from scale_llm.engine.counted import COUNTED, only_counted
 from scale_llm.engine.moe import load_balancing_losses
 from scale_llm.engine.optimizer import build_optimizer, build_scheduler
 from scale_llm.engine.update import update
@@ -241,7 +242,7 @@ class Engine:
             batch = self._place(next(iterator))
             output = model(
                 batch["tokens"], batch["position_ids"], batch.get("attention_mask"),
-                packed_seq_params=self._packed(batch),
+                packed_seq_params=self._packed(batch), loss_mask=batch.get(COUNTED),
             )  # fmt: skip
             return output, lambda out, **_: fn(out, batch)
 
@@ -262,13 +263,18 @@ class Engine:
         )
 
     def _place(self, batch: Batch) -> Batch:
-        """The batch on this rank's device, cut to its part of the sequence. Boundaries of packed sequences stay."""
+        """The batch on this rank's device, cut to its part of the sequence, what the loss needs to the places that
+        count. Boundaries of packed sequences stay."""
         group = self.mesh.groups.cp
-        return {
-            key: shard_sequence(value, _SEQUENCE_DIM[key], group).to(self.device.device, non_blocking=True)
-            if key in _SEQUENCE_DIM
-            else value
+        cut = {
+            key: shard_sequence(value, _SEQUENCE_DIM[key], group) if key in _SEQUENCE_DIM else value
             for key, value in batch.items()
+        }
+        if self.modules[-1].is_language_model and not self.config.sequence_parallel:
+            cut = only_counted(cut)
+        return {
+            key: value.to(self.device.device, non_blocking=True) if key in _SEQUENCE_DIM or key == COUNTED else value
+            for key, value in cut.items()
         }
 
     def _packed(self, batch: Batch) -> PackedSequences | None:

@@ -95,14 +95,19 @@ class GPT(GPTModel):
         return state
 
     def _postprocess(
-        self, hidden_states, *args, labels=None, runtime_gather_output=None, packed_seq_params=None, **kwargs
-    ):
+        self, hidden_states, *args, labels=None, runtime_gather_output=None, packed_seq_params=None, loss_mask=None,
+        **kwargs,
+    ):  # fmt: skip
+        """loss_mask: int64 [m], the places in the order of [s, b] whose logits are asked for, [m, 1, v/tp]; None: all,
+        [s, b, v/tp]. Not with sequence parallelism, where a rank has a part of them."""
         if not self.post_process:
             return hidden_states
         if self._scores:
             return self.output_layer(hidden_states)
         if isinstance(packed_seq_params, CachedTokens):
             return self._latest_logits(hidden_states, packed_seq_params.sequences)
+        if loss_mask is not None:
+            hidden_states = hidden_states.flatten(0, 1).index_select(0, loss_mask)[:, None]
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
         logits, _ = self.output_layer(hidden_states, weight=weight, runtime_gather_output=runtime_gather_output)
         return logits

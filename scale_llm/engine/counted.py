@@ -1,0 +1,33 @@
+"""Logits only where the loss counts: a prompt needs none, and the matrix of the vocabulary is a large part of a step.
+
+Shapes: b rows, s places of this rank, m places that are kept.
+"""
+
+import torch
+
+COUNTED = "counted"
+"""Key of a batch: int64 [m], places in the order of [s, b] whose logits the model makes."""
+
+UNIT = 64
+"""m is a multiple of this, so that few shapes are seen."""
+WORTH = 0.9
+"""Share of places that count from which on all of them are computed."""
+
+_OF_THE_LOSS = ("labels", "loss_mask", "segments")
+
+
+def only_counted(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The batch with its COUNTED places, and what the loss reads [b, s] cut to them as one row, [1, m].
+
+    On the host, as the loader made it: on a GPU the number of places would have to be waited for. Places that do not
+    count fill up the last unit; their mask is 0. Batches without a mask, and those that mostly count, stay as they are.
+    """
+    if "loss_mask" not in batch or "labels" not in batch:
+        return batch
+    counts = batch["loss_mask"].t().flatten() != 0
+    wanted = max(-(-int(counts.sum()) // UNIT), 1) * UNIT
+    if wanted > WORTH * counts.numel():
+        return batch
+    places = torch.cat([counts.nonzero()[:, 0], (~counts).nonzero()[:, 0][: wanted - int(counts.sum())]])
+    kept = {key: batch[key].t().flatten()[places][None] for key in _OF_THE_LOSS if key in batch}
+    return {**batch, **kept, COUNTED: places}
