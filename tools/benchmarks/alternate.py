@@ -16,7 +16,8 @@ _TOOLS = Path(__file__).resolve().parents[1]
 class Contestant:
     """build: "module:function" of a builder of steps, called with `arguments` in a new process.
 
-    steps: steps of one round. seconds: of each round, for one step.
+    steps: steps of one round. seconds: of each round, for one step. losses: of the steps before the first round, if
+    they return any. peak_gib: the most memory that its process has held.
     """
 
     name: str
@@ -25,6 +26,8 @@ class Contestant:
     environment: dict[str, str] = field(default_factory=dict)
     steps: int = 1
     seconds: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    peak_gib: float = 0.0
 
     @property
     def median_seconds(self) -> float:
@@ -47,12 +50,14 @@ class _Process:
             env={**os.environ, **environment},
             text=True,
         )
-        self._read()
+        contestant.losses = self._read()["losses"]
 
     def round(self) -> None:
         self._process.stdin.write(f"{self.contestant.steps}\n")
         self._process.stdin.flush()
-        self.contestant.seconds.append(self._read()["seconds"] / self.contestant.steps)
+        found = self._read()
+        self.contestant.seconds.append(found["seconds"] / self.contestant.steps)
+        self.contestant.peak_gib = found["peak_gib"]
 
     def _read(self) -> dict:
         line = self._process.stdout.readline()
@@ -72,7 +77,8 @@ class _Process:
 
 
 def alternate(contestants: list[Contestant], *, rounds: int, threads: int, say=print) -> None:
-    """Starts all, then lets each run its steps once a round. Fills `seconds` of every contestant."""
+    """Starts all, then lets each run its steps once a round. Fills `seconds`, `losses` and `peak_gib` of
+    every contestant."""
     processes: list[_Process] = []
     try:
         for contestant in contestants:

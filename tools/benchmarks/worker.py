@@ -2,9 +2,10 @@
 
 python -m benchmarks.worker MODULE:FUNCTION JSON_ARGUMENTS
 
-The function builds the contestant and returns a step without arguments. After the warm-up the process writes
-{"ready": true}; for each line with a number it runs that many steps and writes {"seconds": for all of them}. Anything
-that a library prints goes to the error stream.
+The function builds the contestant and returns a step without arguments, which may return its loss. After the warm-up
+the process writes {"losses": of these steps}; for each line with a number it runs that many steps and writes
+{"seconds": for all of them, "peak_gib": the most memory so far}. Anything that a library prints goes to the error
+stream.
 """
 
 import importlib
@@ -12,6 +13,8 @@ import json
 import os
 import sys
 import time
+
+from benchmarks.common import peak_gib
 
 WARM_UP_STEPS = 3
 
@@ -22,14 +25,15 @@ def main() -> None:
     name, arguments = sys.argv[1], json.loads(sys.argv[2])
     module, function = name.split(":")
     step = getattr(importlib.import_module(module), function)(**arguments)
-    for _ in range(WARM_UP_STEPS):
-        step()
-    print(json.dumps({"ready": True}), file=answers)
+    results = [step() for _ in range(WARM_UP_STEPS)]
+    print(json.dumps({"losses": [loss for loss in results if isinstance(loss, float)]}), file=answers)
+    del results
     for line in sys.stdin:
         start = time.perf_counter()
         for _ in range(int(line)):
             step()
-        print(json.dumps({"seconds": time.perf_counter() - start}), file=answers)
+        seconds = time.perf_counter() - start
+        print(json.dumps({"seconds": seconds, "peak_gib": peak_gib()}), file=answers)
 
 
 if __name__ == "__main__":
