@@ -16,7 +16,7 @@ _TOOLS = Path(__file__).resolve().parents[1]
 class Contestant:
     """build: "module:function" of a builder of steps, called with `arguments` in a new process.
 
-    steps: steps of one round. seconds: of each round, for one step. losses: of the steps before the first round, if
+    steps: steps of one round. seconds: of each round, for one step. facts: of the steps before the first round, if
     they return any. peak_gib: the most memory that its process has held.
     """
 
@@ -26,7 +26,7 @@ class Contestant:
     environment: dict[str, str] = field(default_factory=dict)
     steps: int = 1
     seconds: list[float] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
+    facts: list[dict[str, float]] = field(default_factory=list)
     peak_gib: float = 0.0
 
     @property
@@ -50,7 +50,7 @@ class _Process:
             env={**os.environ, **environment},
             text=True,
         )
-        contestant.losses = self._read()["losses"]
+        contestant.facts = self._read()["facts"]
 
     def round(self) -> None:
         self._process.stdin.write(f"{self.contestant.steps}\n")
@@ -77,7 +77,7 @@ class _Process:
 
 
 def alternate(contestants: list[Contestant], *, rounds: int, threads: int, say=print) -> None:
-    """Starts all, then lets each run its steps once a round. Fills `seconds`, `losses` and `peak_gib` of
+    """Starts all, then lets each run its steps once a round. Fills `seconds`, `facts` and `peak_gib` of
     every contestant."""
     processes: list[_Process] = []
     try:

@@ -63,13 +63,14 @@ def adamw(weights: list, learning_rate: float = LEARNING_RATE):
     )  # fmt: skip
 
 
-def update(optimizer, weights: list) -> None:
-    """Clips the gradients, applies them, lets them go."""
+def update(optimizer, weights: list) -> float:
+    """Clips the gradients, applies them, lets them go; returns their norm before."""
     import torch
 
-    torch.nn.utils.clip_grad_norm_(weights, CLIP)
+    norm = torch.nn.utils.clip_grad_norm_(weights, CLIP)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    return float(norm)
 
 
 def padded(examples: list):

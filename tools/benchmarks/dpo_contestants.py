@@ -1,9 +1,9 @@
 """Steps of direct preference optimisation on the same pairs: ours with the reference cached or beside the policy;
 transformers' Llama in a plain loop that computes what TRL's DPOTrainer does, likewise.
 
-Every builder returns a step: forward and backward over PAIRS pairs in micro-batches, clipping, AdamW; it returns the
-loss. All begin from the same weights. Steps go round over SETS sets of pairs, the first of which comes twice at the
-start, so that the second loss says what the first update did.
+Every builder returns a step: forward and backward over PAIRS pairs in micro-batches, clipping, AdamW; it returns its loss
+and gradient norm. All begin from the same weights. Steps go round over SETS sets of pairs, the first of which comes twice
+at the start, so that the second loss says what the first update did.
 """
 
 import itertools
@@ -32,7 +32,8 @@ def prepare(directory: Path) -> dict:
     from scale_llm.stages.sequences import stream_of
 
     torch.manual_seed(1234)
-    LlamaForCausalLM(llama_config(LONGEST)).save_pretrained(directory / "model")
+    # In BF16, so that every contestant begins from the same numbers whatever it computes in
+    LlamaForCausalLM(llama_config(LONGEST)).bfloat16().save_pretrained(directory / "model")
     _write_pairs(directory)
     preferences = load_preferences(directory)
     units = Units(preferences.sequences.lengths, preferences.groups, _train_units(len(preferences)), ends=True)
@@ -117,7 +118,12 @@ def ours(directory: str, precision: str, reference: str, compiled: bool):
     stage = dpo(run)
     load_weights(run, stage.engine, Path(directory) / "model")
     turns = _turns()
-    return lambda: stage.step(next(turns) * PAIRS, PAIRS).metrics["dpo loss"]
+
+    def step() -> dict[str, float]:
+        result = stage.step(next(turns) * PAIRS, PAIRS)
+        return {"loss": result.metrics["dpo loss"], "grad_norm": float(result.grad_norm)}
+
+    return step
 
 
 def transformers_pairs(directory: str, precision: str, live: bool):
@@ -159,7 +165,7 @@ def transformers_pairs(directory: str, precision: str, live: bool):
     weights = list(policy.parameters())
     optimizer, turns = adamw(weights, LEARNING_RATE), _turns()
 
-    def step() -> float:
+    def step() -> dict[str, float]:
         turn, total = next(turns), 0.0
         for place, batch in enumerate(sets[turn]):
             ratios = log_probs(policy, batch) - (judged(batch) if kept is None else kept[turn][place])
@@ -167,8 +173,7 @@ def transformers_pairs(directory: str, precision: str, live: bool):
             loss = -torch.nn.functional.logsigmoid(BETA * (chosen - rejected)).sum() / PAIRS
             loss.backward()
             total += loss.item()
-        update(optimizer, weights)
-        return total
+        return {"loss": total, "grad_norm": update(optimizer, weights)}
 
     return step
 

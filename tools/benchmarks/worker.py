@@ -2,9 +2,9 @@
 
 python -m benchmarks.worker MODULE:FUNCTION JSON_ARGUMENTS
 
-The function builds the contestant and returns a step without arguments, which may return its loss. After the warm-up
-the process writes {"losses": of these steps}; for each line with a number it runs that many steps and writes
-{"seconds": for all of them, "peak_gib": the most memory so far}. Anything that a library prints goes to the error
+The function builds the contestant and returns a step without arguments, which may return facts, a dict of numbers. After
+the warm-up the process writes {"facts": of each of these steps}; for each line with a number it runs that many steps and
+writes {"seconds": for all of them, "peak_gib": the most memory so far}. Anything that a library prints goes to the error
 stream.
 """
 
@@ -26,7 +26,7 @@ def main() -> None:
     module, function = name.split(":")
     step = getattr(importlib.import_module(module), function)(**arguments)
     results = [step() for _ in range(WARM_UP_STEPS)]
-    print(json.dumps({"losses": [loss for loss in results if isinstance(loss, float)]}), file=answers)
+    print(json.dumps({"facts": [facts for facts in results if isinstance(facts, dict)]}), file=answers)
     del results
     for line in sys.stdin:
         start = time.perf_counter()
