@@ -1,9 +1,9 @@
 """Steps of direct preference optimisation on the same pairs: ours with the reference cached or beside the policy;
 transformers' Llama in a plain loop that computes what TRL's DPOTrainer does, likewise.
 
-Every builder returns a step: forward and backward over PAIRS pairs in micro-batches, clipping, AdamW; it returns its loss
-and gradient norm. All begin from the same weights. Steps go round over SETS sets of pairs, the first of which comes twice
-at the start, so that the second loss says what the first update did.
+Every builder returns a step: forward and backward over PAIRS pairs in micro-batches, clipping, AdamW; it returns its
+loss and gradient norm. All begin from the same weights. Steps go round over SETS sets of pairs, the first of which
+comes twice at the start, so that the second loss says what the first update did.
 """
 
 import itertools

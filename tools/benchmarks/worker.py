@@ -2,10 +2,10 @@
 
 python -m benchmarks.worker MODULE:FUNCTION JSON_ARGUMENTS
 
-The function builds the contestant and returns a step without arguments, which may return facts, a dict of numbers. After
-the warm-up the process writes {"facts": of each of these steps}; for each line with a number it runs that many steps and
-writes {"seconds": for all of them, "peak_gib": the most memory so far}. Anything that a library prints goes to the error
-stream.
+The function builds the contestant and returns a step without arguments, which may return facts, a dict of numbers.
+After the warm-up the process writes {"facts": of each of these steps}; for each line with a number it runs that many
+steps and writes {"seconds": for all of them, "peak_gib": the most memory so far}. Anything that a library prints goes
+to the error stream.
 """
 
 import importlib
