@@ -16,7 +16,8 @@ _TOOLS = Path(__file__).resolve().parents[1]
 class Contestant:
     """build: "module:function" of a builder of steps, called with `arguments` in a new process.
 
-    steps: steps of one round. seconds: of each round, for one step. done: what a step returned, in each round.
+    steps: steps of one round. seconds: of each round, for one step. done: what a step returned, in each round. facts:
+    of the steps before the first round, if they return any. peak_gib: the most memory that its process has held.
     """
 
     name: str
@@ -26,6 +27,8 @@ class Contestant:
     steps: int = 1
     seconds: list[float] = field(default_factory=list)
     done: list[float] = field(default_factory=list)
+    facts: list[dict[str, float]] = field(default_factory=list)
+    peak_gib: float = 0.0
 
     @property
     def median_seconds(self) -> float:
@@ -53,14 +56,15 @@ class _Process:
             env={**os.environ, **environment},
             text=True,
         )
-        self._read()
+        contestant.facts = self._read()["facts"]
 
     def round(self) -> None:
         self._process.stdin.write(f"{self.contestant.steps}\n")
         self._process.stdin.flush()
-        answer = self._read()
-        self.contestant.seconds.append(answer["seconds"] / self.contestant.steps)
-        self.contestant.done.append(answer["done"] / self.contestant.steps)
+        found = self._read()
+        self.contestant.seconds.append(found["seconds"] / self.contestant.steps)
+        self.contestant.done.append(found["done"] / self.contestant.steps)
+        self.contestant.peak_gib = found["peak_gib"]
 
     def _read(self) -> dict:
         line = self._process.stdout.readline()
@@ -80,7 +84,8 @@ class _Process:
 
 
 def alternate(contestants: list[Contestant], *, rounds: int, threads: int, say=print) -> None:
-    """Starts all, then lets each run its steps once a round. Fills `seconds` of every contestant."""
+    """Starts all, then lets each run its steps once a round. Fills `seconds`, `facts` and `peak_gib` of
+    every contestant."""
     processes: list[_Process] = []
     try:
         for contestant in contestants:

@@ -25,7 +25,8 @@ def main() -> None:
 
 def measure(directory: str, threads: str) -> dict[str, float]:
     """Seconds of a step in the engine, and of everything between two of them."""
-    from benchmarks.train_contestants import BATCH, _alone
+    from benchmarks.common import alone
+    from benchmarks.train_contestants import BATCH
     from scale_llm.launch.runs import compose_run, open_run
 
     planned = compose_run(
@@ -36,7 +37,7 @@ def measure(directory: str, threads: str) -> dict[str, float]:
         ]
     )  # fmt: skip
     open_run(planned.cfg)
-    _alone()
+    alone()
     from scale_llm.stages.context import start_rank
     from scale_llm.stages.loop import train
     from scale_llm.stages.pretrain import Pretrain

@@ -8,7 +8,7 @@ answers with the number of new tokens, stop tokens included and padding not.
 import random
 from pathlib import Path
 
-from benchmarks.train_contestants import _alone, _threads
+from benchmarks.common import alone, threads
 
 LAYERS, HIDDEN, HEADS, GROUPS, FFN, VOCABULARY = 6, 320, 8, 4, 896, 8192
 BATCH, SHORTEST, LONGEST = 32, 16, 128
@@ -44,11 +44,11 @@ def prompts(count: int) -> list[list[int]]:
 
 def ours(directory: str, precision: str, workload: str, compiled: bool):
     """The engine's generator."""
-    _alone()
+    alone()
     from scale_llm.config.run import RunConfig
     from scale_llm.parallel import device as devices
 
-    device = devices.start("cpu", threads=_threads(), compile_ops=compiled, any_size=True)
+    device = devices.start("cpu", threads=threads(), compile_ops=compiled, any_size=True)
     from scale_llm.checkpoint.huggingface.loading import load_huggingface
     from scale_llm.checkpoint.huggingface.source import read_json
     from scale_llm.engine import state
@@ -82,7 +82,7 @@ def transformers_generate(directory: str, precision: str, workload: str):
     import torch
     from transformers import LlamaForCausalLM
 
-    _threads()
+    threads()
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     model = LlamaForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="sdpa").eval()
     work = WORKLOADS[workload]

@@ -8,17 +8,7 @@ import itertools
 import json
 from pathlib import Path
 
-from benchmarks.train_contestants import (
-    BETAS,
-    CLIP,
-    EPSILON,
-    LEARNING_RATE,
-    VOCABULARY,
-    WEIGHT_DECAY,
-    _alone,
-    _threads,
-    shape,
-)
+from benchmarks.common import VOCABULARY, adamw, alone, llama_config, padded, set_optimizer, shape, threads, update
 
 ROW, ROWS, STEP_ROWS, MICRO_BATCH, SETS = 1024, 2, 6, 8, 4
 """Tokens of a packed row, packed rows of a micro-batch and of a step, conversations of a padded micro-batch (the
@@ -94,12 +84,12 @@ class _Listed:
 
 def ours(directory: str, precision: str, batching: str, compiled: bool):
     """The engine and the loader as a run has them."""
-    _alone()
+    alone()
     from scale_llm.config.run import RunConfig
     from scale_llm.config.stage import Batching, SftConfig
     from scale_llm.parallel import device as devices
 
-    device = devices.start("cpu", threads=_threads(), compile_ops=compiled, any_size=True)
+    device = devices.start("cpu", threads=threads(), compile_ops=compiled, any_size=True)
     from functools import partial
 
     from scale_llm.engine.engine import Engine
@@ -110,9 +100,7 @@ def ours(directory: str, precision: str, batching: str, compiled: bool):
     cfg = RunConfig(run_dir="unused", model=shape())
     cfg.model.seq_length = ROW
     cfg.stage = SftConfig(batching=Batching(batching), max_tokens_per_micro_batch=ROWS * ROW)
-    optim = cfg.optim
-    optim.lr, optim.weight_decay, optim.clip_grad = LEARNING_RATE, WEIGHT_DECAY, CLIP
-    optim.adam_beta1, optim.adam_beta2, optim.adam_eps = *BETAS, EPSILON
+    set_optimizer(cfg)
     cfg.precision.bf16 = precision == "bf16"
     cfg.train.micro_batch_size = ROWS if batching == "packed" else MICRO_BATCH
     cfg.train.global_batch_size, cfg.train.train_iters = STEP_ROWS, 1000
@@ -139,17 +127,13 @@ def transformers_padded(directory: str, precision: str):
     import torch
     from transformers import LlamaForCausalLM
 
-    from benchmarks.train_contestants import llama_config
-
-    _threads()
+    threads()
     torch.manual_seed(1234)
     model = LlamaForCausalLM(llama_config(ROW))
     weights = list(model.parameters())
-    optimizer = torch.optim.AdamW(
-        weights, lr=LEARNING_RATE, betas=BETAS, eps=EPSILON, weight_decay=WEIGHT_DECAY, fused=True
-    )
+    optimizer = adamw(weights)
     steps = [[example for row in rows for example in row] for rows in _sets(directory)]
-    sets = [[_padded(some[i : i + MICRO_BATCH]) for i in range(0, len(some), MICRO_BATCH)] for some in steps]
+    sets = [[padded(some[i : i + MICRO_BATCH]) for i in range(0, len(some), MICRO_BATCH)] for some in steps]
     turns = itertools.cycle(sets)
 
     def step():
@@ -158,22 +142,6 @@ def transformers_padded(directory: str, precision: str):
         for tokens, mask, labels in batches:
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
                 model(input_ids=tokens, attention_mask=mask, labels=labels, num_items_in_batch=count).loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, CLIP)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        update(optimizer, weights)
 
     return step
-
-
-def _padded(examples: list):
-    """Tokens, attention mask and labels [b, s] as transformers takes them."""
-    import torch
-
-    width = max(len(example.tokens) for example in examples)
-    tokens, mask = torch.zeros(len(examples), width, dtype=torch.int64), torch.zeros(len(examples), width)
-    labels = torch.full((len(examples), width), -100)
-    for row, example in enumerate(examples):
-        ids, trained = torch.from_numpy(example.tokens), torch.from_numpy(example.trained)
-        tokens[row, : len(ids)], mask[row, : len(ids)] = ids, 1
-        labels[row, : len(ids)][trained] = ids[trained]
-    return tokens, mask, labels

@@ -3,22 +3,30 @@
 Every builder returns a step: forward, backward, clipping, AdamW on FP32 weights, on random tokens.
 """
 
-import os
+from benchmarks.common import (
+    BETAS,
+    CLIP,
+    EPSILON,
+    FFN,
+    GROUPS,
+    HEADS,
+    HIDDEN,
+    LAYERS,
+    LEARNING_RATE,
+    SEQUENCE,
+    VOCABULARY,
+    WEIGHT_DECAY,
+    adamw,
+    alone,
+    llama_config,
+    set_optimizer,
+    shape,
+    threads,
+    update,
+)
 
-LAYERS, HIDDEN, HEADS, GROUPS, FFN, VOCABULARY, SEQUENCE, BATCH = 8, 512, 8, 4, 1408, 8192, 512, 4
+BATCH = 4
 TOKENS = SEQUENCE * BATCH
-LEARNING_RATE, WEIGHT_DECAY, BETAS, EPSILON, CLIP = 3e-4, 0.1, (0.9, 0.95), 1e-8, 1.0
-
-
-def shape():
-    """The shape as a group of our configuration."""
-    from scale_llm.config.model import ModelConfig
-
-    return ModelConfig(
-        num_layers=LAYERS, hidden_size=HIDDEN, ffn_hidden_size=FFN, num_attention_heads=HEADS,
-        num_query_groups=GROUPS, kv_channels=HIDDEN // HEADS, seq_length=SEQUENCE, vocab_size=VOCABULARY,
-        untie_embeddings_and_output_weights=True,
-    )  # fmt: skip
 
 
 def _tokens(seed: int = 0):
@@ -29,27 +37,13 @@ def _tokens(seed: int = 0):
     return text[:, :-1].contiguous(), text[:, 1:].contiguous()
 
 
-def _threads() -> int:
-    import torch
-
-    threads = int(os.environ["OMP_NUM_THREADS"])
-    torch.set_num_threads(threads)
-    return threads
-
-
-def _alone() -> None:
-    """A job of one rank, for code that expects one."""
-    os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", str(20000 + os.getpid() % 20000))
-
-
 def ours(precision: str, compiled: bool = False):
     """The engine as a run builds it. compiled: model.compile_ops."""
-    _alone()
+    alone()
     from scale_llm.config.run import RunConfig
     from scale_llm.parallel import device as devices
 
-    device = devices.start("cpu", threads=_threads(), compile_ops=compiled)
+    device = devices.start("cpu", threads=threads(), compile_ops=compiled)
     import torch
 
     from scale_llm.engine.engine import Engine
@@ -57,9 +51,7 @@ def ours(precision: str, compiled: bool = False):
     from scale_llm.parallel.mesh import MeshSizes, build_mesh
 
     cfg = RunConfig(run_dir="unused", model=shape())
-    optim = cfg.optim
-    optim.lr, optim.weight_decay, optim.clip_grad = LEARNING_RATE, WEIGHT_DECAY, CLIP
-    optim.adam_beta1, optim.adam_beta2, optim.adam_eps = *BETAS, EPSILON
+    set_optimizer(cfg)
     cfg.precision.bf16 = precision == "bf16"
     cfg.train.micro_batch_size = cfg.train.global_batch_size = BATCH
     cfg.train.train_iters = 1000
@@ -83,13 +75,13 @@ def ours(precision: str, compiled: bool = False):
 def bare_megatron(precision: str):
     """megatron-core's GPTModel with its local spec, its data-parallel wrapper, optimizer and schedule; nothing of ours
     but what lets it run on a CPU."""
-    _alone()
+    alone()
     from scale_llm.parallel import cpu
 
     cpu.adapt()
     import torch
 
-    _threads()
+    threads()
     torch.distributed.init_process_group("gloo")
     from megatron.core import parallel_state
     from megatron.core.distributed import (
@@ -163,29 +155,16 @@ def _megatron_config(dtype):
     return config, TransformerBlockSubmodules(layer_specs=[layer] * LAYERS, layer_norm=WrappedTorchNorm)
 
 
-def llama_config(longest: int):
-    """The shape as transformers' configuration."""
-    from transformers import LlamaConfig
-
-    return LlamaConfig(
-        num_hidden_layers=LAYERS, hidden_size=HIDDEN, intermediate_size=FFN, num_attention_heads=HEADS,
-        num_key_value_heads=GROUPS, vocab_size=VOCABULARY, max_position_embeddings=longest,
-        tie_word_embeddings=False, attn_implementation="sdpa", use_cache=False,
-    )  # fmt: skip
-
-
 def transformers_llama(precision: str, compiled: bool = False):
     """LlamaForCausalLM as the Trainer runs it: FP32 weights, BF16 by autocast, sdpa, torch's fused AdamW, clipping."""
     import torch
     from transformers import LlamaForCausalLM
 
-    _threads()
+    threads()
     torch.manual_seed(1234)
     model = LlamaForCausalLM(llama_config(SEQUENCE))
     weights = list(model.parameters())
-    optimizer = torch.optim.AdamW(
-        weights, lr=LEARNING_RATE, betas=BETAS, eps=EPSILON, weight_decay=WEIGHT_DECAY, fused=True
-    )
+    optimizer = adamw(weights)
     tokens, labels = _tokens()
 
     def loss_of(tokens, labels):
@@ -198,9 +177,7 @@ def transformers_llama(precision: str, compiled: bool = False):
 
     def step():
         loss_of(tokens, labels).backward()
-        torch.nn.utils.clip_grad_norm_(weights, CLIP)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        update(optimizer, weights)
 
     return step
 
@@ -212,7 +189,7 @@ def matmul(precision: str):
     """One product of two square matrices: the rate that a perfect step would reach."""
     import torch
 
-    _threads()
+    threads()
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, b, out = (torch.randn(MATMUL_SIZE, MATMUL_SIZE).to(dtype) for _ in range(3))
     return lambda: torch.mm(a, b, out=out)

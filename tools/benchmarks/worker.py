@@ -2,10 +2,10 @@
 
 python -m benchmarks.worker MODULE:FUNCTION JSON_ARGUMENTS
 
-The function builds the contestant and returns a step without arguments. After the warm-up the process writes
-{"ready": true}; for each line with a number it runs that many steps and writes {"seconds": for all of them, "done": the
-sum of what they returned, where they return how much they have done}. Anything that a library prints goes to the error
-stream.
+The function builds the contestant and returns a step without arguments, which may return facts, a dict of numbers, or
+how much it has done, a whole number. After the warm-up the process writes {"facts": of each of these steps}; for each
+line with a number it runs that many steps and writes {"seconds": for all of them, "done": the sum of what they have
+done, "peak_gib": the most memory so far}. Anything that a library prints goes to the error stream.
 """
 
 import importlib
@@ -13,6 +13,8 @@ import json
 import os
 import sys
 import time
+
+from benchmarks.common import peak_gib
 
 WARM_UP_STEPS = 3
 
@@ -23,9 +25,9 @@ def main() -> None:
     name, arguments = sys.argv[1], json.loads(sys.argv[2])
     module, function = name.split(":")
     step = getattr(importlib.import_module(module), function)(**arguments)
-    for _ in range(WARM_UP_STEPS):
-        step()
-    print(json.dumps({"ready": True}), file=answers)
+    results = [step() for _ in range(WARM_UP_STEPS)]
+    print(json.dumps({"facts": [facts for facts in results if isinstance(facts, dict)]}), file=answers)
+    del results
     for line in sys.stdin:
         start = time.perf_counter()
         done = 0
@@ -33,7 +35,7 @@ def main() -> None:
             result = step()
             done += result if isinstance(result, int) else 0
         seconds = time.perf_counter() - start
-        print(json.dumps({"seconds": seconds, "done": done}), file=answers)
+        print(json.dumps({"seconds": seconds, "done": done, "peak_gib": peak_gib()}), file=answers)
 
 
 if __name__ == "__main__":
