@@ -5,7 +5,11 @@ a boundary and any position that goes on over one would show.
 """
 
 import pytest
+import torch
 from support.parity import CP2, EP2, GPT2, MOE, PP2, SP, TP2, UNTIED, VPP2, relative
+
+from scale_llm.engine import counted
+from scale_llm.engine.counted import COUNTED, only_counted
 
 STEP = "support.sequences:step"
 
@@ -50,8 +54,35 @@ def test_equals_one_by_one(ranks, way):
     alone = ranks(1, STEP, overrides={}, batching="padded")[0]
     assert len(alone["shapes"]) == 12, "each alone in its forward pass"
     world_size, overrides, batching, options = WAYS[way]
-    found = ranks(world_size, STEP, timeout_seconds=300, overrides=overrides, batching=batching, **options)
+    found = ranks(world_size, STEP, timeout_seconds=300, overrides=overrides, batching=batching, unit=8, **options)
     assert_same(found, alone)
+    places = sum(rows * tokens for rows, tokens in found[-1]["shapes"])
+    places //= overrides.get("parallel.context_parallel_size", 1)
+    if "parallel.sequence_parallel" in overrides:
+        assert found[-1]["logits"] == places
+    elif places > 8:  # about four tokens in ten count, of padding none; a rank may have one empty unit alone
+        assert 0 < found[-1]["logits"] < 0.75 * places
+
+
+def test_logits_are_made_for_the_places_that_count():
+    """Two rows of six places, of which five count: one unit of eight, filled up with places whose mask is 0, all in the
+    order of [s, b]. Where nearly all count, and without a mask, nothing is cut."""
+    mask = torch.tensor([[0.0, 2.0, 1.0, 0.0, 0.0, 1.0], [1.0, 0.0, 0.0, 1.0, 0.0, 0.0]])
+    batch = {"tokens": torch.arange(12).view(2, 6), "labels": torch.arange(12).view(2, 6), "loss_mask": mask}
+    counted.UNIT, before = 8, counted.UNIT
+    try:
+        cut = only_counted(batch)
+        places = cut[COUNTED]
+        assert places.shape == (8,) and places.unique().numel() == 8
+        assert places[:5].tolist() == [1, 2, 4, 7, 10]  # of [s, b]: (0, 1), (1, 0), (2, 0), (3, 1), (5, 0)
+        assert cut["labels"].tolist()[0][:5] == [6, 1, 2, 9, 5] and cut["loss_mask"].shape == (1, 8)
+        assert cut["loss_mask"][0].tolist() == [1.0, 2.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
+        assert cut["tokens"] is batch["tokens"]
+        assert only_counted({**batch, "loss_mask": torch.ones(2, 6)})["labels"] is batch["labels"]
+        assert COUNTED in only_counted({**batch, "loss_mask": torch.zeros(2, 6)}), "an empty row has a loss too"
+        assert COUNTED not in only_counted({"tokens": batch["tokens"], "labels": batch["labels"]})
+    finally:
+        counted.UNIT = before
 
 
 MODELS = {

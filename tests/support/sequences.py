@@ -11,6 +11,7 @@ import numpy as np
 from scale_llm.config.stage import Batching, SftConfig
 from scale_llm.data.sequence_stream import SingleStream
 from scale_llm.data.units import Units, single_units
+from scale_llm.engine import counted
 from scale_llm.stages.sequences import loader_of, stream_of
 from support.training import VOCAB_SIZE, config, make_engine
 from support.whole_model import whole_model
@@ -48,9 +49,12 @@ class Pieces:
         return self.pieces[index]
 
 
-def step(overrides: dict[str, Any], batching: str, micro_batch_size: int = 1, budget: int = 64) -> dict[str, Any]:
+def step(
+    overrides: dict[str, Any], batching: str, micro_batch_size: int = 1, budget: int = 64, unit: int = counted.UNIT
+) -> dict[str, Any]:
     """Loss of one step of SGD with learning rate 1 on all twelve, gradient norm and (on rank 0) gradient: what the
-    step has subtracted from each tensor."""
+    step has subtracted from each tensor. unit: of the places that logits are made for; `logits` says for how many."""
+    counted.UNIT = unit  # this process ends with the step
     cfg = config({**SGD, **overrides, "train.micro_batch_size": micro_batch_size})
     cfg.stage = SftConfig(batching=Batching(batching), max_tokens_per_micro_batch=budget)
     engine, loss = make_engine(cfg)
@@ -65,11 +69,18 @@ def step(overrides: dict[str, Any], batching: str, micro_batch_size: int = 1, bu
         stream, size = SingleStream(COUNT, seed=1, end=1), COUNT
     batches = loader_of(cfg, engine.mesh, pieces, stream).global_batch(0, size)
     before = whole_model(engine)
-    result = engine.train_step(batches, loss, samples=size)
+    logits: list[int] = []
+
+    def counting(output, batch):
+        logits.append(output.size(0) * output.size(1))
+        return loss(output, batch)
+
+    result = engine.train_step(batches, counting, samples=size)
     after = whole_model(engine)
     return {
         "loss": result.metrics["lm loss"],
         "grad_norm": result.grad_norm,
         "gradient": {name: value - after[name] for name, value in before.items()} if before else None,
+        "logits": sum(logits),
         "shapes": [tuple(batch["tokens"].shape) for batch in batches],
     }
