@@ -1,6 +1,6 @@
 """Which job a run does."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 
@@ -145,6 +145,25 @@ class ScoreConfig(UntrainedStageConfig):
     """Rewards of the answers in data.path by a reward model (checkpoint.load), to run_dir/scores.jsonl."""
 
     name: str = "score"
+
+
+@dataclass(kw_only=True, slots=True)
+class GenerateConfig(UntrainedStageConfig):
+    """Answers of a model (checkpoint.load) to the prompts in data.path, to run_dir/generations.jsonl."""
+
+    name: str = "generate"
+    temperature: float = 1.0
+    """Logits are divided by it; 0: the likeliest token always."""
+    top_k: int = 0
+    """Of so many likeliest tokens only; 0: of all."""
+    top_p: float = 1.0
+    """Of the fewest likeliest tokens whose probabilities reach this sum."""
+    max_new_tokens: int = 256
+    stop_strings: list[str] = field(default_factory=list)
+    """Texts that end an answer, beside the ends of text and turn."""
+    num_generations_per_prompt: int = 1
+    batch_size: int = 32
+    """Answers at once on each replica of the model."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -27,6 +27,7 @@ from scale_llm.config.run import RunConfig
 from scale_llm.config.stage import (
     DpoConfig,
     EvaluateConfig,
+    GenerateConfig,
     PretrainConfig,
     RewardConfig,
     ScoreConfig,
@@ -43,6 +44,7 @@ STAGES: dict[str, type[StageConfig]] = {
     "dpo": DpoConfig,
     "evaluate": EvaluateConfig,
     "score": ScoreConfig,
+    "generate": GenerateConfig,
 }
 
 SCHEMAS: dict[str, type] = {

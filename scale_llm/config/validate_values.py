@@ -8,7 +8,7 @@ from scale_llm.config.model import Head
 from scale_llm.config.optim import OptimConfig
 from scale_llm.config.precision import PrecisionConfig
 from scale_llm.config.run import RunConfig
-from scale_llm.config.stage import EvaluateConfig, ScoreConfig, SequenceStageConfig
+from scale_llm.config.stage import EvaluateConfig, GenerateConfig, ScoreConfig, SequenceStageConfig
 from scale_llm.config.validate_sequences import sequence_problems
 
 POSITIVE = {
@@ -141,6 +141,8 @@ def stage_problems(cfg: RunConfig) -> list[str]:
         return _evaluate_problems(cfg, cfg.stage)
     if isinstance(cfg.stage, ScoreConfig):
         return _score_problems(cfg)
+    if isinstance(cfg.stage, GenerateConfig):
+        return _generate_problems(cfg, cfg.stage)
     lengths = {f"train.{key}": getattr(cfg.train, key) for key in ("train_iters", "train_samples", "train_epochs")}
     given = {key: value for key, value in lengths.items() if value is not None}
     keys = ", ".join(f"{key}={value}" for key, value in given.items())
@@ -151,6 +153,33 @@ def stage_problems(cfg: RunConfig) -> list[str]:
     if isinstance(cfg.stage, SequenceStageConfig):
         return sequence_problems(cfg, cfg.stage)
     return []
+
+
+def _generate_problems(cfg: RunConfig, stage: GenerateConfig) -> list[str]:
+    found = []
+    if cfg.checkpoint.load is None:
+        found.append("checkpoint.load=null: nothing to ask; give checkpoint.load=<a run_dir>/checkpoints")
+    if cfg.data.path is None:
+        found.append("data.path=null: no prompts; give a JSONL, JSON or Parquet file with prompt or messages")
+    if cfg.model.head is not Head.language_model:
+        found.append(f"model.head={cfg.model.head.value}: gives numbers, no text; give a language model's checkpoint")
+    if not 0.0 <= stage.temperature < math.inf:
+        found.append(f"stage.temperature={stage.temperature}: must be 0 (the likeliest token) or larger; 1 is usual")
+    if not 0.0 < stage.top_p <= 1.0:
+        found.append(f"stage.top_p={stage.top_p}: is a share of probability; give a number above 0 and at most 1")
+    if stage.top_k < 0:
+        found.append(f"stage.top_k={stage.top_k}: give 0 for all tokens, or how many of the likeliest")
+    for key in ("max_new_tokens", "num_generations_per_prompt", "batch_size"):
+        if getattr(stage, key) < 1:
+            found.append(f"stage.{key}={getattr(stage, key)}: must be at least 1; give a larger number")
+    if stage.max_new_tokens >= cfg.model.seq_length:
+        found.append(
+            f"stage.max_new_tokens={stage.max_new_tokens}: leaves no room for a prompt in model.seq_length="
+            f"{cfg.model.seq_length}; lower it, or raise model.seq_length"
+        )
+    if "" in stage.stop_strings:
+        found.append("stage.stop_strings: holds an empty text, which every text contains; leave it out")
+    return found
 
 
 def _score_problems(cfg: RunConfig) -> list[str]:

@@ -6,15 +6,26 @@ from typing import TYPE_CHECKING
 
 from scale_llm.config.peft import PeftMethod
 from scale_llm.config.run import RunConfig
-from scale_llm.config.stage import DpoConfig, PreferenceLoss, RewardConfig, ScoreConfig, SftConfig, TrainOn
+from scale_llm.config.stage import (
+    DpoConfig,
+    GenerateConfig,
+    PreferenceLoss,
+    RewardConfig,
+    ScoreConfig,
+    SftConfig,
+    TrainOn,
+)
 
 if TYPE_CHECKING:
     from scale_llm.data.chat.examples import PreparedExamples
     from scale_llm.data.chat.preferences import PreparedPreferences
+    from scale_llm.data.chat.prompts import PreparedPrompts
     from scale_llm.data.prepare import PreparedData
 
 
-def prepare_run(cfg: RunConfig, show_progress: bool = False) -> PreparedData | PreparedExamples | PreparedPreferences:
+def prepare_run(
+    cfg: RunConfig, show_progress: bool = False
+) -> PreparedData | PreparedExamples | PreparedPreferences | PreparedPrompts:
     """Makes the data of a resolved run, or finds what an earlier call made."""
     assert cfg.data.cache_dir is not None, "resolved"
     longest = cfg.model.seq_length - places_taken(cfg)
@@ -24,6 +35,13 @@ def prepare_run(cfg: RunConfig, show_progress: bool = False) -> PreparedData | P
         train_on = cfg.stage.train_on if isinstance(cfg.stage, SftConfig) else TrainOn.last_assistant
         return prepare_examples(
             cfg.data, cfg.tokenizer, train_on=train_on, seq_length=longest, cache_dir=cfg.data.cache_dir,
+            show_progress=show_progress,
+        )  # fmt: skip
+    if isinstance(cfg.stage, GenerateConfig):
+        from scale_llm.data.chat.prompts import prepare_prompts
+
+        return prepare_prompts(
+            cfg.data, cfg.tokenizer, longest=longest - cfg.stage.max_new_tokens, cache_dir=cfg.data.cache_dir,
             show_progress=show_progress,
         )  # fmt: skip
     if isinstance(cfg.stage, RewardConfig | DpoConfig):

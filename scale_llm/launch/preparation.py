@@ -9,13 +9,17 @@ def prepare_data(cfg: RunConfig) -> None:
     """Make or find the data of a run; raises UserError for anything wrong with them."""
     from scale_llm.data.chat.examples import PreparedExamples
     from scale_llm.data.chat.preferences import PreparedPreferences, preference_lines
-    from scale_llm.data.chat.reading import report_lines
+    from scale_llm.data.chat.prompts import PreparedPrompts
+    from scale_llm.data.chat.reading import lost_lines, report_lines
     from scale_llm.data.of_stage import prepare_run
     from scale_llm.data.prepare import check_splits
 
     prepared = prepare_run(cfg, show_progress=cfg.logging.progress)
     problems = []
-    if isinstance(prepared, PreparedExamples):
+    if isinstance(prepared, PreparedPrompts):
+        kept = f"{prepared.num_prompts:,} prompts of at most {prepared.longest} tokens"
+        print("\n".join([kept, *lost_lines(prepared.report)]), flush=True)
+    elif isinstance(prepared, PreparedExamples):
         packing = packing_lines(cfg, prepared) if isinstance(cfg.stage, SftConfig) else []
         print("\n".join([*report_lines(prepared.report), *packing]), flush=True)
     elif isinstance(prepared, PreparedPreferences):

@@ -14,6 +14,10 @@ def run(cfg: RunConfig) -> None:
             from scale_llm.stages.evaluate import evaluate
 
             return evaluate(context)
+        if cfg.stage.name == "generate":
+            from scale_llm.stages.generate import generate
+
+            return generate(context)
         if cfg.stage.name == "score":
             from scale_llm.stages.score import score
 

@@ -34,7 +34,7 @@ def test_every_option_composes(group):
 def test_options_are_listed():
     """Adding an option means defending it here."""
     assert {group: options(group) for group in GROUPS} == {
-        "stage": ["dpo", "evaluate", "pretrain", "reward", "score", "sft"],
+        "stage": ["dpo", "evaluate", "generate", "pretrain", "reward", "score", "sft"],
         "model": [
             "demo",
             "from_checkpoint",
