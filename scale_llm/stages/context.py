@@ -20,7 +20,7 @@ class RunContext:
     device: Device
     mesh: Mesh
     prepared: Any
-    """PreparedData, or PreparedExamples of a stage of conversations."""
+    """PreparedData, or PreparedChat of a stage of conversations."""
 
     @property
     def vocab_size(self) -> int:

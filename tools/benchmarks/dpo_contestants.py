@@ -91,7 +91,8 @@ def ours(directory: str, precision: str, reference: str, compiled: bool):
     """The stage as a run has it. reference: stage.reference."""
     alone()
     count = threads()
-    from scale_llm.data.chat.preferences import load_prepared_preferences
+    from scale_llm.data.chat.preferences import PreparedPreferences
+    from scale_llm.data.chat.prepared import load_prepared
     from scale_llm.launch.runs import compose_run
     from scale_llm.parallel import device as devices
 
@@ -114,7 +115,7 @@ def ours(directory: str, precision: str, reference: str, compiled: bool):
 
     mesh = build_mesh(MeshSizes(), device.backend)
     devices.seed_everything(SEED, tp_rank=0, pp_rank=0, ep_rank=0, etp_rank=0)
-    run = RunContext(cfg, device, mesh, load_prepared_preferences(directory))
+    run = RunContext(cfg, device, mesh, load_prepared(PreparedPreferences, directory))
     stage = dpo(run)
     load_weights(run, stage.engine, Path(directory) / "model")
     turns = _turns()

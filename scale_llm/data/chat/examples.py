@@ -3,9 +3,8 @@
 cache_dir/examples/<fingerprint>/   arrays (see writing.py), report.json, prepared.json
 """
 
-import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,13 +15,11 @@ from scale_llm.config.errors import UserError
 from scale_llm.config.stage import TrainOn
 from scale_llm.config.tokenizer import TokenizerConfig
 from scale_llm.data.chat.embedded import embedded_conversations
+from scale_llm.data.chat.prepared import PreparedChat, load_prepared, prepare_chat
 from scale_llm.data.chat.reading import Report, bad_rows, no_usable_row, read_conversations, report_lines
-from scale_llm.data.corpus import embedded_files
-from scale_llm.data.files import build_once, fingerprint, stamp, write_json
 from scale_llm.data.progress import byte_progress
 from scale_llm.data.rows import Problems
-from scale_llm.data.sources import Source, parse_path
-from scale_llm.data.splits import SPLITS, split_problems, split_ranges
+from scale_llm.data.splits import SPLITS, split_ranges
 
 if TYPE_CHECKING:
     from scale_llm.data.chat.template import ChatTemplate
@@ -32,7 +29,6 @@ __all__ = [
     "Examples",
     "PreparedExamples",
     "load_examples",
-    "load_prepared_examples",
     "prepare_examples",
     "report_lines",
     "split_indices",
@@ -45,23 +41,13 @@ SPLIT_KEY = 20260101
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PreparedExamples:
-    """What ranks need to know of the examples; written to prepared.json."""
+class PreparedExamples(PreparedChat):
+    """What ranks need to know of the examples."""
 
-    path: str
-    """Where this was written."""
-    tokenizer_path: str
-    vocab_size: int
-    """Tokens of the tokenizer; the model may pad it."""
-    eod: int
     num_examples: int
     num_tokens: int
     num_trained: int
     """Tokens that the loss counts."""
-    report: dict[str, Any]
-    """See reading.Report."""
-    chat_template: str
-    """The template's text."""
 
 
 class Example(NamedTuple):
@@ -138,43 +124,19 @@ def prepare_examples(
     Raises:
         UserError: with every problem found.
     """
-    from scale_llm.data.chat.template import ChatTemplate
 
-    files, tokenizer_path = checked_input(data, tokenizer)
-    template = ChatTemplate.load(tokenizer_path, tokenizer)
-    loaded = template.tokenizer
-    key = fingerprint([FORMAT, *input_facts(data, files, template), train_on.value, seq_length])
-    entry = Path(cache_dir).expanduser().absolute() / "examples" / key
-
-    def build(directory: Path) -> None:
+    def build(directory: Path, files: list[str], template: "ChatTemplate") -> tuple[dict[str, Any], dict[str, Any]]:
         report = _build(directory, files, data, template, train_on, seq_length, show_progress)
-        write_json(directory / "report.json", report)
-        prepared = PreparedExamples(
-            path=str(entry / "prepared.json"),
-            tokenizer_path=loaded.path,
-            vocab_size=loaded.vocab_size,
-            eod=loaded.eod,
-            num_examples=report["kept"],
-            num_tokens=report["tokens"],
-            num_trained=report["trained_tokens"],
-            report=report,
-            chat_template=template.source.text,
-        )
-        write_json(directory / "prepared.json", asdict(prepared))
+        counts = {"num_examples": report["kept"], "num_tokens": report["tokens"]}
+        return report, {**counts, "num_trained": report["trained_tokens"]}
 
-    return load_prepared_examples(build_once(entry, build))
-
-
-def load_prepared_examples(path: str | Path) -> PreparedExamples:
-    """Reads a prepared.json, or the one in a directory."""
-    file = Path(path)
-    file = file / "prepared.json" if file.is_dir() else file
-    return PreparedExamples(**json.loads(file.read_text(encoding="utf-8")))
+    facts = [FORMAT, train_on.value, seq_length]
+    return prepare_chat(PreparedExamples, "examples", data, tokenizer, facts=facts, cache_dir=cache_dir, build=build)
 
 
 def load_examples(prepared: PreparedExamples | str | Path) -> Examples:
     """Maps the examples that `prepare_examples` wrote."""
-    found = prepared if isinstance(prepared, PreparedExamples) else load_prepared_examples(prepared)
+    found = prepared if isinstance(prepared, PreparedExamples) else load_prepared(PreparedExamples, prepared)
     return Examples(Path(found.path).parent, found.report["files"])
 
 
@@ -198,57 +160,6 @@ def split_indices(num_examples: int, split: str, name: str) -> numpy.ndarray:
         sizes["validation"] = 1
     begin = sum(sizes[each] for each in SPLITS[: SPLITS.index(name)])
     return order[begin : begin + sizes[name]]
-
-
-def input_facts(data: DataConfig, files: list[str], template: "ChatTemplate") -> list[Any]:
-    """All that the tokens of conversations depend on, but what a stage asks for: for a fingerprint."""
-    from scale_llm.data.tokenizer import file_digest
-
-    loaded = template.tokenizer
-    contents = [[stamp(file) for file in files], loaded.path, file_digest(loaded.path), loaded.eod, template.digest]
-    settings = [
-        data.path is None,
-        asdict(data.fields),
-        data.format.value,
-        data.on_bad_row.value,
-        data.on_too_long.value,
-    ]
-    return [contents, settings]
-
-
-def checked_input(data: DataConfig, tokenizer: TokenizerConfig) -> tuple[list[str], str]:
-    """(files of conversations, tokenizer); a UserError with every problem."""
-    problems = split_problems(data.split)
-    if tokenizer.path is None:
-        problems.append(
-            "tokenizer.path=null: fine-tuning needs the tokenizer of its base model; set model=from_checkpoint with "
-            "checkpoint.load, or tokenizer.path"
-        )
-    sources: list[Source] = []
-    try:
-        sources = parse_path(data.path)
-    except UserError as error:
-        problems += error.problems
-    if any(source.weight is not None for source in sources):
-        problems.append(
-            "data.path: weights are not for conversations, each is used once an epoch; leave the numbers out, or weigh "
-            "rows by their field data.fields.weight"
-        )
-    problems += [problem for source in sources for problem in _unfit(source)]
-    if problems or tokenizer.path is None:
-        raise UserError(problems)
-    if data.path is None:
-        return embedded_files(data.embedded_megabytes), tokenizer.path
-    return [file for source in sources for file in source.files], tokenizer.path
-
-
-def _unfit(source: Source) -> list[str]:
-    """Files of a source that hold no conversations."""
-    if source.kind == "embedded":
-        return []
-    unfit = [file for file in source.files if source.kind == "indexed" or file.removesuffix(".gz").endswith(".txt")]
-    kind = "indexed tokens" if source.kind == "indexed" else "plain text"
-    return [f"data.path={file}: {kind} cannot hold conversations; give JSONL, JSON or Parquet" for file in unfit]
 
 
 def _build(

@@ -3,9 +3,8 @@
 cache_dir/preferences/<fingerprint>/   arrays (see preference_writing.py), report.json, prepared.json
 """
 
-import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,10 +12,10 @@ from scale_llm.config.data import DataConfig
 from scale_llm.config.errors import UserError
 from scale_llm.config.tokenizer import TokenizerConfig
 from scale_llm.data.chat.embedded import embedded_comparisons
-from scale_llm.data.chat.examples import Examples, checked_input, input_facts
+from scale_llm.data.chat.examples import Examples
 from scale_llm.data.chat.preference_report import PreferenceReport, preference_lines
+from scale_llm.data.chat.prepared import PreparedChat, load_prepared, prepare_chat
 from scale_llm.data.chat.reading import bad_rows, no_usable_row, read_comparisons
-from scale_llm.data.files import build_once, fingerprint, write_json
 from scale_llm.data.progress import byte_progress
 from scale_llm.data.rows import Problems
 
@@ -28,7 +27,6 @@ __all__ = [
     "Preferences",
     "PreparedPreferences",
     "load_preferences",
-    "load_prepared_preferences",
     "preference_lines",
     "prepare_preferences",
 ]
@@ -40,25 +38,15 @@ Kind = Literal["pairs", "unpaired"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PreparedPreferences:
-    """What ranks need to know of the comparisons; written to prepared.json."""
+class PreparedPreferences(PreparedChat):
+    """What ranks need to know of the comparisons."""
 
-    path: str
-    """Where this was written."""
-    tokenizer_path: str
-    vocab_size: int
-    """Tokens of the tokenizer; the model may pad it."""
-    eod: int
     kind: Kind
     num_comparisons: int
     num_sequences: int
     num_tokens: int
     num_trained: int
     """Tokens of answers."""
-    report: dict[str, Any]
-    """See preference_report.PreferenceReport."""
-    chat_template: str
-    """The template's text."""
 
 
 class Preferences:
@@ -112,45 +100,22 @@ def prepare_preferences(
     Raises:
         UserError: with every problem found.
     """
-    from scale_llm.data.chat.template import ChatTemplate
 
-    files, tokenizer_path = checked_input(data, tokenizer)
-    template = ChatTemplate.load(tokenizer_path, tokenizer)
-    loaded = template.tokenizer
-    key = fingerprint([FORMAT, *input_facts(data, files, template), kind, seq_length])
-    entry = Path(cache_dir).expanduser().absolute() / "preferences" / key
-
-    def build(directory: Path) -> None:
+    def build(directory: Path, files: list[str], template: "ChatTemplate") -> tuple[dict[str, Any], dict[str, Any]]:
         report = _build(directory, files, data, template, kind, seq_length, show_progress)
-        write_json(directory / "report.json", report)
-        prepared = PreparedPreferences(
-            path=str(entry / "prepared.json"),
-            tokenizer_path=loaded.path,
-            vocab_size=loaded.vocab_size,
-            eod=loaded.eod,
-            kind=kind,
-            num_comparisons=report["kept"],
-            num_sequences=report["answers"],
-            num_tokens=report["tokens"],
-            num_trained=report["trained_tokens"],
-            report=report,
-            chat_template=template.source.text,
-        )
-        write_json(directory / "prepared.json", asdict(prepared))
+        counts = {"num_comparisons": report["kept"], "num_sequences": report["answers"]}
+        counts |= {"num_tokens": report["tokens"], "num_trained": report["trained_tokens"]}
+        return report, {"kind": kind, **counts}
 
-    return load_prepared_preferences(build_once(entry, build))
-
-
-def load_prepared_preferences(path: str | Path) -> PreparedPreferences:
-    """Reads a prepared.json, or the one in a directory."""
-    file = Path(path)
-    file = file / "prepared.json" if file.is_dir() else file
-    return PreparedPreferences(**json.loads(file.read_text(encoding="utf-8")))
+    facts = [FORMAT, kind, seq_length]
+    return prepare_chat(
+        PreparedPreferences, "preferences", data, tokenizer, facts=facts, cache_dir=cache_dir, build=build
+    )
 
 
 def load_preferences(prepared: PreparedPreferences | str | Path) -> Preferences:
     """Maps the comparisons that `prepare_preferences` wrote."""
-    found = prepared if isinstance(prepared, PreparedPreferences) else load_prepared_preferences(prepared)
+    found = prepared if isinstance(prepared, PreparedPreferences) else load_prepared(PreparedPreferences, prepared)
     return Preferences(Path(found.path).parent, found.report["files"], found.kind)
 
 

@@ -5,7 +5,7 @@ cache_dir/prompts/<fingerprint>/   prompts.jsonl: {"tokens": [...], "row": {...}
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,12 +13,11 @@ from scale_llm.config.data import DataConfig, TooLong
 from scale_llm.config.errors import UserError
 from scale_llm.config.tokenizer import TokenizerConfig
 from scale_llm.data.chat.conversation import conversation_tools, with_system
-from scale_llm.data.chat.examples import checked_input, input_facts
 from scale_llm.data.chat.parting import prompt_of
+from scale_llm.data.chat.prepared import PreparedChat, prepare_chat
 from scale_llm.data.chat.reading import Report, bad_rows, no_usable_row, read_parsed
 from scale_llm.data.chat.template import ChatTemplate
 from scale_llm.data.chat.turns import Message, RowError
-from scale_llm.data.files import build_once, fingerprint, write_json
 from scale_llm.data.progress import byte_progress
 from scale_llm.data.rows import Problems, Row
 
@@ -33,24 +32,14 @@ class Prompt(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PreparedPrompts:
-    """What ranks need to know of the prompts; written to prepared.json."""
+class PreparedPrompts(PreparedChat):
+    """What ranks need to know of the prompts."""
 
-    path: str
-    """Where this was written."""
-    tokenizer_path: str
-    vocab_size: int
-    """Tokens of the tokenizer; the model may pad it."""
-    eod: int
     stop: list[int]
     """Tokens that end an answer: of the text, and of an assistant's turn by the template."""
     num_prompts: int
     longest: int
     """Tokens of the longest prompt."""
-    report: dict[str, Any]
-    """See reading.Report."""
-    chat_template: str
-    """The template's text."""
 
 
 def prepare_prompts(
@@ -63,30 +52,16 @@ def prepare_prompts(
     Raises:
         UserError: with every problem found.
     """
-    files, tokenizer_path = checked_input(data, tokenizer)
-    template = ChatTemplate.load(tokenizer_path, tokenizer)
-    key = fingerprint([FORMAT, *input_facts(data, files, template), longest])
-    entry = Path(cache_dir).expanduser().absolute() / "prompts" / key
 
-    def build(directory: Path) -> None:
+    def build(directory: Path, files: list[str], template: ChatTemplate) -> tuple[dict[str, Any], dict[str, Any]]:
         report = Report(files=list(files))
         with byte_progress("tokenise prompts", sum(map(os.path.getsize, files)), show_progress) as on_bytes:
             _write(directory / "prompts.jsonl", files, data, template, longest, report, on_bytes)
-        loaded = template.tokenizer
-        prepared = PreparedPrompts(
-            path=str(entry / "prepared.json"),
-            tokenizer_path=loaded.path,
-            vocab_size=loaded.vocab_size,
-            eod=loaded.eod,
-            stop=sorted(turn_ends(template)),
-            num_prompts=report.kept,
-            longest=report.longest,
-            report=report.finished(),
-            chat_template=template.source.text,
-        )
-        write_json(directory / "prepared.json", asdict(prepared))
+        counts = {"num_prompts": report.kept, "longest": report.longest}
+        return report.finished(), {"stop": sorted(turn_ends(template)), **counts}
 
-    return PreparedPrompts(**json.loads((build_once(entry, build) / "prepared.json").read_text(encoding="utf-8")))
+    facts = [FORMAT, longest]
+    return prepare_chat(PreparedPrompts, "prompts", data, tokenizer, facts=facts, cache_dir=cache_dir, build=build)
 
 
 def load_prompts(prepared: PreparedPrompts) -> list[Prompt]:

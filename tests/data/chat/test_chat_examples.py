@@ -18,6 +18,7 @@ from scale_llm.config.stage import TrainOn
 from scale_llm.config.tokenizer import TokenizerConfig
 from scale_llm.data.chat import examples, writing
 from scale_llm.data.chat.embedded import embedded_conversations
+from scale_llm.data.chat.prepared import load_prepared
 from scale_llm.data.corpus import embedded_files
 from scale_llm.data.tokenizer import Tokenizer
 
@@ -70,7 +71,7 @@ def test_arrays(prepared, tokenizer, tmp_path: Path):
     assert {key: ready.report[key] for key in ("rows", "kept", "truncated", "longest", "mean", "dropped")} == {
         "rows": 2, "kept": 2, "truncated": 0, "longest": 31, "mean": 29.5, "dropped": {},
     }  # fmt: skip
-    assert examples.load_prepared_examples(Path(ready.path).parent) == ready
+    assert load_prepared(examples.PreparedExamples, Path(ready.path).parent) == ready
     with pytest.raises(IndexError):
         found[2]
 

@@ -17,6 +17,7 @@ from scale_llm.config.tokenizer import TokenizerConfig
 from scale_llm.data.chat import preferences, writing
 from scale_llm.data.chat.embedded import embedded_comparisons, embedded_conversations
 from scale_llm.data.chat.examples import split_indices
+from scale_llm.data.chat.prepared import load_prepared
 from scale_llm.data.corpus import embedded_files
 from scale_llm.data.tokenizer import Tokenizer
 
@@ -81,7 +82,7 @@ def test_arrays(prepared, tokenizer, tmp_path: Path):
         "2 comparisons of 2 rows: 5 sequences, 144 tokens, 14 of them in answers; longest 30, mean 28.8",
         "chosen: 2, mean 3.0 tokens; rejected: 3, mean 2.7",
     ]
-    assert preferences.load_prepared_preferences(Path(ready.path).parent) == ready
+    assert load_prepared(preferences.PreparedPreferences, Path(ready.path).parent) == ready
     for place in (-1, 2):
         with pytest.raises(IndexError):
             found.where(place)
