@@ -91,9 +91,16 @@ def summary(root: Path) -> Table:
             table.add_row(stage.name, str(result["iteration"]), "", loss, "", str(root / stage.name))
     table.caption = (
         f"{result['split']} split: perplexity {result['ppl']:.1f}, {result['bits per byte']:.2f} bits per byte\n"
+        f"held-out pairs in the right order: {_share_right(root / 'reward')} by the reward model, "
+        f"{_share_right(root / 'dpo')} after DPO\n"
         f"answers before and after fine-tuning: {root / 'sft' / 'samples.md'}"
     )
     return table
+
+
+def _share_right(run_dir: Path) -> str:
+    rows = [row for row in read_metrics(run_dir) if "rewards/accuracies validation" in row]
+    return f"{rows[-1]['rewards/accuracies validation']:.0%}" if rows else "not measured"
 
 
 def _add_training(table: Table, run_dir: Path) -> None:

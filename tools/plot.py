@@ -9,14 +9,14 @@ import os
 from pathlib import Path
 
 PANELS = {
-    "loss": [
-        "lm loss",
-        "lm loss validation",
+    "loss": ["lm loss", "lm loss validation"],
+    "preference loss": [
         "dpo loss",
         "dpo loss validation",
         "reward loss",
         "reward loss validation",
     ],
+    "held-out answers in the right order": ["rewards/accuracies validation"],
     "learning rate": ["learning-rate"],
     "gradient norm": ["grad-norm"],
     "tokens per second": ["tokens-per-second"],
@@ -42,20 +42,29 @@ def draw(runs: dict[str, list[dict]], out: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(2, 2, figsize=(11, 7), layout="constrained")
-    for panel, (title, keys) in zip(axes.flat, PANELS.items(), strict=True):
-        for name, rows in runs.items():
+    shown = {title: keys for title, keys in PANELS.items() if any(row.get(key) is not None for key in keys
+             for rows in runs.values() for row in rows)}  # fmt: skip
+    columns = 2 if len(shown) < 5 else 3
+    lines = -(-len(shown) // columns)
+    figure, axes = pyplot.subplots(
+        lines, columns, figsize=(5.5 * columns, 3.5 * lines), layout="constrained", squeeze=False
+    )
+    for panel in axes.flat[len(shown) :]:
+        panel.axis("off")
+    for panel, (title, keys) in zip(axes.flat, shown.items(), strict=False):
+        for number, (name, rows) in enumerate(runs.items()):
             for key in keys:
                 x, y = curve(rows, key)
                 if not x:
                     continue
-                label = f"{name}: validation" if key.endswith("validation") else name
-                panel.plot(x, y, marker="o" if key.endswith("validation") else None, markersize=4, label=label)
+                held_out = key.endswith("validation")
+                style = {"marker": "o", "markersize": 4, "linestyle": "--"} if held_out else {}
+                panel.plot(x, y, color=f"C{number}", label=f"{name}: validation" if held_out else name, **style)
         panel.set_title(title)
         panel.set_xlabel("iteration")
         panel.set_ylim(bottom=0 if title == "tokens per second" else None)
         panel.grid(alpha=0.3)
-        panel.legend()
+        panel.legend(fontsize="small", framealpha=0.6)
     temporary = out.with_suffix(".tmp.png")
     figure.savefig(temporary, dpi=120)
     pyplot.close(figure)
