@@ -12,6 +12,15 @@ from scale_llm.parallel import cpu
 cpu.adapt()  # before any test imports megatron-core, as on a rank
 
 
+LONGEST = ("test_demo.py", "test_sft.py", "test_resume.py")
+"""Files that are begun first, so that no worker waits for another at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
+
+
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Ranks]:
     """Calls a function on N ranks; see support/ranks.py."""
