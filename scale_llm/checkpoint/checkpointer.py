@@ -203,7 +203,7 @@ def _check_shapes(path: Path, state: dict[str, Any]) -> None:
             remedy = (
                 "it was saved with another optimizer or precision; start a new run_dir with checkpoint.load and "
                 "checkpoint.no_load_optim=true"
-                if leaf.key.startswith("optimizer.")
+                if "optimizer." in leaf.key
                 else "the model of the checkpoint is another one"
             )
             problems.append(f"{path}: holds no tensor {leaf.key}; {remedy}")

@@ -64,10 +64,16 @@ class FieldsConfig:
     """A number for each answer, the highest for the best."""
     margin: str = "margin"
     """By how much the reward of the best answer should exceed the others'; 0 where the field is absent."""
+    ground_truth: str = "ground_truth"
+    """What a reward function compares an answer with (stage=ppo, grpo); where a row has none, its `label`."""
+    data_source: str = "data_source"
+    """Where a row is from, for reward functions that tell sources apart."""
+    extra_info: str = "extra_info"
+    """An object that reward functions are given."""
     completion: str = "completion"
     """The answer of an unpaired row (KTO)."""
     label: str = "label"
-    """Whether that answer is desirable: true or false."""
+    """Whether that answer is desirable: true or false (KTO); or what a reward function compares an answer with."""
 
 
 @dataclass(kw_only=True, slots=True)

@@ -14,6 +14,7 @@ from scale_llm.config.machine import Machine
 from scale_llm.config.model import Backend, Head, ModelConfig
 from scale_llm.config.names import run_name
 from scale_llm.config.parallel import ParallelConfig
+from scale_llm.config.policy import PolicyStageConfig, PpoConfig
 from scale_llm.config.run import RunConfig
 from scale_llm.config.stage import Batching, DpoConfig, RewardConfig, Score, SequenceStageConfig, answers_in_a_row
 from scale_llm.config.tokenizer import TokenizerConfig
@@ -90,6 +91,12 @@ def _resolve_model(model: ModelConfig, tokenizer: TokenizerConfig) -> None:
 def _resolve_stage(cfg: RunConfig) -> None:
     """What trains on sequences takes weights alone from its base, and begins at iteration 0."""
     stage = cfg.stage
+    if isinstance(stage, PolicyStageConfig):
+        cfg.checkpoint.finetune = True
+        if stage.max_tokens_per_micro_batch is None:
+            stage.max_tokens_per_micro_batch = cfg.train.micro_batch_size * cfg.model.seq_length
+        if cfg.parallel.context_parallel_size > 1 and cfg.model.backend is Backend.auto:
+            cfg.model.backend = Backend.torch
     if not isinstance(stage, SequenceStageConfig):
         return
     cfg.checkpoint.finetune = True
@@ -136,7 +143,11 @@ def _resolve_paths(cfg: RunConfig) -> None:
     cfg.data.cache_dir = os.path.expanduser(cfg.data.cache_dir or os.path.join(cfg.run_dir, "data"))
     if cfg.checkpoint.load is not None:
         cfg.checkpoint.load = os.path.expanduser(cfg.checkpoint.load)
-    if isinstance(cfg.stage, DpoConfig) and cfg.stage.reference_load is not None:
+    if isinstance(cfg.stage, DpoConfig | PolicyStageConfig) and cfg.stage.reference_load is not None:
         cfg.stage.reference_load = os.path.expanduser(cfg.stage.reference_load)
+    if isinstance(cfg.stage, PpoConfig) and cfg.stage.critic_load is not None:
+        cfg.stage.critic_load = os.path.expanduser(cfg.stage.critic_load)
+    if cfg.reward.load is not None:
+        cfg.reward.load = os.path.expanduser(cfg.reward.load)
     if cfg.tokenizer.path is not None:
         cfg.tokenizer.path = os.path.expanduser(cfg.tokenizer.path)

@@ -17,12 +17,15 @@ from omegaconf import MISSING
 from scale_llm.config.checkpoint import CheckpointConfig
 from scale_llm.config.cluster import ClusterConfig
 from scale_llm.config.data import DataConfig
+from scale_llm.config.layout import LayoutConfig
 from scale_llm.config.logging import LoggingConfig
 from scale_llm.config.model import ModelConfig
 from scale_llm.config.optim import OptimConfig
 from scale_llm.config.parallel import ParallelConfig
 from scale_llm.config.peft import PeftConfig
+from scale_llm.config.policy import GrpoConfig, PpoConfig
 from scale_llm.config.precision import PrecisionConfig
+from scale_llm.config.reward import RewardFunctionConfig
 from scale_llm.config.run import RunConfig
 from scale_llm.config.stage import (
     DpoConfig,
@@ -42,6 +45,8 @@ STAGES: dict[str, type[StageConfig]] = {
     "sft": SftConfig,
     "reward": RewardConfig,
     "dpo": DpoConfig,
+    "ppo": PpoConfig,
+    "grpo": GrpoConfig,
     "evaluate": EvaluateConfig,
     "score": ScoreConfig,
     "generate": GenerateConfig,
@@ -53,9 +58,11 @@ SCHEMAS: dict[str, type] = {
     "tokenizer": TokenizerConfig,
     "train": TrainConfig,
     "parallel": ParallelConfig,
+    "layout": LayoutConfig,
     "precision": PrecisionConfig,
     "peft": PeftConfig,
     "optim": OptimConfig,
+    "reward": RewardFunctionConfig,
     "checkpoint": CheckpointConfig,
     "logging": LoggingConfig,
     "cluster": ClusterConfig,

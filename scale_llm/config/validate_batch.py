@@ -1,5 +1,6 @@
 """Whether batches divide over ranks and micro-batches."""
 
+from scale_llm.config.policy import PolicyStageConfig
 from scale_llm.config.run import RunConfig
 from scale_llm.config.stage import Batching, SequenceStageConfig
 from scale_llm.config.train import TrainConfig
@@ -35,7 +36,8 @@ def _rampup_form(train: TrainConfig) -> list[str]:
 def _divides(cfg: RunConfig, with_rampup: bool) -> list[str]:
     layout, train = cfg.parallel, cfg.train
     model = layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size * layout.context_parallel_size
-    if isinstance(cfg.stage, SequenceStageConfig) and cfg.stage.batching is Batching.token_budget:
+    by_tokens = isinstance(cfg.stage, SequenceStageConfig) and cfg.stage.batching is Batching.token_budget
+    if by_tokens or isinstance(cfg.stage, PolicyStageConfig):
         return []  # a global batch is dealt out by tokens
     if world_size(cfg) % model:
         return []  # the layout itself does not fit: there is no data-parallel size to speak of

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from scale_llm.config.peft import PeftMethod
+from scale_llm.config.policy import PolicyStageConfig
 from scale_llm.config.run import RunConfig
 from scale_llm.config.stage import (
     DpoConfig,
@@ -37,7 +38,7 @@ def prepare_run(
             cfg.data, cfg.tokenizer, train_on=train_on, seq_length=longest, cache_dir=cfg.data.cache_dir,
             show_progress=show_progress,
         )  # fmt: skip
-    if isinstance(cfg.stage, GenerateConfig):
+    if isinstance(cfg.stage, GenerateConfig | PolicyStageConfig):
         from scale_llm.data.chat.prompts import prepare_prompts
 
         return prepare_prompts(

@@ -13,7 +13,7 @@ UNIT = 64
 WORTH = 0.9
 """Share of places that count from which on all of them are computed."""
 
-_OF_THE_LOSS = ("labels", "loss_mask", "segments")
+_OF_THE_MODEL = ("tokens", "position_ids")
 
 
 def only_counted(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -29,5 +29,7 @@ def only_counted(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     if wanted > WORTH * counts.numel():
         return batch
     places = torch.cat([counts.nonzero()[:, 0], (~counts).nonzero()[:, 0][: wanted - int(counts.sum())]])
-    kept = {key: batch[key].t().flatten()[places][None] for key in _OF_THE_LOSS if key in batch}
+    shape = batch["tokens"].shape
+    of_the_loss = [key for key, value in batch.items() if value.shape == shape and key not in _OF_THE_MODEL]
+    kept = {key: batch[key].t().flatten()[places][None] for key in of_the_loss}
     return {**batch, **kept, COUNTED: places}

@@ -7,7 +7,7 @@ micro-batches and data- and context-parallel ranks.
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,7 +36,6 @@ from scale_llm.parallel.mesh import Mesh
 Batch = dict[str, torch.Tensor]
 Loss = Callable[[torch.Tensor, Batch], tuple[torch.Tensor, torch.Tensor, dict]]
 
-_SEQUENCE_DIM = {"tokens": 1, "labels": 1, "loss_mask": 1, "position_ids": 1, "segments": 1, "attention_mask": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +50,10 @@ class StepResult:
     skipped: bool
     tokens: int | None = None
     """That are no padding, over all ranks; None: every place of every sample."""
+    remarks: tuple[str, ...] = ()
+    """Lines for the log."""
+    texts: dict[str, str] = field(default_factory=dict)
+    """Markdown by its tag in TensorBoard."""
 
 
 class Engine:
@@ -75,6 +78,7 @@ class Engine:
         self.optimizer = self.scheduler = None
         self._clip_grad, self._count_zeros = cfg.optim.clip_grad, cfg.logging.log_num_zeros_in_grad
         self._gathers_late = trainable and cfg.parallel.overlap_param_gather
+        self._rates: list[tuple[dict, float, float]] | None = None  # (where they stand, highest, lowest)
         self._counts: list[torch.Tensor] = []  # of the micro-batches of this step, on the last stage
         self._tokens = 1.0  # that counted in the last global batch
         self.updates = 0  # optimizer steps that were not skipped
@@ -154,6 +158,17 @@ class Engine:
             dist.broadcast(count, src=self.mesh.last_stage_rank, group=self.mesh.groups.pp)
         dist.all_reduce(count, group=self.mesh.groups.dp_cp)
         self._tokens = float(count) or 1.0
+
+    def scale_learning_rate(self, factor: float) -> None:
+        """Steps from now on take the configured rates times this."""
+        if self._rates is None:
+            groups = self.optimizer.param_groups
+            self._rates = [(group, group.get("max_lr"), group.get("min_lr")) for group in groups]
+            self._rates.append((vars(self.scheduler), self.scheduler.max_lr, self.scheduler.min_lr))
+        for rates, highest, lowest in self._rates:
+            for name, value in (("max_lr", highest), ("min_lr", lowest)):
+                if value is not None:
+                    rates[name] = value * factor
 
     @property
     def has_adapters(self) -> bool:
@@ -264,16 +279,19 @@ class Engine:
 
     def _place(self, batch: Batch) -> Batch:
         """The batch on this rank's device, cut to its part of the sequence, what the loss needs to the places that
-        count. Boundaries of packed sequences stay."""
+        count. What has the shape of the tokens is of places; boundaries of packed sequences stay."""
         group = self.mesh.groups.cp
+        shape = batch["tokens"].shape
+        dims = {key: 1 for key, value in batch.items() if value.shape == shape}
+        if "attention_mask" in batch:
+            dims["attention_mask"] = 2
         cut = {
-            key: shard_sequence(value, _SEQUENCE_DIM[key], group) if key in _SEQUENCE_DIM else value
-            for key, value in batch.items()
+            key: shard_sequence(value, dims[key], group) if key in dims else value for key, value in batch.items()
         }
         if self.modules[-1].is_language_model and not self.config.sequence_parallel:
             cut = only_counted(cut)
         return {
-            key: value.to(self.device.device, non_blocking=True) if key in _SEQUENCE_DIM or key == COUNTED else value
+            key: value.to(self.device.device, non_blocking=True) if key in dims or key == COUNTED else value
             for key, value in cut.items()
         }
 

@@ -13,6 +13,7 @@ import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 
 from scale_llm.engine.engine import Engine
 from scale_llm.engine.optimizer import is_distributed, parts
@@ -60,6 +61,12 @@ def sharded_optimizer_state(engine: Engine, model_state: dict[str, Any], *, load
             state[f"part{i}"] = _with_our_names(tensors, engine)
         else:
             state[f"part{i}"] = _replicated_state(part, by_parameter)
+    return state
+
+
+def named(state: dict[str, Any], name: str) -> dict[str, Any]:
+    """The same state with `<name>.` before every tensor's name in checkpoints."""
+    add_prefix_for_sharding(state, f"{name}.")
     return state
 
 

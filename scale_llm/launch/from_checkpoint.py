@@ -1,13 +1,12 @@
 """model=from_checkpoint: the model group, and the tokenizer where none is given, are those of checkpoint.load."""
 
-import json
 import os
 from dataclasses import fields
 from pathlib import Path
 
-from scale_llm.config.checkpoint_files import TOKENIZER_DIR, is_huggingface, latest_checkpoint
+from scale_llm.checkpoint.written import written_config
+from scale_llm.config.checkpoint_files import is_huggingface
 from scale_llm.config.errors import UserError
-from scale_llm.config.io import CONFIG_FILE, load_config
 from scale_llm.config.run import RunConfig
 from scale_llm.config.stage import EvaluateConfig, PretrainConfig, UntrainedStageConfig
 
@@ -23,7 +22,7 @@ def take_model(cfg: RunConfig, unset: set[str]) -> None:
     if cfg.checkpoint.load is None:
         raise UserError(f"model={NAME}: give checkpoint.load=DIR, whose model it means")
     load = Path(os.path.expanduser(cfg.checkpoint.load))
-    written = _huggingface(load) if is_huggingface(load) else _ours(load)
+    written = written_config(load)
     if isinstance(cfg.stage, UntrainedStageConfig):
         cfg.peft = written.peft  # what is evaluated is the model with its adapters
     for name in (field.name for field in fields(cfg.model)):
@@ -44,41 +43,6 @@ def huggingface_problems(cfg: RunConfig) -> list[str]:
     from scale_llm.models.huggingface.same_function import differences
 
     try:
-        return differences(_huggingface(Path(load)).model, cfg.model, Path(load))
+        return differences(written_config(load).model, cfg.model, Path(load))
     except UserError as error:
         return error.problems
-
-
-def _huggingface(directory: Path) -> RunConfig:
-    from scale_llm.models.huggingface import read_model
-    from scale_llm.models.huggingface.tokenizer import tokenizer_of
-
-    path = directory / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"checkpoint.load={directory}: config.json cannot be read ({error})") from error
-    return RunConfig(run_dir="", model=read_model(config, str(path)), tokenizer=tokenizer_of(directory, config))
-
-
-def _ours(directory: Path) -> RunConfig:
-    if not directory.is_dir():
-        raise UserError(
-            f"checkpoint.load={directory}: no such directory; give a run's checkpoints directory (the demo's is made "
-            "by make demo), or a Hugging Face directory"
-        )
-    try:
-        found = latest_checkpoint(directory)
-    except ValueError as error:
-        raise UserError(f"checkpoint.load={directory}: {error}") from error
-    if found is None or not (found[1] / CONFIG_FILE).is_file():
-        raise UserError(
-            f"checkpoint.load={directory}: holds no {CONFIG_FILE} that says what the model is; give the model group "
-            "instead of model=from_checkpoint"
-        )
-    cfg = load_config(found[1])
-    for place in (found[1] / TOKENIZER_DIR, found[1].parent / "huggingface"):  # of a run, of an import
-        if (place / "tokenizer.json").is_file():
-            cfg.tokenizer.path = str(place.resolve())
-            break
-    return cfg

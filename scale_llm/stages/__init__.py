@@ -44,6 +44,10 @@ def trained_stage(run):
         from scale_llm.stages.dpo import dpo
 
         return dpo(run)
+    if name in ("ppo", "grpo"):
+        from scale_llm.stages.policy.stage import PolicyStage
+
+        return PolicyStage(run)
     from scale_llm.stages.pretrain import Pretrain
 
     return Pretrain(run)

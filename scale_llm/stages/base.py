@@ -19,7 +19,11 @@ class Evaluation:
 class Stage(Protocol):
     """One kind of training: which batches, which loss, which evaluation. The loop does the rest."""
 
-    engine: Engine
+    engine: Engine | None
+    """Of the model that the run is about; None on ranks that hold no part of it."""
+    engines: dict[str, Engine | None]
+    """Every model that is trained, by what its tensors' names in checkpoints begin with; `engine` under the empty
+    name."""
 
     def start(self, *, fresh: bool) -> Evaluation:
         """What to do and to report once weights are loaded. fresh: no step has been done yet."""

@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 from scale_llm.config.cluster import Device as DeviceKind
 from scale_llm.config.parallel import ParallelConfig
+from scale_llm.config.policy import PolicyStageConfig
 from scale_llm.config.run import RunConfig
 from scale_llm.config.stage import EvaluateConfig, PretrainConfig
 from scale_llm.data.of_stage import prepare_run
@@ -56,7 +57,10 @@ def start_rank(cfg: RunConfig) -> RunContext:
         compile_ops=bool(cfg.model.compile_ops),
         any_size=not isinstance(cfg.stage, PretrainConfig | EvaluateConfig),
     )
-    mesh = build_mesh(mesh_sizes(cfg.parallel, dist.get_world_size()), device.backend)
+    world = dist.get_world_size()
+    # Roles have meshes of their own, so that of the job is for what all ranks tell each other
+    sizes = MeshSizes(dp=world) if isinstance(cfg.stage, PolicyStageConfig) else mesh_sizes(cfg.parallel, world)
+    mesh = build_mesh(sizes, device.backend)
     assert mesh is not None, "the mesh covers the whole job"
     seed_everything(
         cfg.train.seed, tp_rank=mesh.tp_rank, pp_rank=mesh.pp_rank, ep_rank=mesh.ep_rank, etp_rank=mesh.etp_rank

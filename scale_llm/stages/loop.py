@@ -7,6 +7,7 @@ from scale_llm.checkpoint.checkpointer import Checkpointer
 from scale_llm.config.batch import global_batch_size, total_iterations, total_samples
 from scale_llm.config.checkpoint_files import latest_checkpoint
 from scale_llm.config.errors import UserError
+from scale_llm.config.peft import PeftMethod
 from scale_llm.config.run import RunConfig
 from scale_llm.stages.base import Stage
 from scale_llm.stages.context import RunContext
@@ -55,13 +56,13 @@ def resume(run: RunContext, stage: Stage) -> Progress:
     in checkpoint.load in either case."""
     cfg = run.cfg
     own = latest_checkpoint(cfg.checkpoint.save)
-    base = None
-    if cfg.checkpoint.load is not None and (own is None or stage.engine.has_adapters):
+    adapters, base = cfg.peft.method is not PeftMethod.none, None
+    if cfg.checkpoint.load is not None and (own is None or adapters):
         base = latest_checkpoint(cfg.checkpoint.load)
         if base is None:
             raise UserError(f"checkpoint.load={cfg.checkpoint.load}: no checkpoint there; name a directory that holds "
                             "latest_checkpointed_iteration.txt")  # fmt: skip
-    if base is not None and (stage.engine.has_adapters or cfg.checkpoint.finetune):
+    if base is not None and (adapters or cfg.checkpoint.finetune):
         load_weights(run, stage.engine, base[1])
         base = None
     if own is not None:
@@ -106,4 +107,4 @@ def exit_reason(cfg: RunConfig, progress: Progress, stop: StopRequest) -> str | 
 
 def save(checkpointer: Checkpointer, stage: Stage, progress: Progress, run: RunContext, reporter: Reporter) -> None:
     with reporter.saving(progress, Path(run.cfg.checkpoint.save)):
-        checkpointer.save(progress.iteration, state_to_save(stage, progress), write_files(run))
+        checkpointer.save(progress.iteration, state_to_save(stage, progress, run.mesh.host_group), write_files(run))

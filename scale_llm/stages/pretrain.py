@@ -19,6 +19,7 @@ class Pretrain:
     def __init__(self, run: RunContext):
         cfg, mesh = run.cfg, run.mesh
         self.engine = Engine(cfg, mesh, run.device, vocab_size=run.vocab_size)
+        self.engines = {"": self.engine}
         self._loss = partial(language_model_loss, tp_group=mesh.groups.tp, vocab_size=run.vocab_size)
         dataset = build_dataset(
             run.prepared,

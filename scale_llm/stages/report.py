@@ -28,7 +28,7 @@ TIMES = ("iteration-time", "throughput", "tokens-per-second")
 class Reporter:
     """Collects what happens between two log points and writes it; on all ranks but the last it only keeps time."""
 
-    def __init__(self, run: RunContext, engine: Engine, progress: Progress, iterations: int):
+    def __init__(self, run: RunContext, engine: Engine | None, progress: Progress, iterations: int):
         cfg = run.cfg
         self._engine = engine
         self._run, self._iterations, self._interval = run, iterations, cfg.train.log_interval
@@ -40,7 +40,7 @@ class Reporter:
         if not self._writes:
             return
         directory = Path(cfg.run_dir)
-        self._metrics = open_metrics(directory / "metrics.jsonl", progress.iteration)
+        self._metrics = open_rows(directory / "metrics.jsonl", progress.iteration)
         if cfg.logging.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -59,6 +59,8 @@ class Reporter:
         everywhere = samples * self._run.cfg.model.seq_length
         self._tokens += everywhere if result.tokens is None else result.tokens
         progress.add_metrics(result.metrics)
+        for remark in result.remarks if self._writes else ():
+            self._say(f" {remark}")
         if progress.iteration % self._interval and progress.iteration not in (1, self._iterations):
             if self._bar is not None:
                 self._bar.advance(progress.iteration)
@@ -68,7 +70,7 @@ class Reporter:
 
     def _log(self, progress: Progress, means: dict[str, float], result: StepResult, samples: int) -> None:
         logging = self._run.cfg.logging
-        norm = parameter_norm(self._engine) if logging.log_params_norm else None
+        norm = parameter_norm(self._engine) if logging.log_params_norm and self._engine is not None else None
         if not self._writes:
             return
         seconds = self._seconds / self._steps
@@ -92,6 +94,7 @@ class Reporter:
         }
         self._write({key: value for key, value in row.items() if value is not None}, set(means))
         self._say(log_line(row, means, self._iterations, seconds, tflops))
+        self._add_texts(result.texts, progress.iteration)
         if self._bar is not None:
             self._bar.advance(
                 progress.iteration,
@@ -111,9 +114,7 @@ class Reporter:
 
     def evaluation(self, progress: Progress, found: Evaluation) -> None:
         """Writes the result of an evaluation."""
-        if self._tensorboard is not None:
-            for tag, text in found.texts.items():
-                self._tensorboard.add_text(tag, text, progress.iteration)
+        self._add_texts(found.texts, progress.iteration)
         metrics = found.metrics
         if not self._writes or not metrics:
             return
@@ -124,6 +125,10 @@ class Reporter:
         self._say(f" validation at iteration {progress.iteration} | {values} |")
         for remark in found.remarks:
             self._say(f" {remark}")
+
+    def _add_texts(self, texts: dict[str, str], iteration: int) -> None:
+        for tag, text in texts.items() if self._tensorboard is not None else ():
+            self._tensorboard.add_text(tag, text, iteration)
 
     @contextlib.contextmanager
     def saving(self, progress: Progress, directory: Path) -> Iterator[None]:
@@ -162,14 +167,14 @@ class Reporter:
         self._bar.say(text)
 
 
-def open_metrics(path: Path, iteration: int):
-    """Opens metrics.jsonl for appending; rows after `iteration` are of a lost part of the run and are dropped."""
+def open_rows(path: Path, iteration: int):
+    """Opens a file of JSON rows for appending; those after `iteration` are of a lost part of the run and are dropped."""
     if path.exists():
-        kept = [line for line in path.read_text().splitlines() if _is_before(line, iteration)]
+        kept = [line for line in path.read_text(encoding="utf-8").split("\n") if _is_before(line, iteration)]
         temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
+        temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         os.replace(temporary, path)
-    return open(path, "a")
+    return open(path, "a", encoding="utf-8")
 
 
 def _is_before(line: str, iteration: int) -> bool:

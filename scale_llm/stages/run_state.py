@@ -13,6 +13,7 @@ from scale_llm.checkpoint.huggingface.loading import load_huggingface
 from scale_llm.config.checkpoint_files import TOKENIZER_DIR, TOKENIZER_FILES, is_huggingface, latest_checkpoint
 from scale_llm.config.errors import UserError
 from scale_llm.config.io import CONFIG_FILE, load_raw, save_config
+from scale_llm.config.peft import PeftMethod
 from scale_llm.config.run import RunConfig
 from scale_llm.data.tokenizer import Tokenizer
 from scale_llm.engine import state as engine_state
@@ -28,15 +29,33 @@ CHECKPOINT_VERSION = 3.0
 """Megatron-LM's number for this layout of names."""
 
 
-def state_to_save(stage: Stage, progress: Progress) -> dict[str, Any]:
-    """The sharded state dict of everything that a resumed run needs."""
-    model = engine_state.sharded_model_state(stage.engine, _saved(stage.engine))
-    return {
-        **model,
-        "optimizer": engine_state.sharded_optimizer_state(stage.engine, model, loading=False),
-        "rng_state": per_rank_object("rng_state", rng_state()),
-        **_plain(stage, progress),
-    }
+def state_to_save(stage: Stage, progress: Progress, host_group: dist.ProcessGroup) -> dict[str, Any]:
+    """The sharded state dict of everything that a resumed run needs. A collective of the whole job, host_group."""
+    state: dict[str, Any] = {"rng_state": per_rank_object("rng_state", rng_state()), **_plain(stage, progress)}
+    for name, engine in stage.engines.items():
+        whole = {} if engine is None else _wanted(engine, _saved(engine), with_optimizer=True, loading=False)
+        plain = _first(None if engine is None else engine_state.plain_state(engine), host_group)
+        if name:
+            state[name] = engine_state.named(whole, name)
+            state["engines"] = {**state.get("engines", {}), name: plain}
+        else:
+            state |= {**whole, "engine": plain}
+    return state
+
+
+def _wanted(engine: Engine, weights: Weights, *, with_optimizer: bool, loading: bool) -> dict[str, Any]:
+    """A model and its optimizer as sharded tensors."""
+    state = dict(engine_state.sharded_model_state(engine, weights))
+    if with_optimizer:
+        state["optimizer"] = engine_state.sharded_optimizer_state(engine, dict(state), loading=loading)
+    return state
+
+
+def _first(value: Any, group: dist.ProcessGroup) -> Any:
+    """What the first rank has that has anything, on every rank."""
+    values = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return next(value for value in values if value is not None)
 
 
 def _saved(engine: Engine) -> Weights:
@@ -51,7 +70,6 @@ def _plain(stage: Stage, progress: Progress) -> dict[str, Any]:
         "iteration": progress.iteration,
         "progress": progress.as_dict(),
         "world_size": dist.get_world_size(),
-        "engine": engine_state.plain_state(stage.engine),
         "stage": stage.state(),
     }
 
@@ -74,33 +92,37 @@ def write_files(run: RunContext):
     return write
 
 
-def load_weights(run: RunContext, engine: Engine, path: Path) -> None:
+def load_weights(run: RunContext, engine: Engine | None, path: Path) -> None:
     """The weights alone, from a checkpoint of any layout or from a Hugging Face model.
 
-    A checkpoint of adapters gives them and, from where its run began, what lies under them.
+    A checkpoint of adapters gives them and, from where its run began, what lies under them. A collective of the whole
+    job: engine is None on ranks that hold no part of the model.
     """
+    has_adapters = run.cfg.peft.method is not PeftMethod.none
     adapters = None
     while (base := base_of(path)) is not None:
-        if not engine.has_adapters or adapters is not None:
+        if not has_adapters or adapters is not None:
             raise UserError(
                 f"checkpoint.load={path}: holds adapters alone; merge them into their base with "
                 f"tools/convert_checkpoint.py merge {path} OUT, and load that"
             )
         adapters, path = path, base
-    weights = Weights.base if engine.has_adapters else Weights.all
-    wanted = engine_state.sharded_model_state(engine, weights)
-    if is_huggingface(path):
-        load_huggingface(path, wanted, run.cfg.model)
-        engine_state.follow_weights(engine)
-    else:
-        main_weights = engine.optimizer is not None
-        loaded = load_sharded(path, wanted, optional=HEAD)
-        engine_state.load_model_state(engine, loaded, main_weights=main_weights)
-    if engine.has_adapters:
+    _load(run, engine, path, Weights.base if has_adapters else Weights.all)
+    if has_adapters and engine is not None:
         engine.begin_adapters(prompt_tokens(run))
     if adapters is not None:
-        wanted = engine_state.sharded_model_state(engine, Weights.adapters)
-        loaded = load_sharded(adapters, wanted)
+        _load(run, engine, adapters, Weights.adapters)
+
+
+def _load(run: RunContext, engine: Engine | None, path: Path, weights: Weights) -> None:
+    wanted = {} if engine is None else engine_state.sharded_model_state(engine, weights)
+    if is_huggingface(path):
+        load_huggingface(path, wanted, run.cfg.model)
+        if engine is not None:
+            engine_state.follow_weights(engine)
+        return
+    loaded = load_sharded(path, wanted, optional=HEAD)
+    if engine is not None:
         engine_state.load_model_state(engine, loaded, main_weights=engine.optimizer is not None)
 
 
@@ -129,7 +151,7 @@ def prompt_tokens(run: RunContext) -> list[int]:
 
 
 def restore(stage: Stage, path: Path, cfg: RunConfig, *, own: bool) -> Progress:
-    """Loads a checkpoint of any layout into the stage.
+    """Loads a checkpoint of any layout into the stage. A collective of the whole job.
 
     own: the run's own checkpoint, so everything is restored; else checkpoint.finetune and no_load_* say what is left
     out.
@@ -145,18 +167,27 @@ def restore(stage: Stage, path: Path, cfg: RunConfig, *, own: bool) -> Progress:
     with_optimizer = own or not (finetune or options.no_load_optim)
     same_ranks = plain.get("world_size") == dist.get_world_size()
     with_rng = same_ranks and (own or not (finetune or options.no_load_rng))
-    wanted = dict(engine_state.sharded_model_state(stage.engine, _saved(stage.engine)))
-    if with_optimizer:
-        wanted["optimizer"] = engine_state.sharded_optimizer_state(stage.engine, wanted, loading=True)
+    wanted: dict[str, Any] = {}
+    for name, engine in stage.engines.items():
+        whole = {}
+        if engine is not None:
+            whole = _wanted(engine, _saved(engine), with_optimizer=with_optimizer, loading=True)
+        wanted |= {name: engine_state.named(whole, name)} if name else whole
     if with_rng:
         wanted["rng_state"] = per_rank_object("rng_state", None)
     loaded = load_sharded(path, wanted)
-    engine_state.load_model_state(stage.engine, loaded, main_weights=not with_optimizer)
-    if with_optimizer:
-        engine_state.load_optimizer_state(stage.engine, loaded["optimizer"], plain["engine"])
+    for name, engine in stage.engines.items():
+        if engine is None:
+            continue
+        part = loaded[name] if name else loaded
+        own_plain = plain["engines"][name] if name else plain.get("engine")
+        engine_state.load_model_state(engine, part, main_weights=not with_optimizer)
+        if with_optimizer:
+            engine_state.load_optimizer_state(engine, part["optimizer"], own_plain)
+        if not finetune:
+            engine_state.load_schedule(engine, own_plain)
     if finetune:
         return Progress()
-    engine_state.load_schedule(stage.engine, plain["engine"])
     stage.load_state(plain["stage"])
     if with_rng:
         set_rng_state(loaded["rng_state"])

@@ -81,6 +81,7 @@ class SequenceStage:
         if cfg.train.train_epochs is not None:
             settle_epochs(cfg.train, stream.samples_in(cfg.train.train_epochs))
         self.engine = Engine(cfg, run.mesh, run.device, vocab_size=run.vocab_size, noise=task.noise)
+        self.engines = {"": self.engine}
         self._loader = self._loader_of(stream)
         self._held_out, self._evaluations = None, 0
         held_out = self._units(held_out_units(run, task.groups))

@@ -86,7 +86,7 @@ def rows_of(
     )
 
     def made(shape: Shape) -> list[Batch]:
-        loader = SequenceLoader(sequences, _Listed(samples), shape, data_parallel_rank=0, data_parallel_size=1)
+        loader = SequenceLoader(sequences, Listed(samples), shape, data_parallel_rank=0, data_parallel_size=1)
         return loader.global_batch(0, len(samples))
 
     batches = made(shape)
@@ -104,7 +104,7 @@ def most(count: int, mesh: Mesh) -> int:
     return int(found)
 
 
-class _Listed:
+class Listed:
     """A stream of given samples."""
 
     def __init__(self, samples: list[list[int]]):

@@ -1,0 +1,48 @@
+"""What must hold before a policy has learnt anything; if it does not, the run would learn from numbers that are wrong."""
+
+import torch
+
+from scale_llm.config.precision import PrecisionConfig
+from scale_llm.config.run import RunConfig
+from scale_llm.config.stage import StageConfig
+from scale_llm.stages.policy.metrics import mean_kl
+
+
+def limit_of(precision: PrecisionConfig) -> float:
+    """Nats a token that rounding explains: the same weights, other rows or another layout."""
+    return 1e-2 if precision.bf16 or precision.fp16 else 1e-6
+
+
+def check_reference(cfg: RunConfig, mask: torch.Tensor, tables: dict[str, torch.Tensor]) -> None:
+    """The policy that has not moved is the reference.
+
+    Raises:
+        RuntimeError: it is not.
+    """
+    if "reference_log_probs" not in tables or _moved(cfg.stage, cfg):
+        return
+    kl = mean_kl(mask, tables)
+    if abs(kl) > limit_of(cfg.precision):
+        raise RuntimeError(
+            f"before the first update the KL of the actor to the reference is {kl:.3g} nats a token where it must be 0 "
+            f"(within {limit_of(cfg.precision):g}): they are not the same model"
+        )
+
+
+def check_first_ratio(cfg: RunConfig, metrics: dict[str, float]) -> None:
+    """In an iteration's first step the policy is the one that the old log-probabilities are of.
+
+    Raises:
+        RuntimeError: it is not.
+    """
+    kl, limit = metrics["actor/ppo_kl"], limit_of(cfg.precision)
+    if abs(kl) > limit or abs(metrics["actor/ratio"] - 1) > limit:
+        raise RuntimeError(
+            f"in the first step of an iteration the ratio of new to old policy is {metrics['actor/ratio']:.9g}, the KL "
+            f"{kl:.3g}: they must be 1 and 0 (within {limit:g})"
+        )
+
+
+def _moved(stage: StageConfig, cfg: RunConfig) -> bool:
+    """Whether the reference is another checkpoint than the one that the actor starts from."""
+    return getattr(stage, "reference_load", None) not in (None, cfg.checkpoint.load)

@@ -1,0 +1,107 @@
+"""The models of a run, each on its own mesh."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch.distributed as dist
+
+from scale_llm.checkpoint.written import written_config
+from scale_llm.config.checkpoint_files import latest_checkpoint
+from scale_llm.config.roles import layout_of, load_of, ranks_of, role_config, roles_of
+from scale_llm.config.run import RunConfig
+from scale_llm.engine.engine import Engine
+from scale_llm.parallel.mesh import Mesh, MeshSizes, build_mesh
+from scale_llm.stages.context import RunContext, mesh_sizes
+from scale_llm.stages.run_state import load_weights
+
+TRAINED = ("actor", "critic")
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """ranks: of the whole job. run and engine: None on ranks that hold no part of the model."""
+
+    name: str
+    cfg: RunConfig
+    ranks: tuple[int, ...]
+    run: RunContext | None
+    engine: Engine | None
+    offloads: bool
+
+    @property
+    def is_here(self) -> bool:
+        return self.engine is not None
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """The model is on the device inside, and in host memory after it where the layout says so."""
+        if self.engine is None or not self.offloads:
+            yield
+            return
+        self.engine.onload()
+        try:
+            yield
+        finally:
+            self.engine.offload()
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank tells the others what the role has found: one of each replica and context-parallel part, on
+        the last pipeline stage."""
+        return self.run is not None and self.run.mesh.tp_rank == 0 and self.run.mesh.is_last_stage
+
+
+class Meshes:
+    """Meshes of the job by their shape, each made once."""
+
+    def __init__(self, backend: str):
+        self._backend = backend
+        self._made: dict[tuple[MeshSizes, tuple[int, ...]], Mesh | None] = {}
+
+    def __call__(self, sizes: MeshSizes, ranks: tuple[int, ...]) -> Mesh | None:
+        """A collective of the whole job. None on ranks outside."""
+        key = (sizes, ranks)
+        if key not in self._made:
+            self._made[key] = build_mesh(sizes, self._backend, ranks)
+        return self._made[key]
+
+
+def build_roles(run: RunContext) -> dict[str, Role]:
+    """Every role of the run; critic, reference and reward model with their weights, the actor as it is drawn.
+
+    A collective of the whole job.
+    """
+    meshes, found = Meshes(run.device.backend), {}
+    for name in roles_of(run.cfg):
+        found[name] = _build(run, name, meshes)
+        if name not in ("actor", "rollout"):
+            load_weights(replace(run, cfg=found[name].cfg), found[name].engine, _path(run.cfg, name))
+            if found[name].is_here and found[name].offloads:
+                found[name].engine.offload()
+    return found
+
+
+def _build(run: RunContext, name: str, meshes: Meshes) -> Role:
+    model = written_config(load_of(run.cfg, name)).model if name in ("critic", "reward") else None
+    cfg, ranks = role_config(run.cfg, name, model), ranks_of(run.cfg, name)
+    mesh = meshes(mesh_sizes(cfg.parallel, len(ranks)), ranks)
+    part = engine = None
+    if mesh is not None:
+        part = RunContext(cfg, run.device, mesh, run.prepared)
+        engine = Engine(cfg, mesh, run.device, vocab_size=part.vocab_size, trainable=name in TRAINED)
+    return Role(name, cfg, ranks, part, engine, layout_of(run.cfg, name).offload)
+
+
+def _path(cfg: RunConfig, role: str) -> Path:
+    found = latest_checkpoint(load_of(cfg, role) or "")
+    assert found is not None, "validated"
+    return found[1]
+
+
+def first_rank_tells(role: Role, value):
+    """What the role's first rank has, on every rank of the job."""
+    told = [value]
+    dist.broadcast_object_list(told, src=role.ranks[0])
+    return told[0]

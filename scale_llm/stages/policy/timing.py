@@ -1,0 +1,28 @@
+"""Where the time of an iteration goes, under verl's names: `timing_s/<part>` in seconds."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+PREFIX = "timing_s/"
+WAIT = "wait"
+"""Waiting for other ranks' numbers."""
+
+
+class Timing:
+    """Seconds of the parts of one iteration on this rank."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+
+
+def slowest(parts: list[dict[str, float]]) -> dict[str, float]:
+    """Of every part the seconds of the rank that took longest."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {PREFIX + name: max(part.get(name, 0.0) for part in parts) for name in names}
