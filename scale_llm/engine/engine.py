@@ -22,6 +22,7 @@ from scale_llm.config.peft import LOW_RANK, BaseQuantization, PeftMethod
 from scale_llm.config.run import RunConfig
 from scale_llm.engine.counted import COUNTED, only_counted
 from scale_llm.engine.moe import load_balancing_losses
+from scale_llm.engine.offload import Offload, Offloaded
 from scale_llm.engine.optimizer import build_optimizer, build_scheduler
 from scale_llm.engine.update import update
 from scale_llm.models.adapters.layers import without_adapters
@@ -89,6 +90,7 @@ class Engine:
             self._connect(cfg)
         self._schedule = get_forward_backward_func(mesh.sizes.pp, mesh.sizes.vpp)
         self._p2p = P2PCommunicator(mesh.groups.pp, self.config) if mesh.sizes.pp > 1 else None
+        self._offload = Offload(self)
 
     def _wrap(self, cfg: RunConfig) -> list[torch.nn.Module]:
         """megatron-core's data-parallel wrapper: gradient buffers and their reduction."""
@@ -120,6 +122,7 @@ class Engine:
 
     def train_step(self, batches: Iterable[Batch], loss_fn: Loss, *, samples: int) -> StepResult:
         """Forward, backward and update. batches: this rank's micro-batches; samples: the global batch size."""
+        self.require_weights()
         for chunk in self.chunks:
             chunk.train()
             chunk.zero_grad_buffer()
@@ -180,6 +183,7 @@ class Engine:
 
         prompt: tokens whose embeddings virtual ones begin as. A collective.
         """
+        self.require_weights()
         for module in self.modules:
             module.begin_adapters(quantise=self.peft.quantize_base is BaseQuantization.nf4, prompt=prompt)
         if self.optimizer is not None:
@@ -189,11 +193,25 @@ class Engine:
         """A context in which the model is what lies under its low-rank adapters."""
         return without_adapters(self.modules)
 
+    def offload(self) -> Offloaded:
+        """Weights, gradients and optimizer state out of the device's memory; see `Offload`."""
+        return self._offload.offload()
+
+    def onload(self) -> Offloaded:
+        """Back, as they were."""
+        return self._offload.onload()
+
+    def require_weights(self) -> None:
+        """Raises RuntimeError where they are offloaded: their tensors point at no memory."""
+        if self._offload.is_away:
+            raise RuntimeError("the engine is offloaded: call onload first")
+
     def gather_parameters(self) -> None:
         """Makes every rank's weights whole: with overlap_param_gather they are so only in the next forward pass.
 
         Before anything but a training step reads them. A collective.
         """
+        self.require_weights()
         if not self._gathers_late:
             return
         for chunk in self.chunks:
@@ -204,6 +222,7 @@ class Engine:
     def whole_parameters(self) -> Iterator[None]:
         """For passes of the modules themselves that the ranks of other replicas do not join: weights are whole, dropout
         is off, and no forward pass gathers anything over data-parallel ranks. Begins with a collective."""
+        self.require_weights()
         if self._gathers_late:
             for chunk in self.chunks:
                 chunk.disable_forward_pre_hook(param_sync=True)

@@ -10,6 +10,7 @@ from scale_llm.engine.engine import Engine
 
 def parameter_norm(engine: Engine) -> float:
     """Euclidean norm over the whole model. A collective."""
+    engine.require_weights()
     groups = engine.mesh.groups
     totals = torch.zeros(2, dtype=torch.float64, device=engine.device.device)
     for module in engine.modules:

@@ -1,6 +1,11 @@
 """Optimizer and learning-rate schedule, from megatron-core."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import megatron.core.optimizer
 import torch
+import torch.distributed as dist
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer, MegatronOptimizer
@@ -42,12 +47,43 @@ def build_optimizer(
         overlap_param_gather=parallel.overlap_param_gather,
         log_num_zeros_in_grad=logging.log_num_zeros_in_grad,
     )
-    optimizer = get_megatron_optimizer(config, chunks, use_gloo_process_groups=False, pg_collection=mesh.groups)
+    with _objects_within(mesh.host_group):
+        optimizer = get_megatron_optimizer(config, chunks, use_gloo_process_groups=False, pg_collection=mesh.groups)
     for part in parts(optimizer):
         if part.optimizer is not None:
             _use_fused_kernels(part.optimizer)
             _allocate_state(part.optimizer)
     return optimizer
+
+
+class _Replaced:
+    """An object seen with some attributes replaced."""
+
+    def __init__(self, seen, **replacements):
+        self.__dict__.update(replacements)
+        self._seen = seen
+
+    def __getattr__(self, name):
+        return getattr(self._seen, name)
+
+
+@contextmanager
+def _objects_within(group: dist.ProcessGroup) -> Iterator[None]:
+    """megatron-core compares parameter groups over all ranks of the job: ranks outside the mesh would have to join."""
+
+    def all_gather_object(found: list, mine) -> None:
+        dist.all_gather_object(found, mine, group=group)
+
+    module = megatron.core.optimizer
+    before = module.torch
+    distributed = _Replaced(
+        before.distributed, get_world_size=lambda: dist.get_world_size(group), all_gather_object=all_gather_object
+    )
+    module.torch = _Replaced(before, distributed=distributed)
+    try:
+        yield
+    finally:
+        module.torch = before
 
 
 def parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:

@@ -47,6 +47,7 @@ def sharded_model_state(engine: Engine, which: Weights = Weights.all) -> dict[st
 def sharded_optimizer_state(engine: Engine, model_state: dict[str, Any], *, loading: bool) -> dict[str, Any]:
     """Tensors of every optimizer part, by position."""
     assert engine.optimizer is not None
+    engine.require_weights()
     by_parameter = {
         id(leaf.data): leaf
         for leaf in nested_values(model_state)
@@ -86,6 +87,7 @@ def load_model_state(engine: Engine, state: dict[str, Any], *, main_weights: boo
 
     Loading fills tensors in place, so main weights that came from the checkpoint must not be touched here.
     """
+    engine.require_weights()
     for i, module in enumerate(engine.modules):
         part = state["model" if len(engine.modules) == 1 else f"model{i}"]
         found = module.load_state_dict(part, strict=False)  # a base, its adapters and a new head are apart
@@ -97,6 +99,7 @@ def load_model_state(engine: Engine, state: dict[str, Any], *, main_weights: boo
 
 def follow_weights(engine: Engine) -> None:
     """The optimizer's main weights become the model's, which have been changed behind its back."""
+    engine.require_weights()
     if engine.optimizer is not None:
         engine.optimizer.reload_model_params()
 
@@ -104,6 +107,7 @@ def follow_weights(engine: Engine) -> None:
 def load_optimizer_state(engine: Engine, tensors: dict[str, Any], plain: dict[str, Any]) -> None:
     """Optimizer tensors, step counts and the FP16 loss scale. Weights must have been loaded before."""
     assert engine.optimizer is not None
+    engine.require_weights()
     for i, part in enumerate(parts(engine.optimizer)):
         if part.optimizer is None:
             continue

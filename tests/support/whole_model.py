@@ -6,9 +6,11 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 
 
 def whole_model(engine) -> dict[str, torch.Tensor] | None:
-    """Checkpoint name -> whole tensor, on rank 0; None elsewhere. Every element must come from some rank."""
-    metadata = {"dp_cp_group": engine.mesh.groups.dp_cp, "singleton_local_shards": False}
-    mine = [piece for module in engine.modules for piece in _pieces(module.sharded_state_dict(metadata=metadata))]
+    """Checkpoint name -> whole tensor, on rank 0; None elsewhere. Every element must come from some rank.
+
+    Every rank of the job calls it; engine: None on those that are not in its mesh.
+    """
+    mine = [] if engine is None else _mine(engine)
     every = [None] * dist.get_world_size()
     dist.all_gather_object(every, mine)
     if dist.get_rank() != 0:
@@ -23,6 +25,11 @@ def whole_model(engine) -> dict[str, torch.Tensor] | None:
     holes = [key for key, tensor in whole.items() if tensor.isnan().any()]
     assert not holes, f"no rank holds all of {holes}"
     return whole
+
+
+def _mine(engine) -> list:
+    metadata = {"dp_cp_group": engine.mesh.groups.dp_cp, "singleton_local_shards": False}
+    return [piece for module in engine.modules for piece in _pieces(module.sharded_state_dict(metadata=metadata))]
 
 
 def _pieces(state):
