@@ -1,11 +1,15 @@
 """Keys that a run would not read, set to something else than their default: they would do nothing without a word."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any
 
+from scale_llm.config.layout import LayoutConfig, RoleLayout
 from scale_llm.config.peft import LOW_RANK, PeftMethod
+from scale_llm.config.policy import AdvEstimator, KlCtrlType, PolicyStageConfig
+from scale_llm.config.reward import RewardFunctionConfig
+from scale_llm.config.roles import ROLES
 from scale_llm.config.run import RunConfig
 from scale_llm.config.stage import (
     REFERENCE_FREE,
@@ -51,7 +55,27 @@ def _prompt(cfg: RunConfig) -> bool:
 
 
 def _token_budget(cfg: RunConfig) -> bool:
-    return isinstance(cfg.stage, SequenceStageConfig) and cfg.stage.batching is Batching.token_budget
+    """Other stages have a key of the same name."""
+    return not isinstance(cfg.stage, SequenceStageConfig) or cfg.stage.batching is Batching.token_budget
+
+
+def _policy(cfg: RunConfig) -> bool:
+    return isinstance(cfg.stage, PolicyStageConfig)
+
+
+def _where(condition: Callable[[PolicyStageConfig], object]) -> Callable[[RunConfig], bool]:
+    """Is it so of a stage that trains a policy? Keys of the same name in other stages are not meant."""
+    return lambda cfg: not isinstance(cfg.stage, PolicyStageConfig) or bool(condition(cfg.stage))
+
+
+def _keys(group: str, schema: type) -> str:
+    """Every key of a group."""
+    names = []
+    for field in fields(schema):
+        names += [f"{group}.{field.name}"] if field.name not in ROLES else _keys(
+            f"{group}.{field.name}", RoleLayout
+        ).split()  # fmt: skip
+    return " ".join(names)
 
 
 def _loss(*losses: PreferenceLoss) -> Callable[[RunConfig], bool]:
@@ -71,10 +95,82 @@ RULES = (
     ),
     Rule(
         "data.fields.chosen data.fields.rejected data.fields.answers data.fields.ranks data.fields.scores "
-        "data.fields.margin data.fields.completion data.fields.label",
+        "data.fields.margin data.fields.completion",
         _comparisons,
         "is for comparisons, which stage={cfg.stage.name} does not read",
         "remove it, or choose stage=reward or dpo",
+    ),
+    Rule(
+        "data.fields.label",
+        lambda cfg: _comparisons(cfg) or _policy(cfg),
+        "is for comparisons and rewards, which stage={cfg.stage.name} does not read",
+        "remove it, or choose stage=dpo, ppo or grpo",
+    ),
+    Rule(
+        "data.fields.ground_truth data.fields.data_source data.fields.extra_info",
+        _policy,
+        "is for reward functions, which stage={cfg.stage.name} does not call",
+        "remove it, or choose stage=ppo or grpo",
+    ),
+    Rule(
+        f"{_keys('layout', LayoutConfig)} {_keys('reward', RewardFunctionConfig)}",
+        _policy,
+        "is for policies that learn from rewards, stage={cfg.stage.name} has none",
+        "remove it, or choose stage=ppo or grpo",
+    ),
+    Rule(
+        "stage.lam stage.whiten_advantages",
+        _where(lambda stage: stage.adv_estimator is AdvEstimator.gae),
+        "is for stage.adv_estimator=gae, this is {cfg.stage.adv_estimator.value}",
+        "remove it, or choose stage=ppo",
+    ),
+    Rule(
+        "stage.norm_adv_by_std_in_grpo",
+        _where(lambda stage: stage.adv_estimator is AdvEstimator.grpo),
+        "is for stage.adv_estimator=grpo, this is {cfg.stage.adv_estimator.value}",
+        "remove it, or set stage.adv_estimator=grpo",
+    ),
+    Rule(
+        "stage.gamma",
+        _where(lambda stage: stage.adv_estimator not in (AdvEstimator.grpo, AdvEstimator.rloo)),
+        "has no meaning for stage.adv_estimator={cfg.stage.adv_estimator.value}, which rewards whole answers",
+        "remove it, or choose another estimator",
+    ),
+    Rule(
+        "stage.critic_load stage.critic_lr stage.critic_warmup stage.cliprange_value",
+        _where(lambda stage: stage.adv_estimator is AdvEstimator.gae),
+        "is for a critic, which stage.adv_estimator={cfg.stage.adv_estimator.value} has not",
+        "remove it, or set stage.adv_estimator=gae",
+    ),
+    Rule(
+        "stage.kl_ctrl.target_kl stage.kl_ctrl.horizon",
+        _where(lambda stage: stage.kl_ctrl.type is KlCtrlType.adaptive),
+        "is for stage.kl_ctrl.type=adaptive, this is fixed",
+        "remove it, or set stage.kl_ctrl.type=adaptive",
+    ),
+    Rule(
+        "stage.kl_loss_type",
+        _where(lambda stage: stage.kl_loss_coef),
+        "stage.kl_loss_coef=0 has no KL in the loss",
+        "remove it, or set stage.kl_loss_coef",
+    ),
+    Rule(
+        "stage.reference_load",
+        _where(lambda stage: stage.needs_reference),
+        "nothing is measured against a reference",
+        "remove it, or set stage.kl_coef, stage.kl_loss_coef or stage.guard.max_kl",
+    ),
+    Rule(
+        "stage.max_num_gen_batches",
+        _where(lambda stage: stage.filter_groups),
+        "is for stage.filter_groups=true",
+        "remove it, or set stage.filter_groups=true",
+    ),
+    Rule(
+        "stage.overlong_penalty_factor",
+        _where(lambda stage: stage.overlong_buffer_tokens),
+        "stage.overlong_buffer_tokens=0 has no penalty",
+        "remove it, or set stage.overlong_buffer_tokens",
     ),
     Rule(
         "data.fields.text data.reset_position_ids data.reset_attention_mask data.eod_mask_loss",

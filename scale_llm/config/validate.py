@@ -9,6 +9,7 @@ from collections.abc import Callable
 from scale_llm.config.cluster import Device, Launcher
 from scale_llm.config.errors import UserError
 from scale_llm.config.machine import Machine
+from scale_llm.config.policy import PolicyStageConfig
 from scale_llm.config.run import RunConfig
 from scale_llm.config.unused import unused_problems
 from scale_llm.config.validate_batch import batch_problems
@@ -17,6 +18,7 @@ from scale_llm.config.validate_files import file_problems
 from scale_llm.config.validate_layout import layout_problems
 from scale_llm.config.validate_model import model_problems
 from scale_llm.config.validate_peft import peft_problems
+from scale_llm.config.validate_policy import role_layout_problems
 from scale_llm.config.validate_values import sign_problems, value_problems
 
 Rule = Callable[[RunConfig], list[str]]
@@ -33,9 +35,16 @@ def problems_of(cfg: RunConfig, machine: Machine | None = None) -> list[str]:
     signs = sign_problems(cfg)
     found = signs + value_problems(cfg) + peft_problems(cfg) + unused_problems(cfg)
     if not any(sign.startswith(DIVIDED) for sign in signs):
-        found += [problem for rule in ARITHMETIC for problem in rule(cfg)]
+        found += [problem for rule in _arithmetic(cfg) for problem in rule(cfg)]
     found += cluster_problems(cfg.cluster) + file_problems(cfg)
     return found + (machine_problems(cfg, machine) if machine is not None else [])
+
+
+def _arithmetic(cfg: RunConfig) -> tuple[Rule, ...]:
+    """Where every role has a layout of its own, there is none of the run."""
+    if isinstance(cfg.stage, PolicyStageConfig):
+        return (role_layout_problems, model_problems, batch_problems)
+    return ARITHMETIC
 
 
 def validate(cfg: RunConfig, machine: Machine | None = None) -> None:

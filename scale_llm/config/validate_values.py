@@ -6,9 +6,12 @@ from typing import Any
 from scale_llm.config.data import DataConfig
 from scale_llm.config.model import Head
 from scale_llm.config.optim import OptimConfig
+from scale_llm.config.policy import PolicyStageConfig
 from scale_llm.config.precision import PrecisionConfig
 from scale_llm.config.run import RunConfig
 from scale_llm.config.stage import EvaluateConfig, GenerateConfig, ScoreConfig, SequenceStageConfig
+from scale_llm.config.validate_policy import policy_problems
+from scale_llm.config.validate_reward import reward_problems
 from scale_llm.config.validate_sequences import sequence_problems
 
 POSITIVE = {
@@ -152,6 +155,8 @@ def stage_problems(cfg: RunConfig) -> list[str]:
         return [f"{keys}: {len(given)} lengths; set one of them, the others to null"]
     if isinstance(cfg.stage, SequenceStageConfig):
         return sequence_problems(cfg, cfg.stage)
+    if isinstance(cfg.stage, PolicyStageConfig):
+        return [*policy_problems(cfg, cfg.stage), *reward_problems(cfg.reward)]
     return []
 
 

@@ -51,3 +51,36 @@ def ranked(tmp_path_factory):
                 answers = [f"That is {a + b}.", "No idea", "No idea" * 3, "No idea " * 6][: 2 + (a + b) % 3]
                 file.write(json.dumps({"prompt": f"{a} and {b}?" * (1 + a % 3), "responses": answers}) + "\n")
     return path
+
+
+WAYS_TO_ASK = ("Say {}", "Repeat {}", "Give me a {}", "The digit {} please", "{}", "Again: {}")
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """Prompts that ask for their digit; a label has it."""
+    path = tmp_path_factory.mktemp("data") / "digits.jsonl"
+    with open(path, "w") as file:
+        for way in WAYS_TO_ASK:
+            for digit in range(10):
+                file.write(json.dumps({"prompt": way.format(digit), "label": str(digit)}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def beginner(runs, base, digits, tmp_path_factory):
+    """Checkpoints of a model that has been told what such answers look like: one in five of them is right."""
+    said = digits.with_name("said.jsonl")
+    with open(said, "w") as file:
+        for way in WAYS_TO_ASK:
+            for digit in range(10):
+                for other in range(5):
+                    answer = (digit + 2 * other) % 10
+                    file.write(json.dumps({"prompt": way.format(digit), "response": str(answer)}) + "\n")
+    run = tmp_path_factory.mktemp("beginner") / "run"
+    words = ["stage=sft", "model=from_checkpoint", f"checkpoint.load={base}", f"data.path={said}",
+             "data.split='98,2,0'", "train.train_iters=80", "train.global_batch_size=50", "train.micro_batch_size=50",
+             "train.eval_interval=null", "optim.lr=3e-3", "stage.num_samples=0", "stage.batching=padded",
+             "train.log_interval=20"]  # fmt: skip
+    assert runs(run, *words) == []
+    return run / "checkpoints"

@@ -5,6 +5,7 @@ cache_dir/prompts/<fingerprint>/   prompts.jsonl: {"tokens": [...], "row": {...}
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from scale_llm.config.data import DataConfig, TooLong
 from scale_llm.config.errors import UserError
 from scale_llm.config.tokenizer import TokenizerConfig
 from scale_llm.data.chat.conversation import conversation_tools, with_system
+from scale_llm.data.chat.embedded import embedded_conversations
 from scale_llm.data.chat.parting import prompt_of
 from scale_llm.data.chat.prepared import PreparedChat, prepare_chat
 from scale_llm.data.chat.reading import Report, bad_rows, no_usable_row, read_parsed
@@ -84,24 +86,36 @@ def _write(
 ) -> None:
     bad, long = bad_rows(data.on_bad_row, report), Problems()
     with open(path, "w", encoding="utf-8") as out:
-        for name in files:
-            for row, messages, tools in read_parsed(name, lambda row: _prompt(row, data), bad, on_bytes):
-                try:
-                    tokens = template.prompt(messages, tools)
-                except RowError as error:
-                    bad.add(row.file, row.line, error.message, error.kind)
-                    continue
-                if len(tokens) > longest:
-                    _too_long(row, len(tokens), longest, data.on_too_long, report, long)
-                    continue
-                report.kept, report.tokens = report.kept + 1, report.tokens + len(tokens)
-                report.longest = max(report.longest, len(tokens))
-                out.write(json.dumps({"tokens": tokens, "row": row.values}, ensure_ascii=False, default=str) + "\n")
+        for row, messages, tools in _parsed(files, data, bad, on_bytes):
+            try:
+                tokens = template.prompt(messages, tools)
+            except RowError as error:
+                bad.add(row.file, row.line, error.message, error.kind)
+                continue
+            if len(tokens) > longest:
+                _too_long(row, len(tokens), longest, data.on_too_long, report, long)
+                continue
+            report.kept, report.tokens = report.kept + 1, report.tokens + len(tokens)
+            report.longest = max(report.longest, len(tokens))
+            out.write(json.dumps({"tokens": tokens, "row": row.values}, ensure_ascii=False, default=str) + "\n")
     problems = bad.found + long.found
     if not problems and not report.kept:
         problems = [no_usable_row(data.path, report.finished())]
     if problems:
         raise UserError(problems)
+
+
+def _parsed(files: list[str], data: DataConfig, bad: Problems, on_bytes) -> Iterator[tuple[Row, list[Message], Any]]:
+    """(row, messages before the answer, tools) of every row; without files of the user's own, questions about the
+    standard library."""
+    if data.path is not None:
+        for name in files:
+            yield from read_parsed(name, lambda row: _prompt(row, data), bad, on_bytes)
+        return
+    for each in embedded_conversations(files, on_bytes):
+        question, answer = each.messages
+        values = {data.fields.prompt: question["content"], data.fields.ground_truth: answer["content"]}
+        yield Row(values, each.file, each.line), [question], None
 
 
 def _prompt(row: Row, data: DataConfig) -> tuple[Row, list[Message], Any]:

@@ -60,7 +60,8 @@ class Scorer:
         mine = list(range(dist.get_rank(), len(answers), dist.get_world_size()))
         found = self._functions.score([self._item(answers, number) for number in mine])
         every = gathered(dict(zip(mine, found, strict=True)), self._group)
-        every_error = gathered({dist.get_rank(): self._functions.take_errors()}, self._group)
+        every_error = gathered({dist.get_rank(): dict(self._functions.errors)}, self._group)
+        self._functions.errors.clear()
         errors: dict[str, int] = {}
         for part in every_error.values():
             for text, times in part.items():

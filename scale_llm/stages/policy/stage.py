@@ -226,7 +226,7 @@ class PolicyStage:
             for name in ("actor", "rollout"):
                 stack.enter_context(self._roles[name].at_work())
             moved = self._movement.run()
-        return moved.bytes / moved.seconds
+        return moved.total_bytes / moved.seconds
 
     def _follow_kl(self, mask: torch.Tensor, tables: Tables, count: int) -> None:
         if self._stage.kl_ctrl.type is not KlCtrlType.adaptive:
