@@ -1,4 +1,4 @@
-"""Whether the reward group can score anything. Pure: users' own functions are imported by `scale_llm.rewards.loading`."""
+"""Whether the reward group can score anything. Pure: `scale_llm.rewards.loading` imports what users wrote."""
 
 import difflib
 import math
