@@ -15,6 +15,7 @@ from scale_llm.config.model import Backend, Head, ModelConfig
 from scale_llm.config.names import run_name
 from scale_llm.config.parallel import ParallelConfig
 from scale_llm.config.policy import PolicyStageConfig, PpoConfig
+from scale_llm.config.reward import with_absolute_paths
 from scale_llm.config.run import RunConfig
 from scale_llm.config.stage import Batching, DpoConfig, RewardConfig, Score, SequenceStageConfig, answers_in_a_row
 from scale_llm.config.tokenizer import TokenizerConfig
@@ -147,6 +148,7 @@ def _resolve_paths(cfg: RunConfig) -> None:
         cfg.stage.reference_load = os.path.expanduser(cfg.stage.reference_load)
     if isinstance(cfg.stage, PpoConfig) and cfg.stage.critic_load is not None:
         cfg.stage.critic_load = os.path.expanduser(cfg.stage.critic_load)
+    cfg.reward.function = with_absolute_paths(cfg.reward.function)
     if cfg.reward.load is not None:
         cfg.reward.load = os.path.expanduser(cfg.reward.load)
     if cfg.tokenizer.path is not None:

@@ -1,6 +1,7 @@
 """What an answer is worth: verifiable rewards, a reward model, or both."""
 
 import math
+import os
 import shlex
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -79,3 +80,22 @@ def _number(entry: str) -> float | None:
         return float(entry)
     except ValueError:
         return None
+
+
+def with_absolute_paths(text: str | None) -> str | None:
+    """`reward.function` with the files of users' functions as ranks find them that start in another directory."""
+    try:
+        functions = weighted_functions(text)
+    except ValueError:  # validation says what is wrong with it
+        return text
+    if not any(":" in function.name and function.name.rpartition(":")[0].endswith(".py") for function in functions):
+        return text
+    found = [(function.weight, _absolute(function.name)) for function in functions]
+    if all(weight == 1 for weight, _ in found):
+        return " ".join(shlex.quote(name) for _, name in found)
+    return " ".join(f"{weight!r} {shlex.quote(name)}" for weight, name in found)
+
+
+def _absolute(name: str) -> str:
+    file, colon, attribute = name.rpartition(":")
+    return f"{os.path.abspath(os.path.expanduser(file))}:{attribute}" if colon and file.endswith(".py") else name

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from scale_llm.config.checkpoint_files import TOKENIZER_DIR, TRACKER, latest_checkpoint
 from scale_llm.config.errors import UserError
 from scale_llm.config.io import CONFIG_FILE, load_raw
+from scale_llm.config.policy import PolicyStageConfig
 from scale_llm.config.run import RunConfig
 from scale_llm.config.stage import DpoConfig
 
@@ -41,7 +42,9 @@ def file_problems(cfg: RunConfig) -> list[str]:
     found += _load(cfg, "checkpoint.load", cfg.checkpoint.load)
     if isinstance(cfg.stage, DpoConfig):
         problems = _load(cfg, "stage.reference_load", cfg.stage.reference_load)
-        found += problems or _other_tokenizer(cfg, cfg.stage.reference_load)
+        found += problems or other_tokenizer(cfg, cfg.stage.reference_load, "stage.reference_load")
+    if isinstance(cfg.stage, PolicyStageConfig):
+        found += _load(cfg, "stage.reference_load", cfg.stage.reference_load)
     return found
 
 
@@ -112,11 +115,11 @@ def _load(cfg: RunConfig, key: str, load: str | None) -> list[str]:
     return _other_model(cfg, former, f"{key}={load}: holds another model", "choose that model")
 
 
-def _other_tokenizer(cfg: RunConfig, reference: str | None) -> list[str]:
-    """A reference whose token ids mean other tokens."""
-    if reference is None or cfg.tokenizer.path is None:
+def other_tokenizer(cfg: RunConfig, load: str | None, key: str) -> list[str]:
+    """A second model whose token ids mean other tokens."""
+    if load is None or cfg.tokenizer.path is None:
         return []
-    found = latest_checkpoint(reference)
+    found = latest_checkpoint(load)
     own = Path(cfg.tokenizer.path)
     files = [own / "tokenizer.json" if own.is_dir() else own]
     if found is not None:
@@ -125,8 +128,8 @@ def _other_tokenizer(cfg: RunConfig, reference: str | None) -> list[str]:
     if len(set(texts)) < 2:
         return []
     return [
-        f"stage.reference_load={reference}: holds another tokenizer than {files[0]}, so that its tokens mean other "
-        "text; give a reference with the policy's tokenizer"
+        f"{key}={load}: holds another tokenizer than {files[0]}, so that its tokens mean other text; give a model with "
+        "the policy's tokenizer"
     ]
 
 

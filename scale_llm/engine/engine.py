@@ -38,7 +38,6 @@ Batch = dict[str, torch.Tensor]
 Loss = Callable[[torch.Tensor, Batch], tuple[torch.Tensor, torch.Tensor, dict]]
 
 
-
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """metrics: name -> mean over the global batch. skipped: an FP16 overflow, nothing was updated."""
@@ -201,6 +200,11 @@ class Engine:
         """Back, as they were."""
         return self._offload.onload()
 
+    @property
+    def is_away(self) -> bool:
+        """Whether it is offloaded."""
+        return self._offload.is_away
+
     def require_weights(self) -> None:
         """Raises RuntimeError where they are offloaded: their tensors point at no memory."""
         if self._offload.is_away:
@@ -304,9 +308,7 @@ class Engine:
         dims = {key: 1 for key, value in batch.items() if value.shape == shape}
         if "attention_mask" in batch:
             dims["attention_mask"] = 2
-        cut = {
-            key: shard_sequence(value, dims[key], group) if key in dims else value for key, value in batch.items()
-        }
+        cut = {key: shard_sequence(value, dims[key], group) if key in dims else value for key, value in batch.items()}
         if self.modules[-1].is_language_model and not self.config.sequence_parallel:
             cut = only_counted(cut)
         return {

@@ -10,6 +10,7 @@ other processes.
 
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -161,3 +162,15 @@ def _storages(tensors: Iterable[torch.Tensor]) -> dict[int, torch.UntypedStorage
 def _bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
+
+@contextmanager
+def on_device(engines: Iterable["Engine | None"]) -> Iterator[None]:
+    """Engines that are offloaded come back, and go again afterwards. None: no part of the model is on this rank."""
+    away = [engine for engine in engines if engine is not None and engine.is_away]
+    for engine in away:
+        engine.onload()
+    try:
+        yield
+    finally:
+        for engine in away:
+            engine.offload()

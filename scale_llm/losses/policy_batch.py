@@ -49,8 +49,7 @@ def policy_batch_loss(
     if of_sequences:
         means = sequence_log_ratio(difference, mask, part["segments"], max(batch["numbers"].numel(), 1), cp_group)
         log_ratio = gspo_token_log_ratio(difference, spread(means, part["segments"]))
-    clips = {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip}
-    policy = clipped_policy_loss(log_ratio, advantages, **clips)
+    policy = clipped_policy_loss(log_ratio, advantages, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip)
     if importance_cap is not None:
         sampled = batch["sampled_log_probs"].transpose(0, 1)
         policy = policy * truncated_importance_weights(old, sampled, cap=importance_cap)
@@ -68,7 +67,9 @@ def policy_batch_loss(
         penalty = KL_ESTIMATORS[kl](apart)
         total = total + kl_coef * penalty
         metrics["actor/kl_loss"] = ((penalty.detach() * weights).sum(), divisor)
-    cut = policy_metrics(log_ratio, advantages, mask, **clips)
+    cut = policy_metrics(
+        log_ratio, advantages, mask, clip_low=clip_low, clip_high=clip_high, dual_clip=dual_clip
+    )  # fmt: skip
     clipped, tokens = cut["policy/clipped high"][0] + cut["policy/clipped low"][0], cut["policy/ratio"][1]
     metrics |= {
         "actor/pg_clipfrac": (clipped, tokens),

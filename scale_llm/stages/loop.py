@@ -9,6 +9,7 @@ from scale_llm.config.checkpoint_files import latest_checkpoint
 from scale_llm.config.errors import UserError
 from scale_llm.config.peft import PeftMethod
 from scale_llm.config.run import RunConfig
+from scale_llm.engine.offload import on_device
 from scale_llm.stages.base import Stage
 from scale_llm.stages.context import RunContext
 from scale_llm.stages.progress import Progress, StopRequest
@@ -106,5 +107,5 @@ def exit_reason(cfg: RunConfig, progress: Progress, stop: StopRequest) -> str | 
 
 
 def save(checkpointer: Checkpointer, stage: Stage, progress: Progress, run: RunContext, reporter: Reporter) -> None:
-    with reporter.saving(progress, Path(run.cfg.checkpoint.save)):
+    with reporter.saving(progress, Path(run.cfg.checkpoint.save)), on_device(stage.engines.values()):
         checkpointer.save(progress.iteration, state_to_save(stage, progress, run.mesh.host_group), write_files(run))

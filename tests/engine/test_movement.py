@@ -1,7 +1,7 @@
 """Weights moved from one layout to another are the same, bit for bit, and compute the same."""
 
 import pytest
-from support.parity import DISTRIBUTED, EP2, MOE, OVERLAP, PP2, SP, TP2, UNTIED, VPP2, relative
+from support.parity import DISTRIBUTED, OVERLAP, PP2, SP, TP2, UNTIED, VPP2, relative
 
 ALL, LOW, HIGH = [0, 1, 2, 3], [0, 1], [2, 3]
 BF16 = {"precision.bf16": True}

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from support.runs import latest, rows
 
 TP2 = "parallel.tensor_model_parallel_size=2"
 PP2 = "parallel.pipeline_model_parallel_size=2"
@@ -29,10 +28,3 @@ def prompts(tmp_path_factory):
 
 def words(base, prompts, *more):
     return [*WORDS, f"data.path={prompts}", f"checkpoint.load={base}", *more]
-
-
-def test_runs(runs, base, prompts, tmp_path):
-    assert runs(tmp_path / "run", *words(base, prompts)) == []
-    for row in rows(tmp_path / "run"):
-        print(json.dumps(row, indent=1))
-    assert latest(tmp_path / "run") == 3

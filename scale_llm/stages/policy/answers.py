@@ -62,8 +62,11 @@ class Answers:
 
     def chosen(self, numbers: list[int]) -> "Answers":
         """Some of them, renumbered."""
-        parts = (self.prompts, self.completions, self.draws)
-        return Answers(*([part[number] for number in numbers] for part in parts))
+        return Answers(
+            [self.prompts[number] for number in numbers],
+            [self.completions[number] for number in numbers],
+            [self.draws[number] for number in numbers],
+        )
 
     def joined(self, other: "Answers") -> "Answers":
         return Answers(

@@ -37,7 +37,7 @@ class Role:
     @contextmanager
     def at_work(self) -> Iterator[None]:
         """The model is on the device inside, and in host memory after it where the layout says so."""
-        if self.engine is None or not self.offloads:
+        if self.engine is None or not (self.offloads and self.engine.is_away):
             yield
             return
         self.engine.onload()

@@ -24,7 +24,7 @@ from scale_llm.stages.policy.batches import Batch, fill
 from scale_llm.stages.policy.estimate import estimate, groups_without_signal, token_weights, with_length
 from scale_llm.stages.policy.invariants import check_reference
 from scale_llm.stages.policy.metrics import table_metrics
-from scale_llm.stages.policy.roles import Role, build_roles
+from scale_llm.stages.policy.roles import build_roles
 from scale_llm.stages.policy.rollout import Draws, Rollout, writes
 from scale_llm.stages.policy.scoring import Scorer, Scores
 from scale_llm.stages.policy.timing import WAIT, Timing, slowest
@@ -84,7 +84,8 @@ class PolicyStage:
 
     def step(self, consumed_samples: int, global_batch_size: int) -> StepResult:
         """One iteration: as many prompts answered, judged and learnt from."""
-        began, timing, remarks = time.perf_counter(), Timing(), []
+        began, timing = time.perf_counter(), Timing()
+        remarks: list[str] = []
         answers, scores = self._experience(global_batch_size, timing, remarks)
         mask, stage = answers.mask(), self._stage
         parts = {name: parts_of(role, stage, answers) for name, role in self._roles.items()
