@@ -24,7 +24,7 @@ def roles_of(cfg: RunConfig) -> list[str]:
         "actor": True,
         "rollout": not is_the_actor(cfg),
         "reference": stage.needs_reference,
-        "critic": stage.adv_estimator is AdvEstimator.gae,
+        "critic": isinstance(stage, PpoConfig) and stage.adv_estimator is AdvEstimator.gae,
         "reward": cfg.reward.load is not None,
     }
     return [role for role in ROLES if needed[role]]

@@ -7,7 +7,7 @@ from scale_llm.config.checkpoint_files import is_huggingface
 from scale_llm.config.errors import UserError
 from scale_llm.config.model import Head, PositionEmbedding
 from scale_llm.config.policy import PolicyStageConfig
-from scale_llm.config.roles import load_of, role_config, roles_of
+from scale_llm.config.roles import ROLES, load_of, ranks_of, role_config, roles_of
 from scale_llm.config.run import RunConfig
 from scale_llm.config.validate_files import other_tokenizer
 from scale_llm.config.validate_layout import layout_problems
@@ -22,10 +22,11 @@ def policy_problems(cfg: RunConfig) -> list[str]:
         return []
     found = _functions(cfg)
     try:
-        roles = roles_of(cfg)
-    except ValueError:  # of ranks, which validation has named
+        for role in ROLES:
+            ranks_of(cfg, role)
+    except ValueError:  # validation has named it
         return found
-    for role in roles:
+    for role in roles_of(cfg):
         if role in KEYS and load_of(cfg, role) is not None:
             found += _role(cfg, role)
     return list(dict.fromkeys(found))

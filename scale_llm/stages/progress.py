@@ -18,7 +18,8 @@ class Progress:
     consumed_samples: int = 0
     skipped_iterations: int = 0
     nan_iterations: int = 0
-    unlogged_steps: int = 0
+    unlogged_steps: dict[str, int] = field(default_factory=dict)
+    """Of each metric, as not every step has all."""
     unlogged_sums: dict[str, float] = field(default_factory=dict)
     """Metrics of the steps since the last log line, so that a resumed run's next line is the uninterrupted run's."""
 
@@ -27,14 +28,14 @@ class Progress:
 
     def add_metrics(self, metrics: dict[str, float]) -> None:
         """Adds one step to what the next log line averages."""
-        self.unlogged_steps += 1
         for name, value in metrics.items():
+            self.unlogged_steps[name] = self.unlogged_steps.get(name, 0) + 1
             self.unlogged_sums[name] = self.unlogged_sums.get(name, 0.0) + value
 
     def take_means(self) -> dict[str, float]:
         """Means over the steps since the last call; starts anew."""
-        means = {name: total / self.unlogged_steps for name, total in self.unlogged_sums.items()}
-        self.unlogged_steps, self.unlogged_sums = 0, {}
+        means = {name: total / self.unlogged_steps[name] for name, total in self.unlogged_sums.items()}
+        self.unlogged_steps, self.unlogged_sums = {}, {}
         return means
 
 

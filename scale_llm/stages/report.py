@@ -168,7 +168,7 @@ class Reporter:
 
 
 def open_rows(path: Path, iteration: int):
-    """Opens a file of JSON rows for appending; those after `iteration` are of a lost part of the run and are dropped."""
+    """Opens a file of JSON rows for appending; those after `iteration`, of a lost part of the run, are dropped."""
     if path.exists():
         kept = [line for line in path.read_text(encoding="utf-8").split("\n") if _is_before(line, iteration)]
         temporary = path.with_suffix(".tmp")

@@ -1,30 +1,118 @@
-"""Whole runs of GRPO and its kin, from a base model that a run has pretrained."""
+"""Whole runs of GRPO: what it writes, what it refuses, how it goes on after an interruption."""
 
 import json
+import math
 
 import pytest
+from support.policy import SHORT, words
+from support.runs import latest, rows
 
-TP2 = "parallel.tensor_model_parallel_size=2"
-PP2 = "parallel.pipeline_model_parallel_size=2"
-CP2 = "parallel.context_parallel_size=2"
-RANKS2 = "cluster.nproc_per_node=2"
-
-WORDS = ["stage=grpo", "model=from_checkpoint", "model.seq_length=64", "data.split='80,20,0'", "optim.lr=1e-3",
-         "train.global_batch_size=4", "train.train_iters=3", "train.eval_iters=1", "optim.lr_warmup_iters=0",
-         "stage.num_generations_per_prompt=4", "stage.max_new_tokens=12", "reward.function=length",
-         "reward.length_target_tokens=6"]  # fmt: skip
+from scale_llm.config.errors import UserError
 
 
-@pytest.fixture(scope="session")
-def prompts(tmp_path_factory):
-    """Sums of unequal lengths."""
-    path = tmp_path_factory.mktemp("data") / "prompts.jsonl"
-    with open(path, "w") as file:
-        for a in range(6):
-            for b in range(4):
-                file.write(json.dumps({"prompt": f"{a} and {b}?" * (1 + a % 3), "label": str(a + b)}) + "\n")
+@pytest.fixture(scope="module")
+def run(runs, beginner, digits, tmp_path_factory):
+    path = tmp_path_factory.mktemp("grpo") / "run"
+    assert runs(path, "stage=grpo", *words(beginner, digits), *SHORT) == []
     return path
 
 
-def words(base, prompts, *more):
-    return [*WORDS, f"data.path={prompts}", f"checkpoint.load={base}", *more]
+def test_metrics_have_the_names_that_the_field_gives_them(run):
+    first = rows(run)[1]
+    wanted = [f"actor/{name}" for name in ("pg_loss", "pg_clipfrac", "ppo_kl", "entropy", "kl_loss", "grad_norm", "lr")]
+    wanted += [f"critic/{name}/{kind}" for name in ("score", "rewards", "advantages", "returns")
+               for kind in ("mean", "max", "min")]  # fmt: skip
+    wanted += [f"response_length/{name}" for name in ("mean", "max", "min", "clip_ratio")]
+    assert set(wanted) <= first.keys()
+    whole = json.loads((run / "metrics.jsonl").read_text().splitlines()[1])
+    times = {f"timing_s/{name}" for name in ("gen", "reward", "old_log_prob", "ref", "adv", "update_actor", "step")}
+    assert times <= whole.keys() and whole["perf/throughput"] > 0
+    assert sum(whole[name] for name in times - {"timing_s/step"}) <= whole["timing_s/step"] * 1.05
+
+
+def test_before_the_first_update_policy_and_reference_are_one(run):
+    """Trap 10, and the sampler's log-probabilities are those of training."""
+    first = rows(run)[1]
+    assert abs(first["actor/reference_kl"]) < 1e-6 and first["actor/ppo_kl"] == 0 and first["actor/ratio"] == 1
+    assert all(row["rollout/log_prob_diff/max"] < 1e-5 for row in rows(run) if "rollout/log_prob_diff/max" in row)
+
+
+def test_transcripts(run):
+    """The answers that were scored, with what they got."""
+    found = [json.loads(line) for line in (run / "transcripts.jsonl").read_text().splitlines()]
+    assert [row["iteration"] for row in found] == [1] * 4 + [2] * 4 + [3] * 4 + [4] * 4
+    for row in found:
+        digit = next(char for char in reversed(row["prompt"]) if char.isdigit())
+        assert row["score"] == row["scores"]["exact_match"] == float(row["response"].strip() == digit)
+        assert row["finished"] == (row["tokens"] < 8) or row["tokens"] == 8
+
+
+def test_resume_is_bit_for_bit(runs, beginner, digits, run, tmp_path):
+    """Sampler position, optimizer, KL coefficient: the second half is that of the whole run, transcripts too."""
+    resumed, said = tmp_path / "resumed", ["stage=grpo", *words(beginner, digits), *SHORT]
+    assert runs(resumed, *said, "train.exit_interval=2") == []
+    assert latest(resumed) == 2
+    assert runs(resumed, *said) == []
+    assert rows(resumed) == rows(run)
+    assert (resumed / "transcripts.jsonl").read_text() == (run / "transcripts.jsonl").read_text()
+    assert not {name: d for name, d in runs.differences(resumed, run, iteration=4).items() if d}
+
+
+def test_prompts_without_signal_are_drawn_again(runs, beginner, digits, tmp_path):
+    """DAPO's dynamic sampling: every answer of the step has another's reward beside it that differs, and the drawn
+    prompts beyond the batch are remembered."""
+    said = ["stage=grpo", *words(beginner, digits), *SHORT, "stage.filter_groups=true", "stage.num_samples=100"]
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    assert runs(whole, *said) == []
+    assert runs(resumed, *said, "train.exit_interval=2") == []
+    assert runs(resumed, *said) == []
+    assert rows(resumed) == rows(whole)
+    for row in rows(whole):
+        assert row.get("critic/score/max", 1) == 1 and row.get("critic/score/min", 0) == 0
+
+
+def test_a_reward_without_signal_is_named(runs, beginner, digits, tmp_path, capsys):
+    """Nothing is learnt from answers that are all worth the same: nothing moves, and the log says why; with
+    filter_groups the run ends with the reason."""
+    same = tmp_path / "same.py"
+    same.write_text("def score(data_source, solution_str, ground_truth, extra_info=None):\n    return 1.0\n")
+    said = ["stage=grpo", *words(beginner, digits), *SHORT, f"reward.function={same}:score", "stage.kl_loss_coef=0"]
+    (tmp_path / "run").mkdir()
+    assert runs(tmp_path / "run", *said) == []
+    assert all(row["grad-norm"] == 0 for row in rows(tmp_path / "run") if "grad-norm" in row)
+    assert len({row["actor/entropy"] for row in rows(tmp_path / "run") if "actor/entropy" in row}) <= 1
+    (problem,) = runs(tmp_path / "filtered", *said, "stage.filter_groups=true", "stage.max_num_gen_batches=2")
+    assert "of 2 batches of 8 prompts none has answers of different rewards" in problem
+
+
+def test_a_reward_that_raises_scores_the_default(runs, beginner, digits, tmp_path):
+    """Counted, and the others go on."""
+    own = tmp_path / "own.py"
+    own.write_text(
+        "def score(data_source, solution_str, ground_truth, extra_info=None):\n"
+        "    if ground_truth in '01234':\n        raise KeyError('no such digit')\n"
+        "    return float(solution_str.strip() == ground_truth)\n"
+    )
+    said = ["stage=grpo", *words(beginner, digits), *SHORT, f"reward.function={own}:score", "reward.default=-2"]
+    assert runs(tmp_path / "run", *said, "train.train_iters=1") == []
+    row = rows(tmp_path / "run")[1]
+    assert row["reward/failed"] > 0 and row["critic/score/min"] == -2
+
+
+def test_guards(runs, beginner, digits, tmp_path):
+    """Warn, lower the rate, or stop."""
+    said = [
+        "stage=grpo",
+        *words(beginner, digits),
+        *SHORT,
+        "optim.lr_decay_style=constant",
+        "stage.guard.min_entropy=99",
+    ]
+    assert runs(tmp_path / "warn", *said) == []
+    assert {row["learning-rate"] for row in rows(tmp_path / "warn") if "learning-rate" in row} == {1e-3}
+    assert runs(tmp_path / "lower", *said, "stage.guard.action=lower_lr") == []
+    rates = [row["learning-rate"] for row in rows(tmp_path / "lower") if "learning-rate" in row]
+    # a step's rate is set by the step before it, so the third is the first to be halved
+    assert rates[0] == 1e-3 and rates == sorted(rates, reverse=True) and math.isclose(rates[-1], 1e-3 / 4)
+    (problem,) = runs(tmp_path / "stop", *said, "stage.guard.action=stop")
+    assert "actor/entropy" in problem and "stage.guard.min_entropy=99" in problem

@@ -64,9 +64,9 @@ class Runs:
 
 def rows(run_dir: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what no two runs share."""
-    times = ("iteration-time", "throughput", "tokens-per-second")
+    times = ("iteration-time", "throughput", "tokens-per-second", "timing_s/", "perf/")
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in times} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith(times)} for line in lines]
 
 
 def losses(run_dir: Path) -> list[float]:

@@ -1,4 +1,4 @@
-"""What must hold before a policy has learnt anything; if it does not, the run would learn from numbers that are wrong."""
+"""What must hold before a policy has learnt anything; or else the run would learn from numbers that are wrong."""
 
 import torch
 

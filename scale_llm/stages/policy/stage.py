@@ -40,6 +40,9 @@ from scale_llm.stages.policy.updates import (
 
 Tables = dict[str, torch.Tensor]
 
+UNMOVED = StepResult({}, 0.0, None, 0.0, 1.0, skipped=False)
+"""Of an actor that an iteration does not train."""
+
 
 class PolicyStage:
     """Rollout, scores, log-probabilities and values, advantages, updates."""
@@ -105,7 +108,8 @@ class PolicyStage:
         metrics |= {f"reward/{name}/mean": float(values.mean()) for name, values in scores.parts.items()}
         if self._iteration == 0:
             check_reference(self._run.cfg, mask, tables)
-        results = self._update(parts, tables, global_batch_size, timing)
+        teaches = bool(found.advantages.any()) or self._pulled
+        results = self._update(parts, tables, global_batch_size, timing, with_actor=teaches)
         moved = self._move(timing)
         told: list[Any] = [None] * dist.get_world_size()
         with timing.part(WAIT):
@@ -128,7 +132,7 @@ class PolicyStage:
         metrics["perf/throughput"] = tokens / seconds / dist.get_world_size()
         if moved is not None:
             metrics["perf/weights_bytes_per_second"] = moved
-        actor = together.get("actor") or replace(together["critic"], learning_rate=0.0)
+        actor = together.get("actor") or UNMOVED
         # The actor's loss first: the loop looks at the first loss
         ordered = dict(sorted(metrics.items(), key=lambda item: not item[0].startswith("actor/pg_loss")))
         return replace(
@@ -139,7 +143,7 @@ class PolicyStage:
         """Answers to `size` prompts with their scores; with filter_groups of prompts that tell answers apart."""
         stage, each = self._stage, self._stage.num_generations_per_prompt
         kept: tuple[Answers, Scores] | None = None
-        for turn in range(stage.max_num_gen_batches if stage.filter_groups else 1):
+        for _ in range(stage.max_num_gen_batches if stage.filter_groups else 1):
             numbers = list(range(self._drawn, self._drawn + size))
             self._drawn += size
             with timing.part("gen"), self._roles.get("rollout", self._roles["actor"]).at_work():
@@ -194,7 +198,7 @@ class PolicyStage:
         return {**tables, "sampled_log_probs": answers.sampled_log_probs()}
 
     def _update(
-        self, parts: dict[str, list[list[Batch]]], tables: Tables, samples: int, timing: Timing
+        self, parts: dict[str, list[list[Batch]]], tables: Tables, samples: int, timing: Timing, *, with_actor: bool
     ) -> dict[str, StepResult]:
         """Of the roles whose models lie here in part."""
         found, stage = {}, self._stage
@@ -206,7 +210,7 @@ class PolicyStage:
                 found["critic"] = train(
                     critic, parts["critic"], wanted, value_loss_of(stage), epochs=stage.ppo_epochs, samples=samples
                 )
-        if actor.is_here and not self._warming_up():
+        if actor.is_here and with_actor and not self._warming_up():
             names = ("old_log_probs", "advantages", "weights", "shares", "reference_log_probs", "sampled_log_probs")
             wanted = {name: tables[name] for name in names if name in tables}
             with timing.part("update_actor"), actor.at_work():
@@ -215,6 +219,12 @@ class PolicyStage:
                     samples=samples,
                 )  # fmt: skip
         return found
+
+    @property
+    def _pulled(self) -> bool:
+        """Whether anything but advantages moves the actor. Without either its gradient is 0, and the optimizer's
+        momentum and weight decay would move it all the same."""
+        return bool(self._stage.kl_loss_coef or self._stage.entropy_coeff)
 
     def _warming_up(self) -> bool:
         return isinstance(self._stage, PpoConfig) and self._iteration < self._stage.critic_warmup

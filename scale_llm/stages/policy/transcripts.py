@@ -63,7 +63,5 @@ def markdown(row: dict) -> str:
     said = {key: html.escape(row[key], quote=False).replace("|", "\\|").replace("\n", "<br>")
             for key in ("prompt", "response")}  # fmt: skip
     end = "" if row["finished"] else " (cut off)"
-    return (
-        f"| score | advantage | tokens | prompt | response |\n|---|---|---|---|---|\n"
-        f"| {row['score']:.4g} | {row['advantage']:.4g} | {row['tokens']}{end} | {said['prompt']} | {said['response']} |"
-    )
+    values = [f"{row['score']:.4g}", f"{row['advantage']:.4g}", f"{row['tokens']}{end}", *said.values()]
+    return f"| score | advantage | tokens | prompt | response |\n|---|---|---|---|---|\n| {' | '.join(values)} |"
