@@ -117,3 +117,46 @@ def _unlike(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> l
         if not torch.equal(mine, other):
             names.append(name)
     return names
+
+
+def flipped() -> dict[str, Any]:
+    """What is said after one bit of one replica of the target has changed, and after each of two more wrongs."""
+    start("cpu", threads=1)
+    world = dist.group.WORLD
+    first, second = role([0, 1], {}, seed=1, trainable=False), role([2, 3], {}, seed=2, trainable=False)
+    movement = Movement(first, second, world, world, checksum=True)
+    movement.run()
+    said = {"right": _said(movement.verify)}
+    if dist.get_rank() == 3:
+        bits = _weight(second, "mlp.linear_fc2.weight").view(-1)[77:78].view(torch.int32)
+        bits ^= 1
+    said["bit"] = _said(movement.verify)
+    movement.run()
+    if dist.get_rank() in (2, 3):  # both replicas alike, so that only the source tells
+        rows = _weight(second, "self_attention.linear_qkv.weight")
+        rows.copy_(rows.flip(0))  # the same elements at other places
+    said["order"] = _said(movement.verify)
+    return said
+
+
+def _weight(engine: Engine, name: str) -> torch.Tensor:
+    return next(p.detach() for key, p in engine.modules[0].named_parameters() if key.endswith(f"layers.1.{name}"))
+
+
+def _said(action) -> str | None:
+    try:
+        action()
+    except (RuntimeError, UserError) as error:
+        return str(error)
+    return None
+
+
+def refused(pairs: dict[str, tuple[dict[str, Any], dict[str, Any], int]]) -> dict[str, str | None]:
+    """What is said of each pair of models: overrides of the source and of the target, the target's vocabulary."""
+    start("cpu", threads=1)
+    world, said = dist.group.WORLD, {}
+    for name, (source, target, vocab_size) in pairs.items():
+        first = role([0], source, seed=1, trainable=False)
+        second = role([1], target, seed=2, trainable=False, vocab_size=vocab_size)
+        said[name] = _said(lambda first=first, second=second: Movement(first, second, world, world))
+    return said
