@@ -217,18 +217,20 @@ def _part(shard: Shard, box: Box, holders: list[tuple[int, int]], target: tuple[
 
 
 def _in_buckets(parts: list[Part], bucket_bytes: int) -> list[list[Part]]:
-    """Every part goes in the first bucket, from where its two ranks have come to, that has room on both."""
+    """Every part goes in the first bucket that has room on both of its ranks; what a rank has filled to four fifths is
+    not looked at again."""
     buckets: list[list[Part]] = []
     used: dict[tuple[int, int], int] = defaultdict(int)  # (bucket, rank) -> bytes
-    latest: dict[int, int] = defaultdict(int)
+    first: dict[int, int] = defaultdict(int)  # rank -> the first bucket with room
     for part in _cut(parts, bucket_bytes):
         ranks = (part.source[0], part.target[0])
-        number = max(latest[rank] for rank in ranks)
+        number = max(first[rank] for rank in ranks)
         while any(used[number, rank] and used[number, rank] + part.room > bucket_bytes for rank in ranks):
             number += 1
         for rank in ranks:
-            latest[rank] = number
             used[number, rank] += part.room
+            while used[first[rank], rank] > 0.8 * bucket_bytes:
+                first[rank] += 1
         buckets += [[] for _ in range(len(buckets), number + 1)]
         buckets[number].append(part)
     for bucket in buckets:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from scale_llm.engine.optimizer import parts
+from scale_llm.models.adapters.layers import quantised_tensors
 
 if TYPE_CHECKING:
     from scale_llm.engine.engine import Engine
@@ -86,7 +87,9 @@ class Offload:
             _bytes_of(storage).zero_()
         self._device.synchronize()
         self.is_away = False
-        return self._report(began)
+        report = self._report(began)
+        self._kept, self._dropped = [], []  # the optimizer may let go of some before the next time
+        return report
 
     def _report(self, began: float) -> Offloaded:
         copied = sum(count for _, count in self._kept)
@@ -106,6 +109,7 @@ class Offload:
         for module in self._modules:
             yield from module.parameters()
             yield from module.buffers()
+            yield from quantised_tensors(module)
         for buffer in self._flat_buffers():
             if buffer.param_data is not None:
                 yield buffer.param_data

@@ -122,7 +122,9 @@ def build_mesh(sizes: MeshSizes, backend: str, ranks: Sequence[int] | None = Non
     if sizes.world != len(ranks):
         raise ValueError(f"mesh of {sizes.world} ranks (tp x cp x dp x pp) on {len(ranks)} ranks")
     if list(ranks) != sorted(set(ranks)):
-        raise ValueError(f"mesh on ranks {list(ranks)}: give each once, in ascending order, as process groups sort them")
+        raise ValueError(
+            f"mesh on ranks {list(ranks)}: give each once, in ascending order, as process groups sort them"
+        )
     if sizes.expert_tp * sizes.ep * sizes.pp * sizes.expert_dp != sizes.world:
         raise ValueError(
             f"expert sizes etp {sizes.expert_tp} x ep {sizes.ep} x pp {sizes.pp} do not divide {sizes.world}"

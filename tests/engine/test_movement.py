@@ -61,7 +61,7 @@ def test_moved_model_is_the_source_on_two_ranks(ranks, case):
 
 
 def test_small_buckets(ranks):
-    """Buckets smaller than one tensor: memory is bounded, and the same arrives. 1000 is no multiple of a row."""
+    """Buckets smaller than one tensor: memory is bounded, and the same arrives."""
     whole = _results(ranks, 2, TWO)
     for name, found in _results(ranks, 2, TWO, bucket_bytes=20_000).items():
         _assert_moved(found, 1e-5)
@@ -79,6 +79,15 @@ def test_nothing_travels_that_is_there_already(ranks):
     assert halves["total"] == 2 * weights
     norms = sum(value.nbytes for name, value in found["tp2_to_dp2"]["model"].items() if "norm" in name)
     assert halves["sent"] == weights - norms
+
+
+@pytest.mark.parametrize("layout", ["replicated", "distributed"])
+def test_target_may_have_an_optimizer(ranks, layout):
+    """Its FP32 main weights follow: one step of SGD brings both models to the same, but for BF16's rounding."""
+    sgd = {**BF16, "optim.optimizer": "sgd", "optim.lr": 0.1, "optim.sgd_momentum": 0.0, "optim.weight_decay": 0.0}
+    target = PP2 if layout == "replicated" else OVERLAP
+    difference = ranks(4, "support.movement:into_a_trained_one", overrides={**sgd, **TP2}, target=target)[0]
+    assert difference < 0.01, "weights are near 0.1 and 1; those of another seed would be 0.1 away"
 
 
 def test_checksum_finds_one_bit(ranks):

@@ -119,6 +119,22 @@ def _unlike(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> l
     return names
 
 
+def into_a_trained_one(overrides: dict[str, Any], target: dict[str, Any]) -> float | None:
+    """The largest difference of two models after one step of each from the weights that one got from the other."""
+    start("cpu", threads=1)
+    world = dist.group.WORLD
+    first = role([0, 1], overrides, seed=1, trainable=True)
+    second = role([2, 3], {**overrides, **target}, seed=2, trainable=True)
+    train_step(second, 3)
+    Movement(first, second, world, world, checksum=True).run()
+    train_step(first, 0)
+    train_step(second, 0)
+    ours, theirs = _plain(first), _plain(second)
+    if ours is None:
+        return None
+    return max(float((value.float() - theirs[name].float()).abs().max()) for name, value in ours.items())
+
+
 def flipped() -> dict[str, Any]:
     """What is said after one bit of one replica of the target has changed, and after each of two more wrongs."""
     start("cpu", threads=1)

@@ -66,6 +66,13 @@ class Adapted:
         return {**state, **self.adapter.sharded_state_dict(f"{prefix}adapter.", sharded_offsets, metadata)}
 
 
+def quantised_tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """Frozen weights in 4 bits, which are no parameters."""
+    for layer in module.modules():
+        if isinstance(layer, Adapted) and layer._nf4 is not None:
+            yield from layer._nf4.tensors()
+
+
 @contextlib.contextmanager
 def without_adapters(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
     """The models as they are under their low-rank adapters."""

@@ -1,5 +1,7 @@
 """Frozen weights in 4 bits (NF4 with quantised scales; QLoRA, arXiv 2305.14314, section 3), by bitsandbytes."""
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.mappings import (
@@ -27,6 +29,12 @@ class Nf4Weight:
         from bitsandbytes.functional import dequantize_4bit
 
         return dequantize_4bit(self._packed, self._state)
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Its own; the tables of levels are shared by all."""
+        yield self._packed
+        yield self._state.absmax
+        yield self._state.state2.absmax
 
 
 class _Linear(torch.autograd.Function):
