@@ -206,3 +206,14 @@ def test_what_cannot_be_is_said(ranks, saved):
         "tokenizer's",
         "max_seq_length=129: the model has learnt 128 positions; give at most 128",
     ]
+
+
+@pytest.mark.parametrize("layout", [{}, TP2, PP2], ids=["1", "tp2", "pp2"])
+def test_tokens_are_seen_as_they_come_and_may_end_a_sample(ranks, saved, layout):
+    """On every rank alike; a sample that is ended leaves its slot to the next."""
+    for found in ranks(len(layout) + 1, "support.generation:seen", directory=saved("llama3"), layout=layout):
+        assert [found["told"][number] for number in range(3)] == [completion.tokens for completion in found["whole"]]
+        wanted = [completion.tokens for completion in found["whole"]]
+        wanted[1] = wanted[1][:3]
+        assert [completion.tokens for completion in found["halted"]] == wanted
+        assert not any(completion.finished for completion in found["halted"])

@@ -1,16 +1,8 @@
-"""What runs of later stages begin with: a model that knows a little, and pairs of answers."""
+"""What runs of later stages begin with: pairs of answers, and their like."""
 
 import json
 
 import pytest
-
-
-@pytest.fixture(scope="session")
-def base(runs, tmp_path_factory):
-    """Checkpoints of a pretrained model, its tokenizer with them."""
-    path = tmp_path_factory.mktemp("base") / "run"
-    assert runs(path) == []
-    return path / "checkpoints"
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,10 @@ from scale_llm.config.errors import UserError
 
 Decode = Callable[[list[int]], str]
 
+OnToken = Callable[[int, int], bool | None]
+"""(number of the prompt, token just drawn) -> whether its sample ends here, unfinished. Called on every rank, where it
+must answer alike."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
@@ -78,13 +82,13 @@ class Stopping:
     MARGIN = 4
     """Tokens that are decoded beyond those a stop string can span: decoders may treat the first ones otherwise."""
 
-    def __init__(self, params: SamplingParams, decode: Decode | None):
+    def __init__(self, params: SamplingParams, decode: Decode | None, on_token: OnToken | None = None):
         if params.stop_strings and decode is None:
             raise UserError(
                 f"stop_strings={params.stop_strings}: the Generator was made without `decode`, which turns tokens into "
                 "text; give it the tokenizer's"
             )
-        self._params, self._decode = params, decode
+        self._params, self._decode, self._on_token = params, decode, on_token
         # Every token has a byte at least, so a string cannot span more tokens than it has bytes.
         self._tail = max((len(text.encode()) for text in params.stop_strings), default=0) + self.MARGIN
 
@@ -93,7 +97,8 @@ class Stopping:
         sample.tokens.append(token)
         sample.log_probs.append(log_prob)
         sample.finished = token in self._params.stop or self._completes(sample.tokens)
-        return sample.finished or len(sample.tokens) == self._params.max_new_tokens
+        halted = self._on_token is not None and bool(self._on_token(sample.number, token))
+        return halted or sample.finished or len(sample.tokens) == self._params.max_new_tokens
 
     def _completes(self, tokens: list[int]) -> bool:
         if not self._params.stop_strings:
