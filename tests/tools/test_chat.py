@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from support import families
 from support.ranks import environment
+from support.runs import TP2
 from support.terminal import CTRL_C, CTRL_D, Terminal
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -126,7 +127,7 @@ def test_mistakes_leave_the_session_as_it_is(session):
 def test_one_answer_in_a_pipe_and_on_two_ranks(base, generated):
     (wanted,) = generated([[said("user", "Why?")]], "stage.temperature=0", "stage.max_new_tokens=12")
     assert once(base, *SHORT, "--prompt", "Why?") == (wanted + "\n", "")
-    assert once(base.parent, *SHORT, "parallel.tensor_model_parallel_size=2", said="Why?\n") == (wanted + "\n", "")
+    assert once(base.parent, *SHORT, TP2, said="Why?\n") == (wanted + "\n", "")
 
 
 def test_a_hugging_face_directory_and_its_stop_strings(tmp_path):
