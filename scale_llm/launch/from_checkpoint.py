@@ -9,7 +9,7 @@ from scale_llm.config.checkpoint_files import TOKENIZER_DIR, is_huggingface, lat
 from scale_llm.config.errors import UserError
 from scale_llm.config.io import CONFIG_FILE, load_config
 from scale_llm.config.run import RunConfig
-from scale_llm.config.stage import EvaluateConfig, PretrainConfig, UntrainedStageConfig
+from scale_llm.config.stage import DpoConfig, EvaluateConfig, PretrainConfig, UntrainedStageConfig
 
 NAME = "from_checkpoint"
 
@@ -37,19 +37,22 @@ def take_model(cfg: RunConfig, unset: set[str]) -> None:
 
 
 def huggingface_problems(cfg: RunConfig) -> list[str]:
-    """A Hugging Face directory in checkpoint.load whose model is not the run's."""
-    load = cfg.checkpoint.load
-    if load is None or not is_huggingface(load):
-        return []
+    """Hugging Face directories in checkpoint.load and stage.reference_load whose models are not the run's."""
     from scale_llm.models.huggingface.same_function import differences
 
-    try:
-        return differences(_huggingface(Path(load)).model, cfg.model, Path(load))
-    except UserError as error:
-        return error.problems
+    reference = cfg.stage.reference_load if isinstance(cfg.stage, DpoConfig) else None
+    found = []
+    for key, load in (("checkpoint.load", cfg.checkpoint.load), ("stage.reference_load", reference)):
+        if load is None or not is_huggingface(load):
+            continue
+        try:
+            found += differences(_huggingface(Path(load), key).model, cfg.model, Path(load), key)
+        except UserError as error:
+            found += error.problems
+    return found
 
 
-def _huggingface(directory: Path) -> RunConfig:
+def _huggingface(directory: Path, key: str = "checkpoint.load") -> RunConfig:
     from scale_llm.models.huggingface import read_model
     from scale_llm.models.huggingface.tokenizer import tokenizer_of
 
@@ -57,7 +60,7 @@ def _huggingface(directory: Path) -> RunConfig:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"checkpoint.load={directory}: config.json cannot be read ({error})") from error
+        raise UserError(f"{key}={directory}: config.json cannot be read ({error})") from error
     return RunConfig(run_dir="", model=read_model(config, str(path)), tokenizer=tokenizer_of(directory, config))
 
 

@@ -43,7 +43,10 @@ class Runs:
         self._ranks, self._cache = ranks, cache
 
     def words(self, run_dir: Path, *more: str) -> list[str]:
-        return [*WORDS, f"data.cache_dir={self._cache}", f"run_dir={run_dir}", *more]
+        # What reads rows with a model as it is refuses the keys of training
+        without = ("train.", "optim.", "data.") if {"stage=score", "stage=generate"} & set(more) else ()
+        fixed = [word for word in WORDS if not word.startswith(without)]
+        return [*fixed, f"data.cache_dir={self._cache}", f"run_dir={run_dir}", *more]
 
     def start(self, run_dir: Path, *more: str) -> subprocess.Popen:
         """The real command line, its output in one pipe."""

@@ -110,7 +110,7 @@ def test_a_conversation(session, generated):
 def test_mistakes_leave_the_session_as_it_is(session):
     terminal = session(96)
     assert ask(terminal, "/nonsense") == "/nonsense: no such command; /help shows those there are\n"
-    assert "top_p=0.0: give a probability" in ask(terminal, "/set top_p=0")
+    assert "top_p=0.0: is a share of probability" in ask(terminal, "/set top_p=0")
     assert ask(terminal, "/set top_p=x") == "/set top_p=x: not a number; give one, such as /set top_p=1\n"
     assert "no such setting; one of temperature, top_k" in ask(terminal, "/set heat=1")
     assert ask(terminal, "/undo") == "nothing has been said yet\n"

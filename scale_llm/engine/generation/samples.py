@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from scale_llm.config.errors import UserError
+from scale_llm.config.validate_sampling import sampling_problems
 
 Decode = Callable[[list[int]], str]
 
@@ -30,18 +31,10 @@ class SamplingParams:
 
     def problems(self) -> list[str]:
         """A sentence for every value that is out of range."""
-        found = []
-        if not 0.0 <= self.temperature < float("inf"):
-            found.append(f"temperature={self.temperature}: give a number from 0 (the likeliest token) on")
-        if self.top_k < 0:
-            found.append(f"top_k={self.top_k}: give 0 for all tokens, or how many of the likeliest")
-        if not 0.0 < self.top_p <= 1.0:
-            found.append(f"top_p={self.top_p}: give a probability above 0, at most 1")
-        if self.max_new_tokens < 1:
-            found.append(f"max_new_tokens={self.max_new_tokens}: give at least 1")
-        if "" in self.stop_strings:
-            found.append("stop_strings has an empty text, which every text contains: leave it out")
-        return found
+        return sampling_problems(
+            temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, max_new_tokens=self.max_new_tokens,
+            stop_strings=self.stop_strings,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
