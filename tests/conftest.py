@@ -36,6 +36,14 @@ def runs(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 @pytest.fixture(scope="session")
+def base(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of a pretrained model that knows a little, its tokenizer with them."""
+    path = tmp_path_factory.mktemp("base") / "run"
+    assert runs(path) == []
+    return path / "checkpoints"
+
+
+@pytest.fixture(scope="session")
 def gsm8k() -> str:
     """7,473 questions of grade-school mathematics and their answers, as JSONL."""
     path = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k_train.jsonl"

@@ -103,4 +103,5 @@ class DataConfig:
     """A row that is no conversation (unknown role, no assistant turn, not JSON): stop with all of them listed, or leave
     them out, counted and listed in the report."""
     on_too_long: TooLong = TooLong.truncate
-    """A conversation of more tokens than model.seq_length: cut off its end, leave it out, or stop. Counted."""
+    """A conversation of more tokens than model.seq_length: cut off its end, leave it out, or stop. Counted. Prompts
+    (stage=generate) are never cut: drop is what they have where nothing is said."""

@@ -16,17 +16,20 @@ from scale_llm.config.stage import (
     Batching,
     DpoConfig,
     EvaluateConfig,
+    GenerateConfig,
     PreferenceLoss,
     PretrainConfig,
     RewardConfig,
     RewardLoss,
+    ScoreConfig,
     SequenceStageConfig,
 )
+from scale_llm.config.store import STAGES
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """When some keys are read; `reason` may name {cfg.<group>.<key>}."""
+    """When some keys are read; `reason` may name {cfg.<group>.<key>}, `remedy` the {stages} that read them."""
 
     keys: str
     is_read: Callable[[RunConfig], bool]
@@ -40,6 +43,15 @@ def _documents(cfg: RunConfig) -> bool:
 
 def _conversations(cfg: RunConfig) -> bool:
     return not _documents(cfg)
+
+
+def _answers(cfg: RunConfig) -> bool:
+    return _conversations(cfg) and not isinstance(cfg.stage, GenerateConfig)
+
+
+def _not_of_rows(cfg: RunConfig) -> bool:
+    """Whether the run does more than go through the rows of data.path once, with a model as it is."""
+    return not isinstance(cfg.stage, ScoreConfig | GenerateConfig)
 
 
 def _comparisons(cfg: RunConfig) -> bool:
@@ -86,19 +98,24 @@ def _loss(*losses: PreferenceLoss) -> Callable[[RunConfig], bool]:
 RULES = (
     Rule(
         "data.format data.on_bad_row data.on_too_long tokenizer.chat_template data.fields.messages data.fields.role "
-        "data.fields.content data.fields.prompt data.fields.response data.fields.system data.fields.tools "
-        "data.fields.weight data.fields.instruction data.fields.input data.fields.output data.fields.conversations "
-        "data.fields.sender data.fields.value",
+        "data.fields.content data.fields.prompt data.fields.system data.fields.tools data.fields.instruction "
+        "data.fields.input data.fields.conversations data.fields.sender data.fields.value",
         _conversations,
         "is for conversations and comparisons, stage={cfg.stage.name} reads documents",
-        "remove it, or choose stage=sft, reward or dpo",
+        "remove it, or choose {stages}",
+    ),
+    Rule(
+        "data.fields.response data.fields.output data.fields.weight",
+        _answers,
+        "is for answers, which stage={cfg.stage.name} does not read",
+        "remove it, or choose {stages}",
     ),
     Rule(
         "data.fields.chosen data.fields.rejected data.fields.answers data.fields.ranks data.fields.scores "
         "data.fields.margin data.fields.completion",
         _comparisons,
         "is for comparisons, which stage={cfg.stage.name} does not read",
-        "remove it, or choose stage=reward or dpo",
+        "remove it, or choose {stages}",
     ),
     Rule(
         "data.fields.label",
@@ -176,13 +193,28 @@ RULES = (
         "data.fields.text data.reset_position_ids data.reset_attention_mask data.eod_mask_loss",
         _documents,
         "is for documents, which stage={cfg.stage.name} does not read",
-        "remove it, or choose stage=pretrain",
+        "remove it, or choose {stages}",
+    ),
+    Rule(
+        "data.split data.embedded_megabytes data.num_workers train.micro_batch_size train.global_batch_size "
+        "train.rampup_batch_size train.train_iters train.train_samples train.eval_interval train.eval_iters "
+        "train.exit_interval train.exit_duration_in_mins train.log_interval train.recompute_granularity "
+        "train.recompute_method train.recompute_num_layers optim.optimizer optim.lr optim.min_lr optim.lr_decay_style "
+        "optim.lr_decay_iters optim.lr_decay_samples optim.lr_wsd_decay_style optim.lr_wsd_decay_iters "
+        "optim.lr_wsd_decay_samples optim.lr_warmup_iters optim.lr_warmup_samples optim.lr_warmup_fraction "
+        "optim.lr_warmup_init optim.weight_decay optim.adam_beta1 optim.adam_beta2 optim.adam_eps optim.sgd_momentum "
+        "optim.clip_grad checkpoint.save_interval checkpoint.finetune checkpoint.no_load_optim checkpoint.no_load_rng "
+        "checkpoint.async_save logging.log_params_norm logging.log_num_zeros_in_grad",
+        _not_of_rows,
+        "does nothing in stage={cfg.stage.name}, which trains nothing and goes through data.path once",
+        "remove it",
     ),
     Rule(
         "train.train_epochs",
         lambda cfg: isinstance(cfg.stage, SequenceStageConfig),
-        "epochs are of conversations and comparisons, for stage=sft, reward and dpo",
-        "give train.train_iters or train.train_samples in its place (train.eval_iters is the length of an evaluation)",
+        "stage={cfg.stage.name} has no epochs",
+        "remove it, or choose {stages} (of documents train.train_iters or train.train_samples is the length, of an "
+        "evaluation train.eval_iters)",
     ),
     Rule(
         "peft.rank peft.alpha peft.use_rslora peft.dropout peft.target_modules",
@@ -251,11 +283,17 @@ def unused_problems(cfg: RunConfig) -> list[str]:
     """Keys with another value than their default that this run does not read."""
     default = RunConfig(run_dir="", stage=type(cfg.stage)())
     return [
-        f"{key}={_shown(_value(cfg, key))}: {rule.reason.format(cfg=cfg)}; {rule.remedy}"
+        f"{key}={_shown(_value(cfg, key))}: {rule.reason.format(cfg=cfg)}; {rule.remedy.format(stages=_stages(rule))}"
         for rule in RULES
         for key in rule.keys.split()
         if _value(cfg, key) != _value(default, key) and not rule.is_read(cfg)
     ]
+
+
+def _stages(rule: Rule) -> str:
+    """Those that read the rule's keys as they are by default."""
+    names = [name for name, kind in STAGES.items() if rule.is_read(RunConfig(run_dir="", stage=kind()))]
+    return "stage=" + " or ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
 def _value(cfg: RunConfig, key: str) -> Any:

@@ -2,13 +2,15 @@
 
 from scale_llm.config.policy import PolicyStageConfig
 from scale_llm.config.run import RunConfig
-from scale_llm.config.stage import Batching, SequenceStageConfig
+from scale_llm.config.stage import Batching, GenerateConfig, ScoreConfig, SequenceStageConfig
 from scale_llm.config.train import TrainConfig
 from scale_llm.config.validate_layout import world_size
 
 
 def batch_problems(cfg: RunConfig) -> list[str]:
     """Batch sizes that do not divide, and a ramp-up that is not one."""
+    if isinstance(cfg.stage, ScoreConfig | GenerateConfig):
+        return []  # they have batches of their own
     ramp = _rampup_form(cfg.train)
     return ramp + _divides(cfg, with_rampup=not ramp)
 

@@ -7,6 +7,7 @@ from scale_llm.config.policy import GROUPED, AdvEstimator, GrpoConfig, KlCtrlTyp
 from scale_llm.config.roles import ROLES, ranks_of, role_config, roles_of
 from scale_llm.config.run import RunConfig
 from scale_llm.config.validate_layout import layout_problems, world_size
+from scale_llm.config.validate_sampling import sampling_problems
 
 
 def policy_problems(cfg: RunConfig, stage: PolicyStageConfig) -> list[str]:
@@ -51,13 +52,11 @@ def _estimator(stage: PolicyStageConfig) -> list[str]:
 
 SMALLEST = {
     "num_generations_per_prompt": 1,
-    "max_new_tokens": 1,
     "generation_batch_size": 1,
     "ppo_epochs": 1,
     "ppo_mini_batch_size": 1,
     "max_tokens_per_micro_batch": 1,
     "max_num_gen_batches": 1,
-    "top_k": 0,
     "entropy_coeff": None,
     "kl_coef": 0,
     "kl_loss_coef": 0,
@@ -68,7 +67,7 @@ SMALLEST = {
 }
 """The smallest value of a key; None: any number."""
 
-ABOVE_ZERO = ("temperature", "clip_ratio", "clip_ratio_high", "tis_imp_ratio_cap", "critic_lr", "cliprange_value")
+ABOVE_ZERO = ("clip_ratio", "clip_ratio_high", "tis_imp_ratio_cap", "critic_lr", "cliprange_value")
 
 
 def _values(cfg: RunConfig, stage: PolicyStageConfig) -> list[str]:
@@ -84,8 +83,12 @@ def _values(cfg: RunConfig, stage: PolicyStageConfig) -> list[str]:
     for key in ("gamma", "lam"):
         if not 0 <= getattr(stage, key) <= 1:
             found.append(f"stage.{key}={getattr(stage, key)}: is a share; give a number from 0 to 1")
-    if not 0.0 < stage.top_p <= 1.0:
-        found.append(f"stage.top_p={stage.top_p}: is a share of probability; give a number above 0 and at most 1")
+    found += sampling_problems(
+        temperature=stage.temperature, top_k=stage.top_k, top_p=stage.top_p, max_new_tokens=stage.max_new_tokens,
+        stop_strings=stage.stop_strings, prefix="stage.",
+    )  # fmt: skip
+    if not stage.temperature:
+        found.append("stage.temperature=0: answers to a prompt would all be the same; 1 is usual")
     if stage.clip_ratio_c is not None and stage.clip_ratio_c <= 1:
         found.append(f"stage.clip_ratio_c={stage.clip_ratio_c}: is a ratio above 1; 3 is usual, null for none")
     if stage.kl_ctrl.target_kl <= 0 or stage.kl_ctrl.horizon <= 0:
@@ -103,8 +106,6 @@ def _values(cfg: RunConfig, stage: PolicyStageConfig) -> list[str]:
             f"stage.max_new_tokens={stage.max_new_tokens}: leaves no room for a prompt in model.seq_length="
             f"{cfg.model.seq_length}; lower it, or raise model.seq_length"
         )
-    if "" in stage.stop_strings:
-        found.append("stage.stop_strings: holds an empty text, which every text contains; leave it out")
     return found
 
 

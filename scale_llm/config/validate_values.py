@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from scale_llm.config.data import DataConfig
+from scale_llm.config.data import DataConfig, TooLong
 from scale_llm.config.model import Head
 from scale_llm.config.optim import OptimConfig
 from scale_llm.config.policy import PolicyStageConfig
@@ -12,6 +12,7 @@ from scale_llm.config.run import RunConfig
 from scale_llm.config.stage import EvaluateConfig, GenerateConfig, ScoreConfig, SequenceStageConfig
 from scale_llm.config.validate_policy import policy_problems
 from scale_llm.config.validate_reward import reward_problems
+from scale_llm.config.validate_sampling import sampling_problems
 from scale_llm.config.validate_sequences import sequence_problems
 
 POSITIVE = {
@@ -168,13 +169,11 @@ def _generate_problems(cfg: RunConfig, stage: GenerateConfig) -> list[str]:
         found.append("data.path=null: no prompts; give a JSONL, JSON or Parquet file with prompt or messages")
     if cfg.model.head is not Head.language_model:
         found.append(f"model.head={cfg.model.head.value}: gives numbers, no text; give a language model's checkpoint")
-    if not 0.0 <= stage.temperature < math.inf:
-        found.append(f"stage.temperature={stage.temperature}: must be 0 (the likeliest token) or larger; 1 is usual")
-    if not 0.0 < stage.top_p <= 1.0:
-        found.append(f"stage.top_p={stage.top_p}: is a share of probability; give a number above 0 and at most 1")
-    if stage.top_k < 0:
-        found.append(f"stage.top_k={stage.top_k}: give 0 for all tokens, or how many of the likeliest")
-    for key in ("max_new_tokens", "num_generations_per_prompt", "batch_size"):
+    found += sampling_problems(
+        temperature=stage.temperature, top_k=stage.top_k, top_p=stage.top_p, max_new_tokens=stage.max_new_tokens,
+        stop_strings=stage.stop_strings, prefix="stage.",
+    )  # fmt: skip
+    for key in ("num_generations_per_prompt", "batch_size"):
         if getattr(stage, key) < 1:
             found.append(f"stage.{key}={getattr(stage, key)}: must be at least 1; give a larger number")
     if stage.max_new_tokens >= cfg.model.seq_length:
@@ -182,8 +181,10 @@ def _generate_problems(cfg: RunConfig, stage: GenerateConfig) -> list[str]:
             f"stage.max_new_tokens={stage.max_new_tokens}: leaves no room for a prompt in model.seq_length="
             f"{cfg.model.seq_length}; lower it, or raise model.seq_length"
         )
-    if "" in stage.stop_strings:
-        found.append("stage.stop_strings: holds an empty text, which every text contains; leave it out")
+    if cfg.data.on_too_long is TooLong.truncate:
+        found.append(
+            "data.on_too_long=truncate: a prompt that is cut off asks something else; set data.on_too_long=drop or fail"
+        )
     return found
 
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import tokenizers
@@ -79,6 +79,41 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.backend.decode(list(ids), skip_special_tokens=False)
+
+
+class TextStream:
+    """Tokens to text as they come: the texts together are what `decode` makes of all tokens.
+
+    A character may take several tokens, so a token may add no text yet. Each is decoded after the last that did, as
+    decoders treat the first token of a text in a way of its own, and no further back, or long texts would be slow.
+    """
+
+    HALF = "\ufffd"
+    """What decoders write for a character's first bytes."""
+
+    def __init__(self, decode: Callable[[list[int]], str]):
+        self._decode = decode
+        self._tokens: list[int] = []
+        self._told = 0  # of these tokens, that have given their text
+
+    def add(self, token: int) -> str:
+        """The text that this token completes; often none."""
+        self._tokens.append(token)
+        return self._next(whole=False)
+
+    def rest(self) -> str:
+        """What is left when no more tokens come: bytes that are no character, if anything."""
+        return self._next(whole=True)
+
+    def _next(self, *, whole: bool) -> str:
+        text = self._decode(self._tokens)
+        if text.endswith(self.HALF) and not whole:
+            return ""
+        new = text[len(self._decode(self._tokens[: self._told])) :]
+        if new:
+            self._tokens = self._tokens[self._told :]
+            self._told = len(self._tokens)
+        return new
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int, eod_token: str, path: Path) -> None:

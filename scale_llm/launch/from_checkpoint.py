@@ -7,8 +7,9 @@ from pathlib import Path
 from scale_llm.checkpoint.written import written_config
 from scale_llm.config.checkpoint_files import is_huggingface
 from scale_llm.config.errors import UserError
+from scale_llm.config.policy import PolicyStageConfig
 from scale_llm.config.run import RunConfig
-from scale_llm.config.stage import EvaluateConfig, PretrainConfig, UntrainedStageConfig
+from scale_llm.config.stage import DpoConfig, EvaluateConfig, PretrainConfig, UntrainedStageConfig
 
 NAME = "from_checkpoint"
 
@@ -36,13 +37,16 @@ def take_model(cfg: RunConfig, unset: set[str]) -> None:
 
 
 def huggingface_problems(cfg: RunConfig) -> list[str]:
-    """A Hugging Face directory in checkpoint.load whose model is not the run's."""
-    load = cfg.checkpoint.load
-    if load is None or not is_huggingface(load):
-        return []
+    """Hugging Face directories in checkpoint.load and stage.reference_load whose models are not the run's."""
     from scale_llm.models.huggingface.same_function import differences
 
-    try:
-        return differences(written_config(load).model, cfg.model, Path(load))
-    except UserError as error:
-        return error.problems
+    reference = cfg.stage.reference_load if isinstance(cfg.stage, DpoConfig | PolicyStageConfig) else None
+    found = []
+    for key, load in (("checkpoint.load", cfg.checkpoint.load), ("stage.reference_load", reference)):
+        if load is None or not is_huggingface(load):
+            continue
+        try:
+            found += differences(written_config(load, key).model, cfg.model, Path(load), key)
+        except UserError as error:
+            found += error.problems
+    return found

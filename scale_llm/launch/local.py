@@ -24,7 +24,7 @@ SECONDS_TO_SAVE = 60
 
 def launch(cfg: RunConfig) -> int:
     """Run all ranks to their end; returns the exit status (130 after Ctrl-C, as shells have it)."""
-    _environment(cfg)
+    set_environment(cfg)
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import elastic_launch
@@ -46,7 +46,7 @@ def launch(cfg: RunConfig) -> int:
     return 0
 
 
-def _environment(cfg: RunConfig) -> None:
+def set_environment(cfg: RunConfig) -> None:
     """Variables of the agent and its ranks."""
     os.environ.update(rank_variables(cfg))
     # torch 2.13's shared store keeps the addresses of a dead attempt: half of all restarts over gloo then fail

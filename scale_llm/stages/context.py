@@ -47,8 +47,8 @@ def mesh_sizes(parallel: ParallelConfig, world_size: int) -> MeshSizes:
     )
 
 
-def start_rank(cfg: RunConfig) -> RunContext:
-    """Joins the job: device, mesh, seeds, data."""
+def start_rank(cfg: RunConfig, prepared: Any = None) -> RunContext:
+    """Joins the job: device, mesh, seeds, data. prepared: in place of the stage's data."""
     kind = "cuda" if cfg.cluster.device is DeviceKind.cuda else "cpu"
     device = start(
         kind,
@@ -65,4 +65,4 @@ def start_rank(cfg: RunConfig) -> RunContext:
     seed_everything(
         cfg.train.seed, tp_rank=mesh.tp_rank, pp_rank=mesh.pp_rank, ep_rank=mesh.ep_rank, etp_rank=mesh.etp_rank
     )
-    return RunContext(cfg, device, mesh, prepare_run(cfg))  # made by the launcher, found here
+    return RunContext(cfg, device, mesh, prepared or prepare_run(cfg))  # made by the launcher, found here

@@ -8,6 +8,7 @@ An answer depends on the prompt, the seed and its number alone: not on the batch
 import hashlib
 import json
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch.distributed as dist
@@ -67,10 +68,7 @@ def answers(run: RunContext, engine: Engine, prompts: list[list[int]]) -> dict[i
     each, tokenizer = stage.num_generations_per_prompt, None
     if stage.stop_strings:
         tokenizer = Tokenizer.load(run.prepared.tokenizer_path, cfg.tokenizer.eod_token)
-    params = SamplingParams(
-        temperature=stage.temperature, top_k=stage.top_k, top_p=stage.top_p, max_new_tokens=stage.max_new_tokens,
-        stop=frozenset(run.prepared.stop), stop_strings=tuple(stage.stop_strings),
-    )  # fmt: skip
+    params = params_of(stage, run.prepared.stop)
     generator = Generator(
         engine, max_batch_size=stage.batch_size, max_seq_length=max(map(len, prompts)) + stage.max_new_tokens,
         decode=tokenizer.decode if tokenizer is not None else None,
@@ -89,6 +87,15 @@ def answers(run: RunContext, engine: Engine, prompts: list[list[int]]) -> dict[i
             found |= dict(zip(numbers, made, strict=True))
             on_answers(len(numbers))
     return found
+
+
+def params_of(stage: GenerateConfig, stop: Iterable[int], max_new_tokens: int | None = None) -> SamplingParams:
+    """What the stage asks for. stop: tokens that end an answer; max_new_tokens: where it must be shorter."""
+    return SamplingParams(
+        temperature=stage.temperature, top_k=stage.top_k, top_p=stage.top_p,
+        max_new_tokens=stage.max_new_tokens if max_new_tokens is None else max_new_tokens,
+        stop=frozenset(stop), stop_strings=tuple(stage.stop_strings),
+    )  # fmt: skip
 
 
 def seed_of(seed: int, prompt: int, sample: int) -> int:

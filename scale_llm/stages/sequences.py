@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,31 +34,35 @@ def row_unit(cfg: RunConfig, mesh: Mesh) -> int:
     return math.lcm(context * (mesh.sizes.tp if cfg.parallel.sequence_parallel else 1), ROW_UNIT)
 
 
+def shape_of(cfg: RunConfig, mesh: Mesh, **asked: Any) -> Shape:
+    """What is asked for, and what the layout demands of every micro-batch."""
+    sizes = mesh.sizes
+    return Shape(
+        multiple=row_unit(cfg, mesh),
+        uniform=sizes.pp > 1,
+        rows_multiple=sizes.pp if sizes.vpp is not None else 1,
+        **asked,
+    )
+
+
 def loader_of(
     cfg: RunConfig, mesh: Mesh, sequences: TokenSequences, stream: SequenceStream, *, row_tokens: int | None = None,
     numbered: bool = False, whole: bool = False, every_token: bool = False,
 ) -> SequenceLoader:  # fmt: skip
     """This rank's micro-batches. row_tokens: of a packed row, by default model.seq_length; the others: see Shape."""
-    stage, sizes = cfg.stage, mesh.sizes
+    stage = cfg.stage
     assert isinstance(stage, SequenceStageConfig)
-    shape = Shape(
-        batching=stage.batching,
-        row_tokens=row_tokens or cfg.model.seq_length,
-        micro_batch_size=cfg.train.micro_batch_size,
-        budget=stage.max_tokens_per_micro_batch or 0,
-        multiple=row_unit(cfg, mesh),
-        uniform=sizes.pp > 1,
-        rows_multiple=sizes.pp if sizes.vpp is not None else 1,
-        numbered=numbered,
-        whole=whole,
-        every_token=every_token,
-    )
+    shape = shape_of(
+        cfg, mesh, batching=stage.batching, row_tokens=row_tokens or cfg.model.seq_length,
+        micro_batch_size=cfg.train.micro_batch_size, budget=stage.max_tokens_per_micro_batch or 0, numbered=numbered,
+        whole=whole, every_token=every_token,
+    )  # fmt: skip
     return SequenceLoader(
         sequences,
         stream,
         shape,
         data_parallel_rank=mesh.dp_rank,
-        data_parallel_size=sizes.dp,
+        data_parallel_size=mesh.sizes.dp,
         num_workers=cfg.data.num_workers,
     )
 
@@ -71,19 +76,11 @@ def rows_of(
     samples: sequences that go into one row. row_tokens: of a row at most, but that of the longest sample. Each batch
     says by its `numbers` what it holds. A collective where experts are dealt out over data-parallel ranks.
     """
-    sizes = mesh.sizes
     longest = max((sum(int(sequences.lengths[number]) for number in sample) for sample in samples), default=1)
-    shape = Shape(
-        batching=Batching.token_budget,
-        row_tokens=row_tokens,
-        budget=max(row_tokens, longest),
-        multiple=row_unit(cfg, mesh),
-        uniform=sizes.pp > 1,
-        rows_multiple=sizes.pp if sizes.vpp is not None else 1,
-        numbered=True,
-        whole=whole,
-        every_token=every_token,
-    )
+    shape = shape_of(
+        cfg, mesh, batching=Batching.token_budget, row_tokens=row_tokens, budget=max(row_tokens, longest),
+        numbered=True, whole=whole, every_token=every_token,
+    )  # fmt: skip
 
     def made(shape: Shape) -> list[Batch]:
         loader = SequenceLoader(sequences, Listed(samples), shape, data_parallel_rank=0, data_parallel_size=1)

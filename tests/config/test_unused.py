@@ -5,7 +5,7 @@ from dataclasses import fields
 import pytest
 
 from scale_llm.config.compose import compose
-from scale_llm.config.data import FieldsConfig
+from scale_llm.config.data import FieldsConfig, TooLong
 from scale_llm.config.peft import PeftConfig
 from scale_llm.config.stage import REFERENCE_FREE
 from scale_llm.config.store import STAGES, options
@@ -19,6 +19,10 @@ CONVERSATION_KEYS = ("data.format=alpaca", "data.on_bad_row=drop", "data.on_too_
                      "tokenizer.chat_template=chat.jinja", "data.fields.prompt=question", "data.fields.weight=w",
                      "data.fields.sender=who")  # fmt: skip
 COMPARISON_KEYS = ("data.fields.chosen=good", "data.fields.ranks=r", "data.fields.label=l")
+TRAINING_KEYS = ("data.split='1,1,1'", "data.embedded_megabytes=2.0", "data.num_workers=2", "train.train_iters=5",
+                 "train.global_batch_size=64", "train.recompute_granularity=full", "optim.lr=0.1",
+                 "optim.clip_grad=2.0", "optim.lr_decay_style=linear", "checkpoint.save_interval=5",
+                 "logging.log_params_norm=true")  # fmt: skip
 DOCUMENT_KEYS = ("data.fields.text=body", "data.reset_position_ids=true", "data.reset_attention_mask=true",
                  "data.eod_mask_loss=true")  # fmt: skip
 LOW_RANK_KEYS = ("peft.rank=8", "peft.alpha=1.0", "peft.use_rslora=true", "peft.dropout=0.1",
@@ -29,6 +33,10 @@ BUDGET, SMOOTHING = "stage.max_tokens_per_micro_batch=4096", "stage.label_smooth
 
 UNREAD = {
     **{f"stage={stage}": (*CONVERSATION_KEYS, *COMPARISON_KEYS, "train.train_epochs=1.0") for stage in DOCUMENTS},
+    **{
+        f"stage={stage}": (*COMPARISON_KEYS, *DOCUMENT_KEYS, *TRAINING_KEYS, "train.train_epochs=1.0", *more)
+        for stage, more in {"score": (), "generate": ("data.fields.weight=w", "data.fields.output=o")}.items()
+    },
     "stage=sft": (*COMPARISON_KEYS, *DOCUMENT_KEYS, BUDGET),
     "stage=sft stage.batching=padded": (BUDGET,),
     "stage=reward": (*DOCUMENT_KEYS, BUDGET),
@@ -43,7 +51,9 @@ UNREAD = {
 
 READ = {
     **{f"stage={stage}": DOCUMENT_KEYS for stage in DOCUMENTS},
-    "stage=sft": (*CONVERSATION_KEYS, "train.train_epochs=1.0", SMOOTHING),
+    "stage=score": (*CONVERSATION_KEYS, "train.seed=5"),
+    "stage=generate": (*(key for key in CONVERSATION_KEYS if "weight" not in key), "train.seed=5"),
+    "stage=sft": (*CONVERSATION_KEYS, *TRAINING_KEYS, "train.train_epochs=1.0", SMOOTHING),
     "stage=reward": (*CONVERSATION_KEYS, *COMPARISON_KEYS, "train.train_epochs=1.0"),
     "stage=dpo": (*CONVERSATION_KEYS, *COMPARISON_KEYS, "train.train_epochs=1.0", "stage.reference=copy"),
     "stage=dpo stage.loss=simpo": ("stage.simpo_gamma=2.0",),
@@ -58,7 +68,8 @@ READ = {
 def test_keys_that_are_not_read_are_refused(run):
     """All of them at once, each with its value and, after a semicolon, a remedy."""
     found = unused_problems(compose([*run.split(), *UNREAD[run]]))
-    assert {problem.split(": ")[0].replace("'", "") for problem in found} == set(UNREAD[run])
+    named = {problem.split(": ")[0].replace("'", "") for problem in found}
+    assert named == {key.replace("'", "") for key in UNREAD[run]}
     assert len(found) == len(UNREAD[run])
     assert all("; " in problem and "{" not in problem for problem in found)
 
@@ -66,6 +77,29 @@ def test_keys_that_are_not_read_are_refused(run):
 @pytest.mark.parametrize("run", READ)
 def test_keys_that_are_read_are_not(run):
     assert unused_problems(compose([*run.split(), *READ[run]])) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "stages"),
+    [
+        ("stage=pretrain data.format=alpaca", "stage=sft, reward, dpo, score or generate"),
+        ("stage=generate data.fields.output=o", "stage=sft, reward, dpo or score"),
+        ("stage=sft data.fields.label=l", "stage=reward or dpo"),
+        ("stage=score data.fields.text=t", "stage=pretrain or evaluate"),
+        ("stage=score train.train_epochs=1.0", "stage=sft, reward or dpo"),
+    ],
+)
+def test_the_remedy_names_the_stages_that_read_the_key(words, stages):
+    (problem,) = unused_problems(compose(words.split()))
+    assert f"or choose {stages}" in problem
+
+
+def test_a_prompt_is_never_cut():
+    """stage=generate leaves long prompts out, also where nothing is said; asked to cut them it refuses."""
+    assert compose(["stage=generate"]).data.on_too_long is TooLong.drop
+    assert compose(["stage=score"]).data.on_too_long is TooLong.truncate
+    (problem,) = [one for one in problems_of(compose(["stage=generate", "data.on_too_long=truncate"])) if "long" in one]
+    assert problem.startswith("data.on_too_long=truncate: ") and "drop or fail" in problem
 
 
 def test_all_at_once_among_the_other_problems():

@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
+import tokenizers
+from tokenizers import decoders, models, normalizers
 
 from scale_llm.config.errors import UserError
-from scale_llm.data.tokenizer import Tokenizer, train_tokenizer
+from scale_llm.data.tokenizer import TextStream, Tokenizer, train_tokenizer
 
 TEXTS = [
     "def f(x):\n    return x + 1\n" * 50,
@@ -76,3 +78,37 @@ def test_mistakes(trained: Path, tmp_path: Path):
         Tokenizer.load(str(tmp_path / "bad.json"), "</s>")
     with pytest.raises(UserError, match="at least 257"):
         train_tokenizer(TEXTS, vocab_size=100, eod_token="</s>", path=tmp_path / "x.json")
+
+
+TEXT = "naïve 日本語 🎉🏳️‍🌈 x  y\n\n ends"
+
+
+def sentences() -> tokenizers.Tokenizer:
+    """Llama 2's way: ▁ for spaces, the first of a text removed, characters without a token as bytes."""
+    bytes_ = [f"<0x{value:02X}>" for value in range(256)]
+    vocabulary = {piece: place for place, piece in enumerate([*bytes_, "▁", *"navexyds", "日"])}
+    made = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return made
+
+
+@pytest.mark.parametrize("kind", ["byte level", "bytes where there is no token"])
+def test_text_comes_as_its_characters_are_whole(tmp_path, kind):
+    """Piece by piece it is the text that all tokens together decode to, and no piece ends within a character."""
+    if kind == "byte level":
+        train_tokenizer(["abc"], vocab_size=300, eod_token="<|endoftext|>", path=tmp_path / "tokenizer.json")
+        loaded = Tokenizer.load(str(tmp_path), "<|endoftext|>")
+        tokens, decode = loaded.encode(TEXT), loaded.decode
+    else:
+        backend = sentences()
+        tokens, decode = backend.encode(TEXT).ids, backend.decode
+    stream = TextStream(decode)
+    pieces = [stream.add(token) for token in tokens]
+    assert "".join(pieces) == TEXT == decode(tokens) and not any("\ufffd" in piece for piece in pieces)
+    assert stream.rest() == "" and sum(bool(piece) for piece in pieces) > 20, "not all at the end"
+    cut = TextStream(decode)
+    half = tokens[: next(place for place, piece in enumerate(pieces) if not piece and place > 3) + 1]
+    assert "".join(map(cut.add, half)) + cut.rest() == decode(half)

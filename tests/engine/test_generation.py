@@ -197,12 +197,23 @@ def test_what_cannot_be_is_said(ranks, saved):
         "prompt 0 has 13 tokens, and with max_new_tokens=4 more than max_seq_length=16: give at most 12, or raise "
         "max_seq_length",
         "prompt 1 is empty: begin it with a token at least",
-        "temperature=-1.0: give a number from 0 (the likeliest token) on",
+        "temperature=-1.0: must be 0 (the likeliest token) or larger; 1 is usual",
         "top_k=-1: give 0 for all tokens, or how many of the likeliest",
-        "top_p=0.0: give a probability above 0, at most 1",
-        "max_new_tokens=0: give at least 1",
-        "stop_strings has an empty text, which every text contains: leave it out",
+        "top_p=0.0: is a share of probability; give a number above 0 and at most 1",
+        "max_new_tokens=0: must be at least 1; give a larger number",
+        "stop_strings: holds an empty text, which every text contains; leave it out",
         "stop_strings=('x',): the Generator was made without `decode`, which turns tokens into text; give it the "
         "tokenizer's",
         "max_seq_length=129: the model has learnt 128 positions; give at most 128",
     ]
+
+
+@pytest.mark.parametrize("layout", [{}, TP2, PP2], ids=["1", "tp2", "pp2"])
+def test_tokens_are_seen_as_they_come_and_may_end_a_sample(ranks, saved, layout):
+    """On every rank alike; a sample that is ended leaves its slot to the next."""
+    for found in ranks(len(layout) + 1, "support.generation:seen", directory=saved("llama3"), layout=layout):
+        assert [found["told"][number] for number in range(3)] == [completion.tokens for completion in found["whole"]]
+        wanted = [completion.tokens for completion in found["whole"]]
+        wanted[1] = wanted[1][:3]
+        assert [completion.tokens for completion in found["halted"]] == wanted
+        assert not any(completion.finished for completion in found["halted"])

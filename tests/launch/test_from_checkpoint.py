@@ -103,6 +103,17 @@ def test_another_function_is_refused_with_every_field(tmp_path, directory):
     assert [problem.split(":")[0] for problem in found] == ["model.num_layers=3", "model.norm_epsilon=0.001"]
 
 
+def test_a_reference_of_another_function_is_refused_too(tmp_path, directory):
+    """stage.reference_load of DPO, before a rank starts; a run takes its model from checkpoint.load alone."""
+    other = tmp_path / "other"
+    shutil.copytree(directory, other)
+    (other / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": 3}))
+    words = ["model=from_checkpoint", "stage=dpo", "model.seq_length=128"]
+    assert problems(composed(tmp_path, directory, *words, f"stage.reference_load={directory}")) == []
+    (problem,) = problems(composed(tmp_path, directory, *words, f"stage.reference_load={other}"))
+    assert problem.startswith(f"model.num_layers=2: stage.reference_load={other} has 3; give a stage.reference_load")
+
+
 def test_from_checkpoint_needs_one(tmp_path):
     with pytest.raises(UserError, match="give checkpoint.load=DIR"):
         compose_run(["model=from_checkpoint", f"run_dir={tmp_path}"])

@@ -1,56 +1,57 @@
-"""What runs of later stages begin with: a model that knows a little, and pairs of answers."""
+"""What runs of later stages begin with: answers to sums in several forms."""
 
 import json
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-
-@pytest.fixture(scope="session")
-def base(runs, tmp_path_factory):
-    """Checkpoints of a pretrained model, its tokenizer with them."""
-    path = tmp_path_factory.mktemp("base") / "run"
-    assert runs(path) == []
-    return path / "checkpoints"
+Row = Callable[[int, int], dict]
 
 
 @pytest.fixture(scope="session")
-def pairs(tmp_path_factory):
+def sums(tmp_path_factory) -> Callable[..., Path]:
+    """Writes a file with a row for the sum of every a below 6 and b below `width`; prompts have unequal lengths."""
+
+    def write(name: str, row: Row, width: int = 5) -> Path:
+        path = tmp_path_factory.mktemp("data") / name
+        rows = [{"prompt": f"{a} and {b}?" * (1 + a % 3), **row(a, b)} for a in range(6) for b in range(width)]
+        path.write_text("".join(json.dumps(each) + "\n" for each in rows))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def pairs(sums):
     """Sums, said and not said, of unequal lengths; every third pair is clearly better (a margin)."""
-    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
-    with open(path, "w") as file:
-        for a in range(6):
-            for b in range(5):
-                prompt, chosen = f"{a} and {b}?" * (1 + a % 3), f"That is {a + b}."
-                row = {"prompt": prompt, "chosen": chosen, "rejected": "No idea" * (1 + b)}
-                if a % 3 == 0:
-                    row["margin"] = 0.5
-                file.write(json.dumps(row) + "\n")
-    return path
+
+    def row(a: int, b: int) -> dict:
+        answers = {"chosen": f"That is {a + b}.", "rejected": "No idea" * (1 + b)}
+        return {**answers, "margin": 0.5} if a % 3 == 0 else answers
+
+    return sums("pairs.jsonl", row)
 
 
 @pytest.fixture(scope="session")
-def judged(tmp_path_factory):
+def judged(sums):
     """Single answers to sums, right ones desirable, others not; of unequal lengths."""
-    path = tmp_path_factory.mktemp("data") / "judged.jsonl"
-    with open(path, "w") as file:
-        for a in range(6):
-            for b in range(6):
-                prompt, good = f"{a} and {b}?" * (1 + a % 3), (a + b) % 2 == 0
-                answer = f"That is {a + b}." if good else "No idea" * (1 + b % 3)
-                file.write(json.dumps({"prompt": prompt, "completion": answer, "label": good}) + "\n")
-    return path
+
+    def row(a: int, b: int) -> dict:
+        good = (a + b) % 2 == 0
+        return {"completion": f"That is {a + b}." if good else "No idea" * (1 + b % 3), "label": good}
+
+    return sums("judged.jsonl", row, width=6)
 
 
 @pytest.fixture(scope="session")
-def ranked(tmp_path_factory):
+def ranked(sums):
     """Two to four answers each, best first: the fewer words, the better."""
-    path = tmp_path_factory.mktemp("data") / "ranked.jsonl"
-    with open(path, "w") as file:
-        for a in range(6):
-            for b in range(5):
-                answers = [f"That is {a + b}.", "No idea", "No idea" * 3, "No idea " * 6][: 2 + (a + b) % 3]
-                file.write(json.dumps({"prompt": f"{a} and {b}?" * (1 + a % 3), "responses": answers}) + "\n")
-    return path
+
+    def row(a: int, b: int) -> dict:
+        return {"responses": [f"That is {a + b}.", "No idea", "No idea" * 3, "No idea " * 6][: 2 + (a + b) % 3]}
+
+    return sums("ranked.jsonl", row)
 
 
 WAYS_TO_ASK = ("Say {}", "Repeat {}", "Give me a {}", "The digit {} please", "{}", "Again: {}")

@@ -5,38 +5,21 @@ import shutil
 
 import numpy as np
 import pytest
-from support.runs import latest, rows
+from support.runs import BUDGET, PADDED, PP2, RANKS2, SPLITS, TP2, VPP2, assert_close, last_validation, rows, words_from
 
 from scale_llm.config.errors import UserError
-
-TP2 = "parallel.tensor_model_parallel_size=2"
-PP2 = "parallel.pipeline_model_parallel_size=2"
-CP2 = "parallel.context_parallel_size=2"
-RANKS2 = "cluster.nproc_per_node=2"
 
 WORDS = ["stage=dpo", "model=from_checkpoint", "model.seq_length=96", "data.split='80,20,0'", "optim.lr=1e-3",
          "train.global_batch_size=4", "train.micro_batch_size=1", "train.train_iters=8", "train.eval_interval=4",
          "optim.lr_warmup_iters=0"]  # fmt: skip
-
-
-def words(base, pairs, *more):
-    return [*WORDS, f"data.path={pairs}", f"checkpoint.load={base}", *more]
-
-
-def assert_close(run, other, tolerance=2e-5):
-    """Every metric of training and validation, relative to 1 or the value."""
-    found, wanted = rows(run), rows(other)
-    assert [row.keys() for row in found] == [row.keys() for row in wanted]
-    for row, like in zip(found, wanted, strict=True):
-        for key, value in like.items():
-            assert abs(row[key] - value) <= tolerance * max(1.0, abs(value)), (row["iteration"], key, row[key], value)
+words = words_from(WORDS)
 
 
 @pytest.fixture(scope="session")
 def single(runs, base, pairs, tmp_path_factory):
     """One process, each pair alone in a micro-batch."""
     run = tmp_path_factory.mktemp("dpo") / "single"
-    assert runs(run, *words(base, pairs, "stage.batching=padded")) == []
+    assert runs(run, *words(base, pairs, PADDED)) == []
     return run
 
 
@@ -46,30 +29,17 @@ def test_begins_at_ln_2_and_learns(single):
     assert abs(found[0]["dpo loss"] - math.log(2)) < 1e-6
     assert abs(found[0]["rewards/margins"]) < 1e-5
     assert found[-1]["dpo loss"] < 0.6 and found[-1]["rewards/accuracies"] > 0.7
-    (last,) = [row for row in rows(single) if row["iteration"] == 8 and "dpo loss validation" in row]
-    assert last["rewards/accuracies validation"] > 0.5
+    assert last_validation(single)["rewards/accuracies validation"] > 0.5
 
 
-WAYS = {
-    "padded_by_two": ["stage.batching=padded", "train.micro_batch_size=2"],
-    "budget_dp2": ["stage.batching=token_budget", RANKS2],
-    "padded_tp2_sp": ["stage.batching=padded", TP2, "parallel.sequence_parallel=true"],
-    "budget_pp2": ["stage.batching=token_budget", PP2],
-    "budget_pp2_vpp2_live": [
-        "stage.batching=token_budget",
-        PP2,
-        "parallel.virtual_pipeline_model_parallel_size=2",
-        "stage.reference=copy",
-    ],
-    "budget_cp2": ["stage.batching=token_budget", CP2],
-}
+WAYS = {**SPLITS, "budget_pp2_vpp2_live": [BUDGET, PP2, VPP2, "stage.reference=copy"]}
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_layouts_and_splits_agree(runs, tmp_path, base, pairs, single, way):
     """Lengths are unequal and the answers of a pair lie in rows of several: the same losses, rewards and gradients."""
     assert runs(tmp_path / "run", *words(base, pairs, *WAYS[way])) == []
-    assert_close(tmp_path / "run", single)
+    assert_close(tmp_path / "run", single, 2e-5)
 
 
 def test_packed_rows_on_ranks_agree(runs, tmp_path, base, pairs):
@@ -80,7 +50,7 @@ def test_packed_rows_on_ranks_agree(runs, tmp_path, base, pairs):
         runs(two, *words(base, pairs, "train.micro_batch_size=2", RANKS2, "parallel.use_distributed_optimizer=true"))
         == []
     )
-    assert_close(two, one)
+    assert_close(two, one, 2e-5)
 
 
 def test_cached_reference_equals_the_live_one_bit_for_bit(runs, tmp_path, base, pairs):
@@ -122,14 +92,7 @@ def test_a_number_that_is_none_in_the_cache_is_refused(runs, tmp_path, base, pai
 
 @pytest.mark.parametrize("variant", [["stage.reference=cached"], ["peft=lora", "peft.rank=4", "stage.reference=copy"]])
 def test_resume_is_bit_for_bit(runs, tmp_path, base, pairs, variant):
-    resumed, whole = tmp_path / "resumed", tmp_path / "whole"
-    said = words(base, pairs, *variant)
-    assert runs(resumed, *said, "train.exit_interval=4") == []
-    assert latest(resumed) == 4
-    assert runs(resumed, *said) == []
-    assert runs(whole, *said) == []
-    assert rows(resumed) == rows(whole)
-    assert not {name: d for name, d in runs.differences(resumed, whole, iteration=8).items() if d}
+    runs.resumed_and_whole(tmp_path, *words(base, pairs, *variant), stop=4, iteration=8)
 
 
 @pytest.mark.parametrize(
@@ -148,7 +111,7 @@ def test_one_batch_again_and_again(runs, tmp_path, base, pairs):
     """All pairs of a batch are told apart for certain, and ever more clearly."""
     few = tmp_path / "few.jsonl"
     few.write_text("".join(pairs.read_text().splitlines(keepends=True)[:4]))
-    said = words(base, few, "data.split='100,0,0'", "stage.batching=padded", "train.train_iters=12",
+    said = words(base, few, "data.split='100,0,0'", PADDED, "train.train_iters=12",
                  "optim.lr_decay_style=constant", "optim.lr=5e-4")  # fmt: skip
     assert runs(tmp_path / "run", *said) == []
     found = rows(tmp_path / "run")
@@ -159,7 +122,7 @@ def test_one_batch_again_and_again(runs, tmp_path, base, pairs):
 
 def test_the_model_under_adapters_is_the_reference(runs, tmp_path, base, pairs):
     """As good as the cached values but for the rounding of other rows, and without a second model or a file."""
-    lora = ["peft=lora", "peft.rank=4", TP2, "stage.batching=padded"]
+    lora = ["peft=lora", "peft.rank=4", TP2, PADDED]
     assert runs(tmp_path / "own", *words(base, pairs, *lora, "stage.reference=base")) == []
     assert runs(tmp_path / "cached", *words(base, pairs, *lora)) == []
     assert_close(tmp_path / "own", tmp_path / "cached", 3e-5)
@@ -169,7 +132,7 @@ def test_the_model_under_adapters_is_the_reference(runs, tmp_path, base, pairs):
 def test_another_checkpoint_is_the_reference(runs, tmp_path, base, pairs, single):
     """Of a run that has moved away, margins do not begin at 0; of another model or tokenizer it is refused."""
     moved = f"stage.reference_load={single / 'checkpoints'}"
-    assert runs(tmp_path / "run", *words(base, pairs, moved, "stage.batching=padded")) == []
+    assert runs(tmp_path / "run", *words(base, pairs, moved, PADDED)) == []
     first = rows(tmp_path / "run")[0]
     assert abs(first["rewards/margins"]) > 0.1
     other = tmp_path / "other"

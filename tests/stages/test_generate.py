@@ -3,12 +3,13 @@
 import json
 
 import pytest
+from support.runs import PP2, RANKS2, TP2, words_from
 
 from scale_llm.config.errors import UserError
 
-TP2 = "parallel.tensor_model_parallel_size=2"
 WORDS = ["stage=generate", "model=from_checkpoint", "model.seq_length=64", "stage.max_new_tokens=12",
          "stage.batch_size=3", "stage.num_generations_per_prompt=2"]  # fmt: skip
+words = words_from(WORDS)
 
 
 @pytest.fixture(scope="session")
@@ -19,10 +20,6 @@ def questions(tmp_path_factory):
     rows.append({"prompt": [{"role": "user", "content": "def"}], "id": 4})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
-
-
-def words(base, questions, *more):
-    return [*WORDS, f"checkpoint.load={base}", f"data.path={questions}", *more]
 
 
 def answers(run) -> list[dict]:
@@ -46,8 +43,8 @@ def test_rows_and_their_answers(plain):
 
 LAYOUTS = {
     "tp2": [TP2, "stage.batch_size=5"],
-    "pp2": ["parallel.pipeline_model_parallel_size=2"],
-    "dp2": ["cluster.nproc_per_node=2", "stage.batch_size=1"],
+    "pp2": [PP2],
+    "dp2": [RANKS2, "stage.batch_size=1"],
 }
 
 

@@ -7,8 +7,6 @@ import pytest
 from support.policy import SHORT, words
 from support.runs import latest, rows
 
-from scale_llm.config.errors import UserError
-
 
 @pytest.fixture(scope="module")
 def run(runs, beginner, digits, tmp_path_factory):

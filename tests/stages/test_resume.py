@@ -2,26 +2,18 @@
 
 import pytest
 from support.parity import MOE, relative
-from support.runs import latest, losses, rows
+from support.runs import CP2, PP2, RANKS2, SP, TP2, VPP2, latest, losses
 
 STOP = "train.exit_interval=10"
-TP2 = "parallel.tensor_model_parallel_size=2"
-PP2 = "parallel.pipeline_model_parallel_size=2"
 DISTRIBUTED = "parallel.use_distributed_optimizer=true"
 OVERLAP = [DISTRIBUTED, "parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"]
-RANKS2, RANKS4 = "cluster.nproc_per_node=2", "cluster.nproc_per_node=4"
+RANKS4 = "cluster.nproc_per_node=4"
 DROPOUT = ["model.hidden_dropout=0.1", "model.attention_dropout=0.1"]
-
-
-def assert_same_bits(runs, resumed, whole) -> None:
-    assert rows(resumed) == rows(whole)
-    different = {name: d for name, d in runs.differences(resumed, whole).items() if d}
-    assert not different, different
 
 
 def test_command_line_resumes_bit_for_bit(runs, tmp_path):
     """20 steps equal 10 + stop + 10 in metrics.jsonl and in every tensor saved, BF16 on two tensor-parallel ranks."""
-    words = ["precision=bf16", TP2, "parallel.sequence_parallel=true", "model.compile_ops=true"]
+    words = ["precision=bf16", TP2, SP, "model.compile_ops=true"]
     resumed, whole = tmp_path / "resumed", tmp_path / "whole"
     first = runs.command(resumed, *words, STOP)
     assert "train.exit_interval=10" in first and latest(resumed) == 10
@@ -30,19 +22,19 @@ def test_command_line_resumes_bit_for_bit(runs, tmp_path):
     assert "resum" in second.splitlines()[0], second
     assert latest(resumed) == 20
     assert runs(whole, *words) == []
-    assert_same_bits(runs, resumed, whole)
+    runs.assert_same_bits(resumed, whole)
     assert len(losses(whole)) == 20
 
 
 VARIANTS = {
     "dropout": ["precision=bf16", *DROPOUT],
-    "dropout_tp2_sp": ["precision=bf16", *DROPOUT, TP2, "parallel.sequence_parallel=true"],
+    "dropout_tp2_sp": ["precision=bf16", *DROPOUT, TP2, SP],
     "distributed_optimizer_bf16": ["precision=bf16", *OVERLAP, RANKS2],
     # no evaluation gathers the weights before the save
     "gathered_late": [*OVERLAP, RANKS2, "train.eval_interval=null"],
     "distributed_optimizer_bf16_plain": ["precision=bf16", DISTRIBUTED, RANKS2],
     "distributed_optimizer_fp32": [*OVERLAP, RANKS2],
-    "pp2_vpp2": [PP2, "parallel.virtual_pipeline_model_parallel_size=2"],
+    "pp2_vpp2": [PP2, VPP2],
     "moe_ep2": [f"{key}={value}" for key, value in MOE.items() if key != "model.num_layers"]
     + ["parallel.expert_model_parallel_size=2"],
     "sgd": ["optim=sgd"],
@@ -54,13 +46,7 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_resume_is_bit_for_bit(runs, tmp_path, variant):
     """Dropout: every rank's generators must continue where they stood."""
-    words = VARIANTS[variant]
-    resumed, whole = tmp_path / "resumed", tmp_path / "whole"
-    assert runs(resumed, *words, STOP) == []
-    assert latest(resumed) == 10
-    assert runs(resumed, *words) == []
-    assert runs(whole, *words) == []
-    assert_same_bits(runs, resumed, whole)
+    runs.resumed_and_whole(tmp_path, *VARIANTS[variant], stop=10, iteration=20)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +62,7 @@ CHANGES = {
     "pp2_dp2_distributed_to_tp2": ([PP2, DISTRIBUTED, RANKS4], [TP2]),
     "plain_to_distributed": ([RANKS2], [DISTRIBUTED, RANKS2]),
     "distributed_to_plain": ([*OVERLAP, RANKS2], [RANKS2]),
-    "vpp2_to_cp2": ([PP2, "parallel.virtual_pipeline_model_parallel_size=2"], ["parallel.context_parallel_size=2"]),
+    "vpp2_to_cp2": ([PP2, VPP2], [CP2]),
 }
 
 

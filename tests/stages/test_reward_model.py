@@ -6,27 +6,22 @@ import math
 import pytest
 import torch
 from support import families
-from support.runs import latest, rows
+from support.runs import PADDED, PP2, RANKS2, SPLITS, TP2, assert_close, last_validation, rows, words_from
 
 from scale_llm.checkpoint.huggingface import export_huggingface
 from scale_llm.config.errors import UserError
 from scale_llm.stages.interval import wilson_interval
 
-TP2 = "parallel.tensor_model_parallel_size=2"
-RANKS2 = "cluster.nproc_per_node=2"
 WORDS = ["stage=reward", "model=from_checkpoint", "model.seq_length=96", "data.split='80,20,0'", "optim.lr=1e-3",
          "train.global_batch_size=4", "train.micro_batch_size=1", "train.train_iters=12", "train.eval_interval=6",
          "optim.lr_warmup_iters=0"]  # fmt: skip
-
-
-def words(base, pairs, *more):
-    return [*WORDS, f"data.path={pairs}", f"checkpoint.load={base}", *more]
+words = words_from(WORDS)
 
 
 @pytest.fixture(scope="session")
 def single(runs, base, pairs, tmp_path_factory):
     run = tmp_path_factory.mktemp("reward") / "single"
-    assert runs(run, *words(base, pairs, "stage.batching=padded")) == []
+    assert runs(run, *words(base, pairs, PADDED)) == []
     return run
 
 
@@ -34,19 +29,10 @@ def test_learns(single):
     found = [row for row in rows(single) if "reward loss" in row]
     assert found[-1]["reward loss"] < 0.5 * found[0]["reward loss"]
     assert found[-1]["rewards/accuracies"] == 1.0
-    (last,) = [row for row in rows(single) if row["iteration"] == 12 and "reward loss validation" in row]
+    last = last_validation(single)
     low, high = (last[f"rewards/accuracies validation 95% {end}"] for end in ("low", "high"))
     assert low < last["rewards/accuracies validation"] <= high <= 1.0
     assert low > 0.5, "six pairs, all right, are better than chance at 95%"
-
-
-WAYS = {
-    "padded_by_two": ["stage.batching=padded", "train.micro_batch_size=2"],
-    "budget_dp2": ["stage.batching=token_budget", RANKS2],
-    "padded_tp2_sp": ["stage.batching=padded", TP2, "parallel.sequence_parallel=true"],
-    "budget_pp2": ["stage.batching=token_budget", "parallel.pipeline_model_parallel_size=2"],
-    "budget_cp2": ["stage.batching=token_budget", "parallel.context_parallel_size=2"],
-}
 
 
 SGD = ["optim.optimizer=sgd", "optim.lr=0.3", "optim.lr_decay_style=constant", "optim.sgd_momentum=0.9",
@@ -55,39 +41,25 @@ SGD = ["optim.optimizer=sgd", "optim.lr=0.3", "optim.lr_decay_style=constant", "
 order of sums grow; of plain gradients everything is to agree, gradient norms too."""
 
 
-def assert_close(run, other, tolerance=3e-5):
-    found, wanted = rows(run), rows(other)
-    assert [row.keys() for row in found] == [row.keys() for row in wanted]
-    for row, like in zip(found, wanted, strict=True):
-        for key, value in like.items():
-            assert abs(row[key] - value) <= tolerance * max(1.0, abs(value)), (row["iteration"], key, row[key], value)
-
-
 @pytest.fixture(scope="session")
 def single_sgd(runs, base, pairs, tmp_path_factory):
     run = tmp_path_factory.mktemp("reward_sgd") / "single"
-    assert runs(run, *words(base, pairs, *SGD, "stage.batching=padded")) == []
+    assert runs(run, *words(base, pairs, *SGD, PADDED)) == []
     found = [row["reward loss"] for row in rows(run) if "reward loss" in row]
     assert found[-1] < 0.8 * found[0], "training must show"
     return run
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", SPLITS)
 def test_layouts_and_splits_agree(runs, tmp_path, base, pairs, single_sgd, way):
     """Every loss, reward and gradient norm of training and validation."""
-    assert runs(tmp_path / "run", *words(base, pairs, *SGD, *WAYS[way])) == []
+    assert runs(tmp_path / "run", *words(base, pairs, *SGD, *SPLITS[way])) == []
     assert_close(tmp_path / "run", single_sgd)
 
 
 def test_resume_is_bit_for_bit(runs, tmp_path, base, pairs):
-    resumed, whole = tmp_path / "resumed", tmp_path / "whole"
     said = words(base, pairs, "stage.center_rewards_coefficient=0.01")
-    assert runs(resumed, *said, "train.exit_interval=6") == []
-    assert latest(resumed) == 6
-    assert runs(resumed, *said) == []
-    assert runs(whole, *said) == []
-    assert rows(resumed) == rows(whole)
-    assert not {name: d for name, d in runs.differences(resumed, whole, iteration=12).items() if d}
+    runs.resumed_and_whole(tmp_path, *said, stop=6, iteration=12)
 
 
 def test_exports_as_a_classifier_that_scores_the_same(runs, tmp_path, pairs):
@@ -106,7 +78,7 @@ def test_exports_as_a_classifier_that_scores_the_same(runs, tmp_path, pairs):
     said += ["model.seq_length=128", "train.train_iters=1", "optim.lr=1e-9", "optim.min_lr=0", "data.split='50,50,0'",
              "train.eval_iters=100"]  # fmt: skip
     assert runs(run, *said) == []
-    (row,) = [row for row in rows(run) if "reward loss validation" in row]
+    row = last_validation(run)
     export_huggingface(run / "checkpoints", tmp_path / "exported", lambda total: lambda done: None)
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "exported", dtype=torch.float32).eval()
     assert model.config.num_labels == 1
@@ -134,11 +106,11 @@ def test_ranked_lists_whole(runs, tmp_path, base, ranked):
     """Lists of two to four answers; every split and layout has the same losses, and their order is learnt."""
     one, two, learns = tmp_path / "one", tmp_path / "two", tmp_path / "learns"
     said = words(base, ranked, *LISTS)
-    assert runs(one, *said, *SGD, "stage.batching=padded") == []
+    assert runs(one, *said, *SGD, PADDED) == []
     assert runs(two, *said, *SGD, TP2, "stage.batching=token_budget", "stage.max_tokens_per_micro_batch=320") == []
     assert_close(two, one)
     assert runs(learns, *said, "train.train_iters=15", "train.eval_interval=null") == []
-    (last,) = [row for row in rows(learns) if "reward loss validation" in row]
+    last = last_validation(learns)
     assert last["rewards/accuracies validation"] > 0.85 and last["rewards/margins validation"] > 1.0
 
 
@@ -157,8 +129,8 @@ def test_a_reward_for_every_token(runs, tmp_path, base, pairs, single_sgd):
     """The mean over an answer's tokens: learns as well, differs from the last token's; context parallelism agrees."""
     one, two = tmp_path / "one", tmp_path / "two"
     said = words(base, pairs, "stage.score=mean_of_tokens")
-    assert runs(one, *said, *SGD, "stage.batching=padded") == []
-    assert runs(two, *said, *SGD, *WAYS["budget_cp2"]) == []
+    assert runs(one, *said, *SGD, PADDED) == []
+    assert runs(two, *said, *SGD, *SPLITS["budget_cp2"]) == []
     assert_close(two, one)
     found = [row for row in rows(one) if "reward loss" in row]
     assert found[-1]["reward loss"] < 0.8 * found[0]["reward loss"]
@@ -166,7 +138,7 @@ def test_a_reward_for_every_token(runs, tmp_path, base, pairs, single_sgd):
 
 
 def test_calibration_is_reported(single):
-    (last,) = [row for row in rows(single) if row["iteration"] == 12 and "reward loss validation" in row]
+    last = last_validation(single)
     assert 0.0 < last["rewards/calibration error validation"] < 0.5
     assert not [key for key in last if key.startswith("calibration/")]
     assert b"calibration/text_summary" in next((single / "tensorboard").iterdir()).read_bytes()
@@ -178,13 +150,13 @@ def test_scores_of_a_file(runs, tmp_path, base, pairs, way):
     run, answers = tmp_path / "run", tmp_path / "answers.jsonl"
     assert runs(run, *words(base, pairs, *way, "data.split='50,50,0'",
                             "train.train_iters=2", "train.eval_iters=100")) == []  # fmt: skip
-    (wanted,) = [row for row in rows(run) if "reward loss validation" in row]
+    wanted = last_validation(run)
     held_out = _held_out(run)
     with open(answers, "w") as file:
         for kind in ("chosen", "rejected"):
             for row in held_out:
                 file.write(json.dumps({"prompt": row["prompt"], "response": row[kind], "id": kind}) + "\n")
-    for number, layout in enumerate([[], [TP2], [RANKS2], ["parallel.pipeline_model_parallel_size=2"]]):
+    for number, layout in enumerate([[], [TP2], [RANKS2], [PP2]]):
         out = tmp_path / f"scores{number}"
         said = ["stage=score", "model=from_checkpoint", f"checkpoint.load={run / 'checkpoints'}",
                 f"data.path={answers}"]  # fmt: skip

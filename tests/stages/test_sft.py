@@ -9,15 +9,11 @@ import pytest
 import torch
 from support import families
 from support.ranks import environment
-from support.runs import latest, losses, rows
-
-TP2 = "parallel.tensor_model_parallel_size=2"
-PP2 = "parallel.pipeline_model_parallel_size=2"
-RANKS2 = "cluster.nproc_per_node=2"
-STOP = "train.exit_interval=10"
+from support.runs import BUDGET, PADDED, PP2, RANKS2, SP, TP2, last_validation, latest, losses, words_from
 
 WORDS = ["stage=sft", "model=from_checkpoint", "model.seq_length=128", "data.split='90,10,0'", "stage.num_samples=2",
          "stage.max_new_tokens=6", "optim.lr=3e-3", "train.global_batch_size=4"]  # fmt: skip
+words = words_from(WORDS)
 LORA = ["peft=lora", "peft.rank=4", "peft.dropout=0.1"]
 
 
@@ -38,16 +34,12 @@ def conversations(tmp_path_factory):
     return path
 
 
-def words(base, conversations, *more):
-    return [*WORDS, f"data.path={conversations}", f"checkpoint.load={base}", *more]
-
-
 VARIANTS = {
-    "packed_tp2": ["precision=bf16", TP2, "parallel.sequence_parallel=true"],
-    "padded": ["stage.batching=padded", "data.num_workers=1"],
-    "budget_pp2": ["stage.batching=token_budget", PP2],
+    "packed_tp2": ["precision=bf16", TP2, SP],
+    "padded": [PADDED, "data.num_workers=1"],
+    "budget_pp2": [BUDGET, PP2],
     "noise_and_dropout": ["stage.neftune_noise_alpha=5", "model.hidden_dropout=0.1", "stage.label_smoothing=0.1"],
-    "compiled_padded_bf16": ["stage.batching=padded", "model.compile_ops=true", "precision=bf16"],
+    "compiled_padded_bf16": [PADDED, "model.compile_ops=true", "precision=bf16"],
     "lora_tp2": [*LORA, TP2, "precision=bf16"],
     "dora_distributed": ["peft=dora", "peft.rank=4", "parallel.use_distributed_optimizer=true", RANKS2],
     "qlora": ["peft=qlora", "peft.rank=4", "precision=bf16"],
@@ -58,15 +50,8 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_resume_in_mid_epoch_is_bit_for_bit(runs, tmp_path, base, conversations, variant):
     """20 steps of 4 samples; 108 conversations are 10 to 13 packed rows, so that epochs end between and in steps."""
-    resumed, whole = tmp_path / "resumed", tmp_path / "whole"
     said = words(base, conversations, *VARIANTS[variant])
-    assert runs(resumed, *said, STOP) == []
-    assert latest(resumed) == 10
-    assert runs(resumed, *said, STOP) == []
-    assert runs(whole, *said) == []
-    assert rows(resumed) == rows(whole)
-    different = {name: d for name, d in runs.differences(resumed, whole).items() if d}
-    assert not different, different
+    resumed, whole = runs.resumed_and_whole(tmp_path, *said, stop=10, iteration=20)
     assert losses(whole)[-1] < losses(whole)[0]
     assert (resumed / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
 
@@ -74,10 +59,11 @@ def test_resume_in_mid_epoch_is_bit_for_bit(runs, tmp_path, base, conversations,
 def test_epochs_and_what_a_run_leaves(runs, tmp_path, base, conversations):
     """Two epochs of single conversations: 108 of the 120 train, so 54 steps of 4; evaluation and samples at the end."""
     run = tmp_path / "run"
-    said = words(base, conversations, "stage.batching=padded", "train.train_iters=null", "train.train_epochs=2")
+    said = words(base, conversations, PADDED, "train.train_iters=null", "train.train_epochs=2")
     assert runs(run, *said) == []
     assert latest(run) == 54
-    (last,) = [row for row in rows(run) if row["iteration"] == 54 and "lm loss validation" in row]
+    last = last_validation(run)
+    assert last["iteration"] == 54
     assert 0.2 < last["token accuracy validation"] <= 1.0
     assert math.isclose(last["lm loss validation ppl"], math.exp(last["lm loss validation"]))
     samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]

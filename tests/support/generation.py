@@ -164,3 +164,21 @@ def drawn(logits: list[float], count: int, params: dict[str, Any]) -> tuple[list
     sampler = Sampler(SamplingParams(max_new_tokens=1, **params), group, 21)
     tokens, log_probs = sampler(mine, token_keys(list(range(count)), [1] * count))
     return tokens.tolist(), log_probs.tolist()
+
+
+def seen(directory: str, layout: dict[str, Any]) -> dict[str, Any]:
+    """What on_token sees of greedy completions, and what comes where it ends sample 1 after three tokens."""
+    engine = loaded(directory, layout)
+    generator, params = (
+        Generator(engine, max_batch_size=2, max_seq_length=LONGEST),
+        SamplingParams(temperature=0.0, max_new_tokens=8),
+    )
+    told: dict[int, list[int]] = {number: [] for number in range(3)}
+    whole = generator.generate(prompts(3), params, [0, 0, 0], lambda number, token: told[number].append(token))
+    counts = dict.fromkeys(range(3), 0)
+
+    def halt(number: int, _: int) -> bool:
+        counts[number] += 1
+        return number == 1 and counts[number] == 3
+
+    return {"told": told, "whole": whole, "halted": generator.generate(prompts(3), params, [0, 0, 0], halt)}

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from scale_llm.config.errors import UserError
 from scale_llm.engine.engine import Engine
 from scale_llm.engine.movement import Movement
 from scale_llm.losses.language_model import language_model_loss

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,23 @@ WORDS = [
     "cluster=local_cpu", "cluster.omp_num_threads=1", "model.compile_ops=false",
 ]  # fmt: skip
 
+TP2 = "parallel.tensor_model_parallel_size=2"
+SP = "parallel.sequence_parallel=true"
+PP2 = "parallel.pipeline_model_parallel_size=2"
+VPP2 = "parallel.virtual_pipeline_model_parallel_size=2"
+CP2 = "parallel.context_parallel_size=2"
+RANKS2 = "cluster.nproc_per_node=2"
+PADDED, BUDGET = "stage.batching=padded", "stage.batching=token_budget"
+
+SPLITS = {
+    "padded_by_two": [PADDED, "train.micro_batch_size=2"],
+    "budget_dp2": [BUDGET, RANKS2],
+    "padded_tp2_sp": [PADDED, TP2, SP],
+    "budget_pp2": [BUDGET, PP2],
+    "budget_cp2": [BUDGET, CP2],
+}
+"""Ways to split the same samples into micro-batches and over ranks: all compute the same."""
+
 
 class Runs:
     """Starts runs whose data lie in one cache."""
@@ -25,7 +43,10 @@ class Runs:
         self._ranks, self._cache = ranks, cache
 
     def words(self, run_dir: Path, *more: str) -> list[str]:
-        return [*WORDS, f"data.cache_dir={self._cache}", f"run_dir={run_dir}", *more]
+        # What reads rows with a model as it is refuses the keys of training
+        without = ("train.", "optim.", "data.") if {"stage=score", "stage=generate"} & set(more) else ()
+        fixed = [word for word in WORDS if not word.startswith(without)]
+        return [*fixed, f"data.cache_dir={self._cache}", f"run_dir={run_dir}", *more]
 
     def start(self, run_dir: Path, *more: str) -> subprocess.Popen:
         """The real command line, its output in one pipe."""
@@ -56,6 +77,22 @@ class Runs:
         assert all(end == ends[0] for end in ends), "ranks must end alike"
         return ends[0]
 
+    def resumed_and_whole(self, directory: Path, *words: str, stop: int, iteration: int) -> tuple[Path, Path]:
+        """A run that stops at `stop` and is resumed, and the same in one go: they log and save the same bits."""
+        resumed, whole = directory / "resumed", directory / "whole"
+        assert self(resumed, *words, f"train.exit_interval={stop}") == []
+        assert latest(resumed) == stop
+        assert self(resumed, *words) == []
+        assert self(whole, *words) == []
+        self.assert_same_bits(resumed, whole, iteration)
+        return resumed, whole
+
+    def assert_same_bits(self, run_dir: Path, other: Path, iteration: int = 20) -> None:
+        """In metrics.jsonl and in every tensor saved."""
+        assert rows(run_dir) == rows(other)
+        different = {name: d for name, d in self.differences(run_dir, other, iteration).items() if d}
+        assert not different, different
+
     def differences(self, run_dir: Path, other: Path, iteration: int = 20) -> dict[str, float]:
         """Largest relative difference of every tensor in two checkpoints; 0.0 only where all bits are equal."""
         paths = [str(d / "checkpoints" / f"iter_{iteration:07d}") for d in (run_dir, other)]
@@ -67,6 +104,25 @@ def rows(run_dir: Path) -> list[dict[str, Any]]:
     times = ("iteration-time", "throughput", "tokens-per-second", "timing_s/", "perf/")
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if not k.startswith(times)} for line in lines]
+
+
+def assert_close(run_dir: Path, other: Path, tolerance: float = 3e-5) -> None:
+    """Every metric of training and validation of two runs, relative to 1 or the value."""
+    found, wanted = rows(run_dir), rows(other)
+    assert [row.keys() for row in found] == [row.keys() for row in wanted]
+    for row, like in zip(found, wanted, strict=True):
+        for key, value in like.items():
+            assert abs(row[key] - value) <= tolerance * max(1.0, abs(value)), (row["iteration"], key, row[key], value)
+
+
+def last_validation(run_dir: Path) -> dict[str, Any]:
+    """What the last evaluation logged."""
+    return [row for row in rows(run_dir) if any(" validation" in key for key in row)][-1]
+
+
+def words_from(fixed: list[str]) -> Callable[..., list[str]]:
+    """(base, data, more words) -> the words of a run that starts from `base`, `fixed` among them."""
+    return lambda base, data, *more: [*fixed, f"data.path={data}", f"checkpoint.load={base}", *more]
 
 
 def losses(run_dir: Path) -> list[float]:

@@ -1,13 +1,17 @@
 """Contestants in processes of their own that take turns, so that a change in the machine's load meets all."""
 
+import argparse
 import json
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+
+from scale_llm.config.machine import detect
 
 _TOOLS = Path(__file__).resolve().parents[1]
 
@@ -38,6 +42,32 @@ class Contestant:
     def median_rate(self) -> float:
         """Done in a second."""
         return median(done / seconds for done, seconds in zip(self.done, self.seconds, strict=True))
+
+
+def common_arguments(
+    parser: argparse.ArgumentParser, rounds: int, precisions: Sequence[str] = ("bf16", "fp32")
+) -> None:
+    """Options of every benchmark that alternates. `rounds` and the first precision are defaults."""
+    parser.add_argument("--precision", choices=precisions, default=precisions[0])
+    parser.add_argument("--threads", type=int, default=2, help="threads of every contestant (default: 2)")
+    parser.add_argument(
+        "--rounds", type=int, default=rounds, help=f"rounds of the alternation (default: {rounds}; medians of them)"
+    )
+
+
+def contestants_of(
+    builders: str, steps: int, shared: dict, contestants: dict[str, tuple[str, dict]]
+) -> list[Contestant]:
+    """Contestants that differ in a few arguments. builders: their module; contestants: name -> (function, its own
+    arguments beside the shared ones); functions called `ours` are told whether there is a compiler."""
+    compiled = {"compiled": bool(detect().compiler)}
+    return [
+        Contestant(
+            name=name, build=f"{builders}:{function}", steps=steps,
+            arguments={**shared, **own, **(compiled if function == "ours" else {})},
+        )
+        for name, (function, own) in contestants.items()
+    ]  # fmt: skip
 
 
 class _Process:

@@ -6,10 +6,9 @@ import math
 import tempfile
 from pathlib import Path
 
-from benchmarks.alternate import Contestant, alternate
+from benchmarks.alternate import Contestant, alternate, common_arguments, contestants_of
 from benchmarks.dpo_contestants import MICRO_BATCH, PAIRS, SETS, prepare
 from benchmarks.rows import Row, faster, shorter
-from scale_llm.config.machine import detect
 
 HELP = "pairs per second of DPO and its peak memory, reference cached and live, against transformers as TRL runs it"
 EXAMPLES = """examples:
@@ -22,9 +21,7 @@ BF16 are not compared: an update of 1e-5 is below the spacing of BF16 weights, a
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
-    parser.add_argument("--threads", type=int, default=2, help="threads of every contestant (default: 2)")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of the alternation (default: 5; medians of them)")
+    common_arguments(parser, rounds=5)
 
 
 def run(arguments: argparse.Namespace) -> list[Row]:
@@ -54,17 +51,15 @@ def run(arguments: argparse.Namespace) -> list[Row]:
 
 
 def _contestants(directory: str, precision: str) -> list[Contestant]:
-    def contestant(name: str, function: str, **extra) -> Contestant:
-        arguments = {"directory": directory, "precision": precision, **extra}
-        return Contestant(name=name, build=f"{_BUILDERS}:{function}", arguments=arguments, steps=SETS)
-
-    compiled = bool(detect().compiler)
-    return [
-        contestant("ours cached", "ours", reference="cached", compiled=compiled),
-        contestant("ours live", "ours", reference="copy", compiled=compiled),
-        contestant("precomputed", "transformers_pairs", live=False),
-        contestant("live", "transformers_pairs", live=True),
-    ]
+    return contestants_of(
+        _BUILDERS, SETS, {"directory": directory, "precision": precision},
+        {
+            "ours cached": ("ours", {"reference": "cached"}),
+            "ours live": ("ours", {"reference": "copy"}),
+            "precomputed": ("transformers_pairs", {"live": False}),
+            "live": ("transformers_pairs", {"live": True}),
+        },
+    )  # fmt: skip
 
 
 def _check(contestants: list[Contestant], to_start: float, of_norms: float, of_losses: float | None) -> None:

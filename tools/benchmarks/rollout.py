@@ -5,10 +5,9 @@ import importlib.util
 import tempfile
 from pathlib import Path
 
-from benchmarks.alternate import Contestant, alternate
+from benchmarks.alternate import Contestant, alternate, common_arguments, contestants_of
 from benchmarks.rollout_contestants import BATCH, WORKLOADS, prepare
 from benchmarks.rows import Row, faster
-from scale_llm.config.machine import detect
 
 HELP = "new tokens per second of sampling, against transformers' generate"
 EXAMPLES = """examples:
@@ -23,9 +22,7 @@ _NAMES = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--precision", choices=["bf16", "fp32", "both"], default="both")
-    parser.add_argument("--threads", type=int, default=2, help="threads of every contestant (default: 2)")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of the alternation (default: 5; medians of them)")
+    common_arguments(parser, rounds=5, precisions=("both", "bf16", "fp32"))
 
 
 def run(arguments: argparse.Namespace) -> list[Row]:
@@ -46,9 +43,6 @@ def run(arguments: argparse.Namespace) -> list[Row]:
 
 
 def _contestants(directory: str, precision: str, workload: str) -> list[Contestant]:
-    arguments = {"directory": directory, "precision": precision, "workload": workload}
-    compiled = bool(detect().compiler)
-    return [
-        Contestant(name="ours", build=f"{_BUILDERS}:ours", arguments={**arguments, "compiled": compiled}),
-        Contestant(name="transformers", build=f"{_BUILDERS}:transformers_generate", arguments=arguments),
-    ]
+    shared = {"directory": directory, "precision": precision, "workload": workload}
+    names = {"ours": ("ours", {}), "transformers": ("transformers_generate", {})}
+    return contestants_of(_BUILDERS, 1, shared, names)

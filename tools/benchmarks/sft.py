@@ -4,10 +4,9 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from benchmarks.alternate import Contestant, alternate
+from benchmarks.alternate import Contestant, alternate, common_arguments, contestants_of
 from benchmarks.rows import Row, faster
 from benchmarks.sft_contestants import MICRO_BATCH, SETS, prepare
-from scale_llm.config.machine import detect
 
 HELP = "useful tokens per second of fine-tuning, packed and padded, against transformers with padding"
 EXAMPLES = """examples:
@@ -19,9 +18,7 @@ DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k_train.js
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, default=DATA, help="GSM8K as JSONL, fields question and answer")
-    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16")
-    parser.add_argument("--threads", type=int, default=2, help="threads of every contestant (default: 2)")
-    parser.add_argument("--rounds", type=int, default=7, help="rounds of the alternation (default: 7; medians of them)")
+    common_arguments(parser, rounds=7)
 
 
 def run(arguments: argparse.Namespace) -> list[Row]:
@@ -49,14 +46,12 @@ def run(arguments: argparse.Namespace) -> list[Row]:
 
 
 def _contestants(directory: str, precision: str) -> list[Contestant]:
-    def contestant(name: str, function: str, **extra) -> Contestant:
-        arguments = {"directory": directory, "precision": precision, **extra}
-        return Contestant(name=name, build=f"{_BUILDERS}:{function}", arguments=arguments, steps=SETS)
-
-    compiled = bool(detect().compiler)
-    return [
-        contestant("ours packed", "ours", batching="packed", compiled=compiled),
-        contestant("ours padded", "ours", batching="padded", compiled=compiled),
-        contestant("ours by budget", "ours", batching="token_budget", compiled=compiled),
-        contestant("transformers", "transformers_padded"),
-    ]
+    return contestants_of(
+        _BUILDERS, SETS, {"directory": directory, "precision": precision},
+        {
+            "ours packed": ("ours", {"batching": "packed"}),
+            "ours padded": ("ours", {"batching": "padded"}),
+            "ours by budget": ("ours", {"batching": "token_budget"}),
+            "transformers": ("transformers_padded", {}),
+        },
+    )  # fmt: skip

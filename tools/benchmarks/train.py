@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-from benchmarks.alternate import Contestant, alternate
+from benchmarks.alternate import Contestant, alternate, common_arguments
 from benchmarks.rows import Row, faster, shorter
 from benchmarks.train_contestants import MATMUL_SIZE, TOKENS, shape
 from scale_llm.config.machine import detect
@@ -25,9 +25,7 @@ _BUILDERS = "benchmarks.train_contestants"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--precision", choices=["bf16", "fp32", "both"], default="both")
-    parser.add_argument("--threads", type=int, default=2, help="threads of every contestant (default: 2)")
-    parser.add_argument("--rounds", type=int, default=7, help="rounds of the alternation (default: 7; medians of them)")
+    common_arguments(parser, rounds=7, precisions=("both", "bf16", "fp32"))
     parser.add_argument("--quick", action="store_true", help="5 rounds, one step each, nothing compiled")
 
 

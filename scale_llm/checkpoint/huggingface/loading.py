@@ -20,7 +20,7 @@ def load_huggingface(directory: Path, state: dict[str, Any], model: ModelConfig)
         UserError: see HuggingFaceModel; or the running model is another function of these weights. On every rank.
     """
     source = HuggingFaceModel(directory)
-    refuse(differences(source.model, model, source.directory))
+    refuse(differences(source.model, model, source.directory, "checkpoint.load"))
     tables = {tensor.key: tensor for tensor in source.tensors}
     with torch.no_grad():
         for shard in shards(state):

@@ -8,7 +8,7 @@ from scale_llm.engine.engine import Engine
 from scale_llm.engine.generation.batching import Slots
 from scale_llm.engine.generation.noise import token_keys
 from scale_llm.engine.generation.passes import Passes
-from scale_llm.engine.generation.samples import Completion, Decode, Sample, SamplingParams, Stopping
+from scale_llm.engine.generation.samples import Completion, Decode, OnToken, Sample, SamplingParams, Stopping
 from scale_llm.engine.generation.sampling import Sampler
 
 PROMPT_TOKENS = 4096
@@ -39,12 +39,15 @@ class Generator:
 
     # Not inference_mode: megatron-core keeps the rotary angles it makes, and training may not save those of that mode.
     @torch.no_grad()
-    def generate(self, prompts: list[list[int]], params: SamplingParams, seeds: list[int]) -> list[Completion]:
+    def generate(
+        self, prompts: list[list[int]], params: SamplingParams, seeds: list[int], on_token: OnToken | None = None
+    ) -> list[Completion]:
         """A completion of every prompt, in their order, the same on every rank of one model replica.
 
         Every rank of the replica calls it with the same arguments; data-parallel ranks may have other prompts, or none,
         but all of them call it. Token t of a sample depends on its prompt, its seed and t: not on the batch, its order
-        or the layout. Each token's log-probability is that of a training forward pass.
+        or the layout. Each token's log-probability is that of a training forward pass. on_token: sees tokens as they
+        come, and may end samples.
 
         Raises:
             UserError: parameters out of range, prompts that are empty or too long.
@@ -54,7 +57,7 @@ class Generator:
         samples = [Sample(i, prompt, seed) for i, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))]
         slots = Slots(samples, size=self._size, prompt_tokens=PROMPT_TOKENS, multiple=engine.row_multiple)
         sampler = Sampler(params, engine.mesh.groups.tp, engine.vocab_size)
-        stopping = Stopping(params, self._decode)
+        stopping = Stopping(params, self._decode, on_token)
         with engine.whole_parameters():
             while self._passes.wanted(slots.busy):
                 self._step(slots, sampler, stopping)

@@ -4,8 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from scale_llm.config.errors import UserError
+from scale_llm.config.validate_sampling import sampling_problems
 
 Decode = Callable[[list[int]], str]
+
+OnToken = Callable[[int, int], bool | None]
+"""(number of the prompt, token just drawn) -> whether its sample ends here, unfinished. Called on every rank, where it
+must answer alike."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,18 +31,10 @@ class SamplingParams:
 
     def problems(self) -> list[str]:
         """A sentence for every value that is out of range."""
-        found = []
-        if not 0.0 <= self.temperature < float("inf"):
-            found.append(f"temperature={self.temperature}: give a number from 0 (the likeliest token) on")
-        if self.top_k < 0:
-            found.append(f"top_k={self.top_k}: give 0 for all tokens, or how many of the likeliest")
-        if not 0.0 < self.top_p <= 1.0:
-            found.append(f"top_p={self.top_p}: give a probability above 0, at most 1")
-        if self.max_new_tokens < 1:
-            found.append(f"max_new_tokens={self.max_new_tokens}: give at least 1")
-        if "" in self.stop_strings:
-            found.append("stop_strings has an empty text, which every text contains: leave it out")
-        return found
+        return sampling_problems(
+            temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, max_new_tokens=self.max_new_tokens,
+            stop_strings=self.stop_strings,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +75,13 @@ class Stopping:
     MARGIN = 4
     """Tokens that are decoded beyond those a stop string can span: decoders may treat the first ones otherwise."""
 
-    def __init__(self, params: SamplingParams, decode: Decode | None):
+    def __init__(self, params: SamplingParams, decode: Decode | None, on_token: OnToken | None = None):
         if params.stop_strings and decode is None:
             raise UserError(
                 f"stop_strings={params.stop_strings}: the Generator was made without `decode`, which turns tokens into "
                 "text; give it the tokenizer's"
             )
-        self._params, self._decode = params, decode
+        self._params, self._decode, self._on_token = params, decode, on_token
         # Every token has a byte at least, so a string cannot span more tokens than it has bytes.
         self._tail = max((len(text.encode()) for text in params.stop_strings), default=0) + self.MARGIN
 
@@ -93,7 +90,8 @@ class Stopping:
         sample.tokens.append(token)
         sample.log_probs.append(log_prob)
         sample.finished = token in self._params.stop or self._completes(sample.tokens)
-        return sample.finished or len(sample.tokens) == self._params.max_new_tokens
+        halted = self._on_token is not None and bool(self._on_token(sample.number, token))
+        return halted or sample.finished or len(sample.tokens) == self._params.max_new_tokens
 
     def _completes(self, tokens: list[int]) -> bool:
         if not self._params.stop_strings:

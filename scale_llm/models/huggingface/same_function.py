@@ -13,8 +13,11 @@ FREE = {
 """Fields of the model that do not change what its weights compute."""
 
 
-def differences(source: ModelConfig, model: ModelConfig, directory: Path) -> list[str]:
-    """Problems of a running model that is not the one (`source`) that the config.json of a directory describes."""
+def differences(source: ModelConfig, model: ModelConfig, directory: Path, key: str) -> list[str]:
+    """Problems of a running model that is not the one (`source`) that the config.json of a directory describes.
+
+    key: what names the directory; checkpoint.load is where the model comes from, other keys must fit it.
+    """
     free = set(FREE)
     if model.position_embedding_type is not PositionEmbedding.learned_absolute:
         free |= {"max_position_embeddings"}
@@ -30,8 +33,8 @@ def differences(source: ModelConfig, model: ModelConfig, directory: Path) -> lis
         if field.name in free or ours == theirs:
             continue
         ours, theirs = (value.value if isinstance(value, Enum) else value for value in (ours, theirs))
-        problems.append(
-            f"model.{field.name}={ours}: checkpoint.load={directory} has {theirs}; give model=from_checkpoint, "
-            f"or model.{field.name}={theirs}"
-        )
+        remedy = f"give model=from_checkpoint, or model.{field.name}={theirs}"
+        if key != "checkpoint.load":
+            remedy = f"give a {key} of the same model"
+        problems.append(f"model.{field.name}={ours}: {key}={directory} has {theirs}; {remedy}")
     return problems

@@ -41,10 +41,9 @@ def parts_of(role: Role, stage: PolicyStageConfig, answers: Answers) -> list[lis
 
 def log_probs_fn(role: Role, stage: PolicyStageConfig) -> Values:
     """Of the tokens of answers by this role's model, at the sampling temperature."""
-    temperature = stage.temperature or 1.0
     return partial(
         answer_token_log_probs, tp_group=role.run.mesh.groups.tp, vocab_size=role.run.vocab_size,
-        temperature=temperature,
+        temperature=stage.temperature,
     )  # fmt: skip
 
 
@@ -59,7 +58,7 @@ def policy_loss_of(role: Role, stage: PolicyStageConfig) -> Loss:
         tp_group=groups.tp,
         cp_group=groups.cp,
         vocab_size=role.run.vocab_size,
-        temperature=stage.temperature or 1.0,
+        temperature=stage.temperature,
         clip_low=stage.clip_ratio,
         clip_high=stage.clip_ratio if stage.clip_ratio_high is None else stage.clip_ratio_high,
         dual_clip=stage.clip_ratio_c,
