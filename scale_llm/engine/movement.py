@@ -60,13 +60,15 @@ class Movement:
         self._source, self._target = source, target
         self._group, self._host_group, self._checksum = group, host_group, checksum
         self._bucket_bytes, self._rank = bucket_bytes, dist.get_rank(group)
-        on_cuda = dist.get_backend(group) == "nccl"
+        on_cuda = "nccl" in dist.get_backend(group)
         self._device = torch.device("cuda", torch.cuda.current_device()) if on_cuda else torch.device("cpu")
         held, wanted = _tensors(source), _tensors(target)
         sides = self._gathered((_described(source, held), _described(target, wanted)))
         self._sources = [side.shards for side, _ in sides]
         self._targets = [side.shards for _, side in sides]
-        self._plan = _planned(sides, self._sources, self._targets, bucket_bytes)
+        plan = _planned(sides, self._sources, self._targets, bucket_bytes)
+        self._whole, self._bytes = plan.whole, (plan.sent_bytes, plan.total_bytes)
+        self._local, *self._buckets = [self._mine(parts) for parts in (plan.local, *plan.buckets)]
         self._held, self._wanted = [_whole_rank(tensor) for tensor in held], [_whole_rank(tensor) for tensor in wanted]
         self._dtypes = {shard.name: getattr(torch, shard.dtype) for mine in self._targets for shard in mine}
 
@@ -84,9 +86,8 @@ class Movement:
         began = time.perf_counter()
         if self._source is not None:
             self._source.gather_parameters()
-        local = [part for part in self._plan.local if part.target[0] == self._rank]
-        _copy(map(self._to, local), map(self._from, local))
-        for bucket in self._plan.buckets:
+        _copy(map(self._to, self._local), map(self._from, self._local))
+        for bucket in self._buckets:
             self._exchange(bucket)
         self._clear_padding()
         if self._target is not None:
@@ -95,11 +96,12 @@ class Movement:
         seconds = time.perf_counter() - began
         if self._checksum:
             self.verify()
-        return Moved(self._plan.sent_bytes, self._plan.total_bytes, seconds)
+        return Moved(*self._bytes, seconds)
 
     @torch.no_grad()
     def verify(self) -> None:
-        """Compares an exact sum of every tensor's bits at the source and on every replica of the target. A collective.
+        """After `run`: an exact sum of every tensor's bits at the source and on every replica of the target, compared.
+        A collective.
 
         Raises:
             RuntimeError: on every rank: some differ, with their names.
@@ -115,15 +117,19 @@ class Movement:
         if problems:
             raise RuntimeError("\n".join(f"weights that were moved: {problem}" for problem in problems))
 
+    def _mine(self, parts: list[Part]) -> list[Part]:
+        """Those that this rank sends or receives: of a large job's plan it keeps no more."""
+        return [part for part in parts if self._rank in (part.source[0], part.target[0])]
+
     def _sum(self, sides: list[list[Shard]], tensors: list[torch.Tensor], number: int) -> int:
         """Over what both layouts have of one shard of this rank."""
         shard = sides[self._rank][number]
-        box = shard.box.intersection(self._plan.whole[shard.name])
+        box = shard.box.intersection(self._whole[shard.name])
         if box is None:
             return 0
         data = tensors[number][box.within(shard.box)]
         most = max(1, self._bucket_bytes // 64)
-        return sum_of_bits(data, box, self._plan.whole[shard.name].shape, self._dtypes[shard.name], most)
+        return sum_of_bits(data, box, self._whole[shard.name].shape, self._dtypes[shard.name], most)
 
     def _exchange(self, bucket: list[Part]) -> None:
         """One all-to-all: what goes to a rank lies together, in the order in which that rank expects it."""
@@ -168,7 +174,7 @@ class Movement:
     def _clear_padding(self) -> None:
         """Rows of a vocabulary that this layout has beyond the source's: no token stands for them."""
         for shard, data in zip(self._targets[self._rank], self._wanted, strict=True):
-            rows = self._plan.whole[shard.name].shape[0] - shard.box.start[0]
+            rows = self._whole[shard.name].shape[0] - shard.box.start[0]
             if shard.rows_vary and rows < shard.box.shape[0]:
                 data[max(rows, 0) :] = 0
 

@@ -83,11 +83,11 @@ def test_nothing_travels_that_is_there_already(ranks):
 
 @pytest.mark.parametrize("layout", ["replicated", "distributed"])
 def test_target_may_have_an_optimizer(ranks, layout):
-    """Its FP32 main weights follow: one step of SGD brings both models to the same, but for BF16's rounding."""
-    sgd = {**BF16, "optim.optimizer": "sgd", "optim.lr": 0.1, "optim.sgd_momentum": 0.0, "optim.weight_decay": 0.0}
-    target = PP2 if layout == "replicated" else OVERLAP
-    difference = ranks(4, "support.movement:into_a_trained_one", overrides={**sgd, **TP2}, target=target)[0]
-    assert difference < 0.01, "weights are near 0.1 and 1; those of another seed would be 0.1 away"
+    """Its FP32 main weights follow: a step of each model leaves both within what two steps of Adam, 0.001 each, and
+    BF16's rounding can be apart. Of another seed, weights would be several tenths away."""
+    target = {**BF16, **(PP2 if layout == "replicated" else OVERLAP)}
+    difference = ranks(4, "support.movement:into_a_trained_one", source={**BF16, **TP2}, target=target)[0]
+    assert difference < 0.02
 
 
 def test_checksum_finds_one_bit(ranks):

@@ -82,7 +82,7 @@ def _case(source: Side, target: Side, model: dict[str, Any], bucket_bytes: int =
                 "total": result.total_bytes,
             }
         )
-    return {"rounds": rounds, "buckets": len(movement._plan.buckets), "most": _most(movement), "model": ours}
+    return {"rounds": rounds, "buckets": len(movement._buckets), "most": _most(movement), "model": ours}
 
 
 def _plain(engine: Engine | None) -> dict[str, torch.Tensor] | None:
@@ -92,13 +92,8 @@ def _plain(engine: Engine | None) -> dict[str, torch.Tensor] | None:
 
 
 def _most(movement: Movement) -> int:
-    """The most bytes that a rank has in buffers at once."""
-    ranks = range(dist.get_world_size())
-    return max(
-        (sum(part.room for part in bucket for end in (part.source, part.target) if end[0] == rank)
-         for bucket in movement._plan.buckets for rank in ranks),
-        default=0,
-    )  # fmt: skip
+    """The most bytes that this rank has in buffers at once."""
+    return max((sum(part.room for part in bucket) for bucket in movement._buckets), default=0)
 
 
 def _unlike(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> list[str]:
@@ -120,12 +115,12 @@ def _unlike(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> l
     return names
 
 
-def into_a_trained_one(overrides: dict[str, Any], target: dict[str, Any]) -> float | None:
+def into_a_trained_one(source: dict[str, Any], target: dict[str, Any]) -> float | None:
     """The largest difference of two models after one step of each from the weights that one got from the other."""
     start("cpu", threads=1)
     world = dist.group.WORLD
-    first = role([0, 1], overrides, seed=1, trainable=True)
-    second = role([2, 3], {**overrides, **target}, seed=2, trainable=True)
+    first = role([0, 1], source, seed=1, trainable=True)
+    second = role([2, 3], target, seed=2, trainable=True)
     train_step(second, 3)
     Movement(first, second, world, world, checksum=True).run()
     train_step(first, 0)
