@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from scale_llm.config import overrides as words
 from scale_llm.config.data import TooLong
 from scale_llm.config.errors import UsageError
+from scale_llm.config.policy import PolicyStageConfig
 from scale_llm.config.run import RunConfig
 from scale_llm.config.stage import GenerateConfig
 from scale_llm.config.store import conf_dir, register
@@ -33,7 +34,7 @@ def compose_with_unset(arguments: list[str]) -> tuple[RunConfig, set[str]]:
         raise UsageError(f"{' '.join(swept)}: several values need a sweep; add -m, or quote the value")
     tree = _compose(parsed)
     cfg, unset = _typed(tree, parsed), set(_unset(OmegaConf.to_container(tree), ""))
-    if isinstance(cfg.stage, GenerateConfig) and "data.on_too_long" in unset:
+    if isinstance(cfg.stage, GenerateConfig | PolicyStageConfig) and "data.on_too_long" in unset:
         cfg.data.on_too_long = TooLong.drop
     return cfg, unset
 

@@ -46,7 +46,7 @@ def _conversations(cfg: RunConfig) -> bool:
 
 
 def _answers(cfg: RunConfig) -> bool:
-    return _conversations(cfg) and not isinstance(cfg.stage, GenerateConfig)
+    return _conversations(cfg) and not isinstance(cfg.stage, GenerateConfig | PolicyStageConfig)
 
 
 def _not_of_rows(cfg: RunConfig) -> bool:
@@ -95,6 +95,8 @@ def _loss(*losses: PreferenceLoss) -> Callable[[RunConfig], bool]:
     return lambda cfg: not isinstance(cfg.stage, DpoConfig) or cfg.stage.loss in losses
 
 
+WITH_REFERENCE = tuple(loss for loss in PreferenceLoss if loss not in REFERENCE_FREE)
+
 RULES = (
     Rule(
         "data.format data.on_bad_row data.on_too_long tokenizer.chat_template data.fields.messages data.fields.role "
@@ -121,19 +123,19 @@ RULES = (
         "data.fields.label",
         lambda cfg: _comparisons(cfg) or _policy(cfg),
         "is for comparisons and rewards, which stage={cfg.stage.name} does not read",
-        "remove it, or choose stage=dpo, ppo or grpo",
+        "remove it, or choose {stages}",
     ),
     Rule(
         "data.fields.ground_truth data.fields.data_source data.fields.extra_info",
         _policy,
         "is for reward functions, which stage={cfg.stage.name} does not call",
-        "remove it, or choose stage=ppo or grpo",
+        "remove it, or choose {stages}",
     ),
     Rule(
         f"{_keys('layout', LayoutConfig)} {_keys('reward', RewardFunctionConfig)}",
         _policy,
         "is for policies that learn from rewards, stage={cfg.stage.name} has none",
-        "remove it, or choose stage=ppo or grpo",
+        "remove it, or choose {stages}",
     ),
     Rule(
         "stage.lam stage.whiten_advantages",
@@ -173,9 +175,10 @@ RULES = (
     ),
     Rule(
         "stage.reference_load",
-        _where(lambda stage: stage.needs_reference),
+        lambda cfg: _loss(*WITH_REFERENCE)(cfg) and _where(lambda stage: stage.needs_reference)(cfg),
         "nothing is measured against a reference",
-        "remove it, or set stage.kl_coef, stage.kl_loss_coef or stage.guard.max_kl",
+        "remove it, or choose a stage.loss with one, such as dpo; for stage=ppo and grpo set stage.kl_coef, "
+        "stage.kl_loss_coef or stage.guard.max_kl",
     ),
     Rule(
         "stage.max_num_gen_batches",
@@ -271,8 +274,8 @@ RULES = (
         "set it to 0, or set stage.loss=bradley_terry",
     ),
     Rule(
-        "stage.reference stage.reference_load",
-        _loss(*(loss for loss in PreferenceLoss if loss not in REFERENCE_FREE)),
+        "stage.reference",
+        _loss(*WITH_REFERENCE),
         "stage.loss={cfg.stage.loss.value} has no reference",
         "remove it, or choose a loss with one, such as stage.loss=dpo",
     ),

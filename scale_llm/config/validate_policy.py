@@ -7,7 +7,7 @@ from scale_llm.config.policy import GROUPED, AdvEstimator, GrpoConfig, KlCtrlTyp
 from scale_llm.config.roles import ROLES, ranks_of, role_config, roles_of
 from scale_llm.config.run import RunConfig
 from scale_llm.config.validate_layout import layout_problems, world_size
-from scale_llm.config.validate_sampling import sampling_problems
+from scale_llm.config.validate_sampling import prompt_problems, sampling_problems
 
 
 def policy_problems(cfg: RunConfig, stage: PolicyStageConfig) -> list[str]:
@@ -101,12 +101,7 @@ def _values(cfg: RunConfig, stage: PolicyStageConfig) -> list[str]:
             f"stage.overlong_buffer_tokens={stage.overlong_buffer_tokens}: more than stage.max_new_tokens="
             f"{stage.max_new_tokens}; give fewer"
         )
-    if stage.max_new_tokens >= cfg.model.seq_length:
-        found.append(
-            f"stage.max_new_tokens={stage.max_new_tokens}: leaves no room for a prompt in model.seq_length="
-            f"{cfg.model.seq_length}; lower it, or raise model.seq_length"
-        )
-    return found
+    return found + prompt_problems(cfg, stage.max_new_tokens)
 
 
 def _batches(cfg: RunConfig, stage: PolicyStageConfig) -> list[str]:

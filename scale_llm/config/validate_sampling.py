@@ -1,7 +1,10 @@
-"""How tokens may be drawn: what is wrong with the numbers, for stage=generate and for whoever samples."""
+"""How tokens may be drawn: what is wrong with the numbers, for whoever samples."""
 
 import math
 from collections.abc import Sequence
+
+from scale_llm.config.data import TooLong
+from scale_llm.config.run import RunConfig
 
 
 def sampling_problems(
@@ -20,3 +23,18 @@ def sampling_problems(
     if "" in stop_strings:
         found.append("stop_strings: holds an empty text, which every text contains; leave it out")
     return [prefix + problem for problem in found]
+
+
+def prompt_problems(cfg: RunConfig, max_new_tokens: int) -> list[str]:
+    """What keeps prompts from being answered whole."""
+    found = []
+    if max_new_tokens >= cfg.model.seq_length:
+        found.append(
+            f"stage.max_new_tokens={max_new_tokens}: leaves no room for a prompt in model.seq_length="
+            f"{cfg.model.seq_length}; lower it, or raise model.seq_length"
+        )
+    if cfg.data.on_too_long is TooLong.truncate:
+        found.append(
+            "data.on_too_long=truncate: a prompt that is cut off asks something else; set data.on_too_long=drop or fail"
+        )
+    return found

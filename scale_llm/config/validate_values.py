@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from scale_llm.config.data import DataConfig, TooLong
+from scale_llm.config.data import DataConfig
 from scale_llm.config.model import Head
 from scale_llm.config.optim import OptimConfig
 from scale_llm.config.policy import PolicyStageConfig
@@ -12,7 +12,7 @@ from scale_llm.config.run import RunConfig
 from scale_llm.config.stage import EvaluateConfig, GenerateConfig, ScoreConfig, SequenceStageConfig
 from scale_llm.config.validate_policy import policy_problems
 from scale_llm.config.validate_reward import reward_problems
-from scale_llm.config.validate_sampling import sampling_problems
+from scale_llm.config.validate_sampling import prompt_problems, sampling_problems
 from scale_llm.config.validate_sequences import sequence_problems
 
 POSITIVE = {
@@ -176,16 +176,7 @@ def _generate_problems(cfg: RunConfig, stage: GenerateConfig) -> list[str]:
     for key in ("num_generations_per_prompt", "batch_size"):
         if getattr(stage, key) < 1:
             found.append(f"stage.{key}={getattr(stage, key)}: must be at least 1; give a larger number")
-    if stage.max_new_tokens >= cfg.model.seq_length:
-        found.append(
-            f"stage.max_new_tokens={stage.max_new_tokens}: leaves no room for a prompt in model.seq_length="
-            f"{cfg.model.seq_length}; lower it, or raise model.seq_length"
-        )
-    if cfg.data.on_too_long is TooLong.truncate:
-        found.append(
-            "data.on_too_long=truncate: a prompt that is cut off asks something else; set data.on_too_long=drop or fail"
-        )
-    return found
+    return found + prompt_problems(cfg, stage.max_new_tokens)
 
 
 def _score_problems(cfg: RunConfig) -> list[str]:

@@ -34,7 +34,7 @@ def test_every_option_composes(group):
 def test_options_are_listed():
     """Adding an option means defending it here."""
     assert {group: options(group) for group in GROUPS} == {
-        "stage": ["dpo", "evaluate", "generate", "pretrain", "reward", "score", "sft"],
+        "stage": ["dpo", "evaluate", "generate", "grpo", "ppo", "pretrain", "reward", "score", "sft"],
         "model": [
             "demo",
             "from_checkpoint",
@@ -49,6 +49,8 @@ def test_options_are_listed():
         "tokenizer": ["bpe"],
         "train": ["default"],
         "parallel": ["cp2", "distopt", "ep2", "pp2", "pp2_vpp2", "single", "tp2", "tp2_pp2", "tp2_sp"],
+        "layout": ["colocated", "hybrid", "split"],
+        "reward": ["default"],
         "precision": ["auto", "bf16", "fp16", "fp32"],
         "peft": ["dora", "lora", "none", "prompt_tuning", "qlora"],
         "optim": ["adam", "adamw", "sgd"],

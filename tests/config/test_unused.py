@@ -19,6 +19,8 @@ CONVERSATION_KEYS = ("data.format=alpaca", "data.on_bad_row=drop", "data.on_too_
                      "tokenizer.chat_template=chat.jinja", "data.fields.prompt=question", "data.fields.weight=w",
                      "data.fields.sender=who")  # fmt: skip
 COMPARISON_KEYS = ("data.fields.chosen=good", "data.fields.ranks=r", "data.fields.label=l")
+REWARD_KEYS = ("data.fields.ground_truth=g", "data.fields.extra_info=e", "reward.function=gsm8k", "reward.default=-1.0",
+               "layout.critic.ranks=first_half", "layout.checksum=true")  # fmt: skip
 TRAINING_KEYS = ("data.split='1,1,1'", "data.embedded_megabytes=2.0", "data.num_workers=2", "train.train_iters=5",
                  "train.global_batch_size=64", "train.recompute_granularity=full", "optim.lr=0.1",
                  "optim.clip_grad=2.0", "optim.lr_decay_style=linear", "checkpoint.save_interval=5",
@@ -37,11 +39,28 @@ UNREAD = {
         f"stage={stage}": (*COMPARISON_KEYS, *DOCUMENT_KEYS, *TRAINING_KEYS, "train.train_epochs=1.0", *more)
         for stage, more in {"score": (), "generate": ("data.fields.weight=w", "data.fields.output=o")}.items()
     },
-    "stage=sft": (*COMPARISON_KEYS, *DOCUMENT_KEYS, BUDGET),
+    "stage=sft": (*COMPARISON_KEYS, *DOCUMENT_KEYS, *REWARD_KEYS, BUDGET),
+    "stage=grpo": (
+        *DOCUMENT_KEYS,
+        *COMPARISON_KEYS[:2],
+        "data.fields.weight=w",
+        "stage.lam=0.5",
+        "stage.whiten_advantages=false",
+        "stage.gamma=0.5",
+        "stage.kl_ctrl.horizon=5.0",
+        "stage.max_num_gen_batches=2",
+        "stage.overlong_penalty_factor=2.0",
+    ),
+    "stage=grpo stage.adv_estimator=rloo stage.kl_loss_coef=0": (
+        "stage.norm_adv_by_std_in_grpo=false",
+        "stage.kl_loss_type=k2",
+        "stage.reference_load=x",
+    ),
+    "stage=ppo stage.adv_estimator=reinforce_plus_plus": ("stage.critic_lr=0.1", "stage.cliprange_value=0.1"),
     "stage=sft stage.batching=padded": (BUDGET,),
     "stage=reward": (*DOCUMENT_KEYS, BUDGET),
     "stage=dpo": (*DOCUMENT_KEYS, BUDGET, "stage.simpo_gamma=2.0", SMOOTHING),
-    "stage=dpo stage.loss=simpo": ("stage.reference=copy", SMOOTHING),
+    "stage=dpo stage.loss=simpo": ("stage.reference=copy", "stage.reference_load=x", SMOOTHING),
     "stage=dpo stage.loss=orpo": ("stage.reference=copy", "stage.simpo_gamma=2.0", SMOOTHING),
     "peft=none": (*LOW_RANK_KEYS, *PROMPT_KEYS),
     "peft=prompt_tuning": LOW_RANK_KEYS,
@@ -55,6 +74,8 @@ READ = {
     "stage=generate": (*(key for key in CONVERSATION_KEYS if "weight" not in key), "train.seed=5"),
     "stage=sft": (*CONVERSATION_KEYS, *TRAINING_KEYS, "train.train_epochs=1.0", SMOOTHING),
     "stage=reward": (*CONVERSATION_KEYS, *COMPARISON_KEYS, "train.train_epochs=1.0"),
+    "stage=grpo": (*REWARD_KEYS, "data.fields.label=l", "stage.kl_loss_type=k2", "stage.max_tokens_per_micro_batch=99"),
+    "stage=ppo": (*REWARD_KEYS, "stage.lam=0.5", "stage.gamma=0.5", "stage.critic_lr=0.1", "stage.reference_load=x"),
     "stage=dpo": (*CONVERSATION_KEYS, *COMPARISON_KEYS, "train.train_epochs=1.0", "stage.reference=copy"),
     "stage=dpo stage.loss=simpo": ("stage.simpo_gamma=2.0",),
     **{f"stage=dpo stage.loss={loss}": (SMOOTHING,) for loss in ("cdpo", "robust_dpo")},
@@ -82,9 +103,9 @@ def test_keys_that_are_read_are_not(run):
 @pytest.mark.parametrize(
     ("words", "stages"),
     [
-        ("stage=pretrain data.format=alpaca", "stage=sft, reward, dpo, score or generate"),
+        ("stage=pretrain data.format=alpaca", "stage=sft, reward, dpo, ppo, grpo, score or generate"),
         ("stage=generate data.fields.output=o", "stage=sft, reward, dpo or score"),
-        ("stage=sft data.fields.label=l", "stage=reward or dpo"),
+        ("stage=sft data.fields.label=l", "stage=reward, dpo, ppo or grpo"),
         ("stage=score data.fields.text=t", "stage=pretrain or evaluate"),
         ("stage=score train.train_epochs=1.0", "stage=sft, reward or dpo"),
     ],
@@ -126,7 +147,7 @@ def test_rules_name_keys_that_exist_each_once():
         f"peft.{field.name}" for field in fields(PeftConfig) if field.name != "method"
     }
     known = {field.name for stage in STAGES.values() for field in fields(stage)}
-    assert {key.removeprefix("stage.") for key in keys if key.startswith("stage.")} <= known
+    assert {key.split(".")[1] for key in keys if key.startswith("stage.")} <= known
 
 
 def test_config_and_losses_agree_on_what_needs_no_reference():
