@@ -1,5 +1,6 @@
 """Fixtures that tests of several packages share."""
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,11 @@ from support.runs import Runs
 from scale_llm.parallel import cpu
 
 cpu.adapt()  # before any test imports megatron-core, as on a rank
+
+# Hydra makes a million short-lived objects for a configuration: looking through all of torch's for garbage each time
+# took a quarter of that
+gc.freeze()
+gc.set_threshold(20_000, 20, 20)
 
 
 LONGEST = ("test_demo.py", "test_sft.py", "test_resume.py")

@@ -1,8 +1,8 @@
 """Keys of a job: what sbatch would refuse or take and not mean."""
 
 import pytest
+from support.configs import config_of
 
-from scale_llm.config.compose import compose
 from scale_llm.config.machine import node_of_job
 from scale_llm.config.resolve import resolve
 from scale_llm.config.validate import problems_of
@@ -34,27 +34,27 @@ BAD = {
 
 @pytest.mark.parametrize("problem", BAD)
 def test_bad_values_are_named(problem):
-    (found,) = cluster_problems(compose(["cluster=slurm", *BAD[problem]]).cluster)
+    (found,) = cluster_problems(config_of("cluster=slurm", *BAD[problem]).cluster)
     assert found.startswith(problem)
 
 
 @pytest.mark.parametrize("words", [["cluster.time=6"], ["cluster.time=0"], ["cluster.signal=SIGTERM@30"], []])
 def test_good_values(words):
-    assert cluster_problems(compose(["cluster=slurm", *words]).cluster) == []
+    assert cluster_problems(config_of("cluster=slurm", *words).cluster) == []
 
 
 def test_a_local_run_does_not_read_them():
-    assert cluster_problems(compose(["cluster.time=soon", "cluster.signal=x"]).cluster) == []
+    assert cluster_problems(config_of("cluster.time=soon", "cluster.signal=x").cluster) == []
 
 
 def test_signs():
     words = ["cluster=slurm", "cluster.nodes=0", "cluster.max_restarts=-1", "cluster.cpus_per_task=0"]
-    found = problems_of(resolve(compose(words), node_of_job(0)))
+    found = problems_of(resolve(config_of(*words), node_of_job(0)))
     assert {problem.split(":")[0] for problem in found} >= {
         "cluster.nodes=0", "cluster.max_restarts=-1", "cluster.cpus_per_task=0"
     }  # fmt: skip
 
 
 def test_gpus_of_the_job_decide_the_device():
-    cluster = resolve(compose(["cluster=slurm", "cluster.nodes=2", "cluster.gpus_per_node=4"]), node_of_job(4)).cluster
+    cluster = resolve(config_of("cluster=slurm", "cluster.nodes=2", "cluster.gpus_per_node=4"), node_of_job(4)).cluster
     assert (cluster.device.value, cluster.nnodes, cluster.nproc_per_node) == ("cuda", 2, 4)

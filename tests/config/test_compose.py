@@ -1,6 +1,7 @@
 """Words of the command line to a typed configuration, and what is said where they are wrong."""
 
 import pytest
+from support.configs import config_of
 
 from scale_llm.config.compose import compose, compose_with_unset, expand_sweep
 from scale_llm.config.errors import UsageError
@@ -24,11 +25,14 @@ def test_defaults_are_those_of_the_dataclasses():
     assert cfg == plain
 
 
-@pytest.mark.parametrize("group", [group for group in GROUPS if group not in ("experiment", "stage")])
-def test_every_option_composes(group):
-    for option in options(group):
-        cfg = compose([f"{group}={option}"])
-        assert isinstance(getattr(cfg, group), SCHEMAS[group])
+def test_every_option_composes():
+    """The n-th options of all groups together, as a composition takes a third of a second."""
+    every = {group: options(group) for group in SCHEMAS}
+    for number in range(max(map(len, every.values()))):
+        chosen = {group: names[number] for group, names in every.items() if number < len(names)}
+        cfg = compose([f"{group}={name}" for group, name in chosen.items()])
+        assert all(isinstance(getattr(cfg, group), SCHEMAS[group]) for group in chosen), chosen
+        assert chosen.get("model", cfg.model.name) == cfg.model.name, "the option's own file is read"
 
 
 def test_options_are_listed():
@@ -123,6 +127,16 @@ def test_sweep_expands_to_the_product():
     points = expand_sweep(["model=tiny,demo", "optim.lr=1e-3,3e-3", "train.seed=1"])
     assert len(points) == 4
     assert ["model=demo", "optim.lr=0.003", "train.seed=1"] in points
+
+
+WORDS = ["model=tiny_moe", "stage=sft", "precision.bf16=false", "optim.lr=1", "optim.lr_decay_style=WSD",
+         "data.path=[0.3,a.txt,0.7,b.jsonl]", "data.split='90,10,0'", "train.rampup_batch_size=[4,2,100]",
+         "peft=lora", "peft.target_modules=[q_proj]", "train.train_iters=null", "train.train_epochs=1",
+         "tokenizer.path=a/b.json", "data.fields.text=body", "stage.batching=padded"]  # fmt: skip
+
+
+def test_the_short_cut_of_other_tests_gives_the_same():
+    assert config_of(*WORDS) == compose(WORDS)
 
 
 def test_data_path_takes_lists_and_weights():

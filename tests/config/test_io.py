@@ -1,8 +1,8 @@
 """config.yaml is read back as it was written."""
 
 import pytest
+from support.configs import config_of
 
-from scale_llm.config.compose import compose
 from scale_llm.config.errors import UserError
 from scale_llm.config.io import load_config, save_config
 from scale_llm.config.machine import Machine
@@ -19,7 +19,7 @@ def test_round_trip(tmp_path, experiment):
         "optim.lr=0.1234567890123456789",
         "data.path=[0.3,a.txt,0.7,b]", "train.rampup_batch_size=[2,2,8]", "tokenizer.eod_token='<a: #b>'",
     ]  # fmt: skip
-    cfg = resolve(compose(words), MACHINE)
+    cfg = resolve(config_of(*words), MACHINE)
     save_config(cfg, tmp_path)
     again = load_config(tmp_path)
     assert again == cfg
@@ -27,7 +27,7 @@ def test_round_trip(tmp_path, experiment):
 
 
 def test_former_configs_are_kept(tmp_path):
-    first, second = (resolve(compose([f"optim.lr={lr}"]), MACHINE) for lr in (0.1, 0.2))
+    first, second = (resolve(config_of(f"optim.lr={lr}"), MACHINE) for lr in (0.1, 0.2))
     assert save_config(first, tmp_path) is None
     assert save_config(first, tmp_path) is None, "the same again"
     assert save_config(second, tmp_path) == tmp_path / "config.1.yaml"

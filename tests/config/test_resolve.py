@@ -4,9 +4,9 @@ import dataclasses
 import json
 
 import pytest
+from support.configs import config_of
 
 from scale_llm.config.cluster import Device
-from scale_llm.config.compose import compose
 from scale_llm.config.machine import Machine
 from scale_llm.config.resolve import default_ffn_hidden_size, resolve
 
@@ -16,7 +16,7 @@ GPUS = Machine(cores=64, gpus=8, fast_bf16_cpu=False)
 
 
 def resolved(machine: Machine, *words: str):
-    return resolve(compose(list(words)), machine)
+    return resolve(config_of(*words), machine)
 
 
 @pytest.mark.parametrize(("machine", "bf16"), [(LAPTOP, False), (AMX, True), (GPUS, True)])

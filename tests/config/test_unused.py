@@ -3,8 +3,8 @@
 from dataclasses import fields
 
 import pytest
+from support.configs import config_of
 
-from scale_llm.config.compose import compose
 from scale_llm.config.data import FieldsConfig, TooLong
 from scale_llm.config.peft import PeftConfig
 from scale_llm.config.stage import REFERENCE_FREE
@@ -88,7 +88,7 @@ READ = {
 @pytest.mark.parametrize("run", UNREAD)
 def test_keys_that_are_not_read_are_refused(run):
     """All of them at once, each with its value and, after a semicolon, a remedy."""
-    found = unused_problems(compose([*run.split(), *UNREAD[run]]))
+    found = unused_problems(config_of(*run.split(), *UNREAD[run]))
     named = {problem.split(": ")[0].replace("'", "") for problem in found}
     assert named == {key.replace("'", "") for key in UNREAD[run]}
     assert len(found) == len(UNREAD[run])
@@ -97,7 +97,7 @@ def test_keys_that_are_not_read_are_refused(run):
 
 @pytest.mark.parametrize("run", READ)
 def test_keys_that_are_read_are_not(run):
-    assert unused_problems(compose([*run.split(), *READ[run]])) == []
+    assert unused_problems(config_of(*run.split(), *READ[run])) == []
 
 
 @pytest.mark.parametrize(
@@ -111,20 +111,20 @@ def test_keys_that_are_read_are_not(run):
     ],
 )
 def test_the_remedy_names_the_stages_that_read_the_key(words, stages):
-    (problem,) = unused_problems(compose(words.split()))
+    (problem,) = unused_problems(config_of(*words.split()))
     assert f"or choose {stages}" in problem
 
 
 def test_a_prompt_is_never_cut():
     """stage=generate leaves long prompts out, also where nothing is said; asked to cut them it refuses."""
-    assert compose(["stage=generate"]).data.on_too_long is TooLong.drop
-    assert compose(["stage=score"]).data.on_too_long is TooLong.truncate
-    (problem,) = [one for one in problems_of(compose(["stage=generate", "data.on_too_long=truncate"])) if "long" in one]
+    assert config_of("stage=generate").data.on_too_long is TooLong.drop
+    assert config_of("stage=score").data.on_too_long is TooLong.truncate
+    (problem,) = [one for one in problems_of(config_of("stage=generate", "data.on_too_long=truncate")) if "long" in one]
     assert problem.startswith("data.on_too_long=truncate: ") and "drop or fail" in problem
 
 
 def test_all_at_once_among_the_other_problems():
-    found = problems_of(compose(["train.micro_batch_size=0", "peft.rank=8", "data.format=alpaca"]))
+    found = problems_of(config_of("train.micro_batch_size=0", "peft.rank=8", "data.format=alpaca"))
     assert {problem.split(":")[0] for problem in found} >= {
         "train.micro_batch_size=0", "peft.rank=8", "data.format=alpaca",
     }  # fmt: skip
@@ -133,7 +133,7 @@ def test_all_at_once_among_the_other_problems():
 @pytest.mark.parametrize("group", ["experiment", "stage", "peft"])
 def test_what_we_ship_sets_nothing_unused(group):
     for option in options(group):
-        assert unused_problems(compose([f"{group}={option}"])) == []
+        assert unused_problems(config_of(f"{group}={option}")) == []
 
 
 def test_rules_name_keys_that_exist_each_once():

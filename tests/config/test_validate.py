@@ -3,8 +3,8 @@
 import os
 
 import pytest
+from support.configs import config_of
 
-from scale_llm.config.compose import compose
 from scale_llm.config.io import save_config
 from scale_llm.config.machine import Machine
 from scale_llm.config.resolve import resolve
@@ -15,7 +15,7 @@ MACHINE = Machine(cores=2, gpus=0, fast_bf16_cpu=False)
 
 def problems(*words: str) -> list[str]:
     """Problems of a run that would be valid without these words."""
-    return problems_of(resolve(compose(["train.train_iters=10", *words]), MACHINE), MACHINE)
+    return problems_of(resolve(config_of("train.train_iters=10", *words), MACHINE), MACHINE)
 
 
 CASES = {
@@ -123,7 +123,7 @@ def test_run_dir_not_writable():
 
 def started(tmp_path, *words):
     """A run directory in which a run has got to a checkpoint."""
-    cfg = resolve(compose(["train.train_iters=10", f"run_dir={tmp_path}", *words]), MACHINE)
+    cfg = resolve(config_of("train.train_iters=10", f"run_dir={tmp_path}", *words), MACHINE)
     save_config(cfg, tmp_path)
     checkpoint = tmp_path / "checkpoints" / "iter_0000005"
     checkpoint.mkdir(parents=True)
@@ -150,7 +150,7 @@ def test_what_may_change_on_resume(tmp_path):
 
 
 def test_a_run_that_never_started_may_be_replaced(tmp_path):
-    save_config(resolve(compose(["model=demo"]), MACHINE), tmp_path)
+    save_config(resolve(config_of("model=demo"), MACHINE), tmp_path)
     assert problems(f"run_dir={tmp_path}", "model=tiny") == []
 
 

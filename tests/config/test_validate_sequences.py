@@ -1,8 +1,8 @@
 """What a fine-tuning run is refused for before anything starts."""
 
 import pytest
+from support.configs import config_of
 
-from scale_llm.config.compose import compose
 from scale_llm.config.machine import Machine
 from scale_llm.config.model import Backend
 from scale_llm.config.resolve import resolve
@@ -21,7 +21,7 @@ def found(tmp_path, *words):
     tokenizer.write_text('{"added_tokens": [], "model": {"vocab": {"a": 0, "b": 1}}}')
     fine = [f"run_dir={tmp_path / 'run'}", "stage=sft", f"checkpoint.load={load}", f"tokenizer.path={tokenizer}",
             "train.train_iters=5", "cluster=local_cpu"]  # fmt: skip
-    cfg = resolve(compose([*fine, *words]), MACHINE)
+    cfg = resolve(config_of(*fine, *words), MACHINE)
     return problems_of(cfg, MACHINE)
 
 
@@ -73,11 +73,11 @@ def test_pretraining_has_neither_epochs_nor_adapters(tmp_path):
 
 
 def test_what_is_left_open_is_settled(tmp_path):
-    cfg = resolve(compose(["stage=sft", "stage.batching=token_budget", "train.micro_batch_size=3"]), MACHINE)
+    cfg = resolve(config_of("stage=sft", "stage.batching=token_budget", "train.micro_batch_size=3"), MACHINE)
     assert cfg.stage.batching is Batching.token_budget
     assert cfg.stage.max_tokens_per_micro_batch == 3 * cfg.model.seq_length
     assert cfg.checkpoint.finetune
-    cut = resolve(compose(["stage=sft", "parallel.context_parallel_size=2"]), MACHINE)
+    cut = resolve(config_of("stage=sft", "parallel.context_parallel_size=2"), MACHINE)
     assert cut.model.backend is Backend.torch and cfg.model.backend is Backend.auto
 
 

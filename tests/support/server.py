@@ -1,6 +1,7 @@
 """python -m support.server: reads requests, one JSON object a line, and forks ranks for each. See support/ranks.py."""
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -91,6 +92,7 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     preload()
+    gc.freeze()  # or garbage collection in a rank would copy the pages that it shares with this process
     for line in sys.stdin:
         answers.write(json.dumps(run_ranks(json.loads(line))) + "\n")
         answers.flush()
