@@ -16,7 +16,7 @@ from scale_llm.launch.slurm import commands, restarts
 from scale_llm.launch.slurm.submit import recorded_job
 from scale_llm.launch.sweep import last_row
 
-COLUMNS = ("run_dir", "state", "iteration", "lm loss", "throughput", "checkpoint", "restarts")
+COLUMNS = ("run_dir", "state", "iteration", "loss", "throughput", "checkpoint", "restarts")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,11 +73,19 @@ def standing(run_dir: str) -> Standing:
         state=state,
         why=why,
         iteration=f"{done}/{'?' if total is None else total}",
-        loss=_shown(row.get("lm loss", row.get("lm loss validation")), "{:.4f}"),
+        loss=_loss(row),
         throughput=_throughput(row),
         checkpoint=_checkpoint(cfg, Path(run_dir)),
         restarts=str(restarts.count_restarts(events)),
     )
+
+
+def _loss(row: dict[str, Any]) -> str:
+    """The loss of a row of metrics.jsonl; of a policy what its answers are worth."""
+    rewards = [value for name, value in row.items() if name.startswith("critic/score/mean")]
+    if rewards:
+        return f"reward {rewards[0]:.4f}"
+    return _shown(next((value for name, value in row.items() if " loss" in name), None), "{:.4f}")
 
 
 def _total(cfg: RunConfig) -> int | None:

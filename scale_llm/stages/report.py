@@ -21,6 +21,15 @@ from scale_llm.stages.base import Evaluation
 from scale_llm.stages.context import RunContext
 from scale_llm.stages.progress import Progress
 
+REWARD = "critic/score/mean"
+"""What a policy's answers are worth, in verl's words."""
+
+SAID = (
+    REWARD, "actor/pg_loss", "critic/vf_loss", "actor/entropy", "actor/reference_kl", "response_length/mean",
+    "response_length/clip_ratio", "timing_s/gen", "timing_s/update_actor",
+)  # fmt: skip
+"""Metrics of a policy on the terminal: metrics.jsonl has some fifty."""
+
 TIMES = ("iteration-time", "throughput", "tokens-per-second")
 """Keys of metrics.jsonl that no two runs share."""
 
@@ -75,7 +84,8 @@ class Reporter:
             return
         seconds = self._seconds / self._steps
         rate = self._tokens / self._seconds
-        tflops = rate * self._flops / dist.get_world_size() / 1e12
+        # Of a policy's iteration the operations are not known: how often a token is read depends on the stage
+        tflops = None if REWARD in means else rate * self._flops / dist.get_world_size() / 1e12
         row: dict[str, Any] = {
             "iteration": progress.iteration,
             "consumed_samples": progress.consumed_samples,
@@ -93,22 +103,22 @@ class Reporter:
             "tokens-per-second": rate,
         }
         self._write({key: value for key, value in row.items() if value is not None}, set(means))
-        self._say(log_line(row, means, self._iterations, seconds, tflops))
+        said = {name: means[name] for name in SAID if name in means} if REWARD in means else means
+        self._say(log_line(row, said, self._iterations))
         self._add_texts(result.texts, progress.iteration)
         if self._bar is not None:
-            self._bar.advance(
-                progress.iteration,
-                self._status(
-                    next((value for name, value in means.items() if name.endswith("loss")), None), rate, tflops
-                ),
-            )
+            self._bar.advance(progress.iteration, self._status(means, rate, tflops))
 
-    def _status(self, loss: float | None, rate: float, tflops: float) -> str:
-        """What the bar says: loss, speed, and the share of a rank's matrix-product rate, measured here once."""
+    def _status(self, means: dict[str, float], rate: float, tflops: float | None) -> str:
+        """What the bar says: loss and speed, and the share of a rank's matrix-product rate, measured here once; of a
+        policy, whose operations are not counted, its reward and speed."""
         if not self._bar.live:
             return ""
+        if tflops is None:
+            return f"reward {means[REWARD]:.3f}  {rate:,.0f} tokens/s"
         if self._peak is None:
             self._peak = matmul_rate(self._run.device, model_dtype(self._run.cfg.precision))
+        loss = next((value for name, value in means.items() if name.endswith("loss")), None)
         shown = f"loss {loss:.3f}  " if loss is not None else ""
         return f"{shown}{rate:,.0f} tokens/s  MFU {tflops * 1e12 / self._peak:.0%}"
 
@@ -184,13 +194,16 @@ def _is_before(line: str, iteration: int) -> bool:
         return False
 
 
-def log_line(row: dict[str, Any], means: dict[str, float], iterations: int, seconds: float, tflops: float) -> str:
-    """Megatron's log line."""
+def log_line(row: dict[str, Any], means: dict[str, float], iterations: int) -> str:
+    """Megatron's log line; where operations are not known, with tokens per second in place of them."""
+    speed = f"tokens per second: {row['tokens-per-second']:,.0f}"
+    if row["throughput"] is not None:
+        speed = f"throughput per GPU (TFLOP/s/GPU): {row['throughput']:.3f}"
     parts = [
         f" [{datetime.now():%Y-%m-%d %H:%M:%S}] iteration {row['iteration']:8d}/{iterations:8d}",
         f"consumed samples: {row['consumed_samples']:12d}",
-        f"elapsed time per iteration (ms): {seconds * 1000:.1f}",
-        f"throughput per GPU (TFLOP/s/GPU): {tflops:.3f}",
+        f"elapsed time per iteration (ms): {row['iteration-time'] * 1000:.1f}",
+        speed,
         f"learning rate: {row['learning-rate']:.6E}",
         f"global batch size: {row['batch-size']:5d}",
         *[f"{name}: {value:.6E}" for name, value in means.items()],

@@ -97,7 +97,8 @@ def _seconds(base: dict[str, Path], run_dir: Path, layout: list[str], iterations
         "stage=ppo", *MODEL, "model=from_checkpoint", f"data.cache_dir={base['data']}", f"run_dir={run_dir}",
         f"checkpoint.load={base['base'] / 'checkpoints'}", f"reward.load={base['reward'] / 'checkpoints'}",
         f"train.train_iters={WARM + iterations}", "train.global_batch_size=32", "train.micro_batch_size=4",
-        "train.eval_iters=0", "stage.max_new_tokens=128", "stage.ppo_mini_batch_size=16", "stage.num_samples=0", *layout,
+        "train.eval_iters=0", "stage.max_new_tokens=128", "stage.ppo_mini_batch_size=16", "stage.num_samples=0",
+        *layout,
     )  # fmt: skip
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "timing_s/step" in row][WARM:]

@@ -9,10 +9,10 @@ from collections.abc import Callable
 import torch
 
 from scale_llm.config.stage import Batching
-from scale_llm.data.sequence_loader import Batch, SequenceLoader, Shape
+from scale_llm.data.sequence_loader import Batch, SequenceLoader
 from scale_llm.stages.policy.answers import Answers
 from scale_llm.stages.policy.roles import Role
-from scale_llm.stages.sequences import Listed, row_unit
+from scale_llm.stages.sequences import Listed, shape_of
 
 Values = Callable[[torch.Tensor, Batch], tuple[torch.Tensor, torch.Tensor]]
 """(model output, batch) -> (cells, values), both [m]."""
@@ -20,20 +20,13 @@ Values = Callable[[torch.Tensor, Batch], tuple[torch.Tensor, torch.Tensor]]
 
 def rows_of_role(role: Role, answers: Answers, numbers: list[int], budget: int) -> list[Batch]:
     """This rank's micro-batches of some answers: rows of at most so many places, dealt out to the role's replicas."""
-    run = role.run
-    sizes = run.mesh.sizes
-    shape = Shape(
-        batching=Batching.token_budget,
-        row_tokens=budget,
-        budget=budget,
-        multiple=row_unit(role.cfg, run.mesh),
-        uniform=sizes.pp > 1,
-        rows_multiple=sizes.pp if sizes.vpp is not None else 1,
-        numbered=True,
-    )
-    stream = Listed([[number] for number in numbers])
+    mesh = role.run.mesh
+    shape = shape_of(
+        role.cfg, mesh, batching=Batching.token_budget, row_tokens=budget, budget=budget, numbered=True
+    )  # fmt: skip
     loader = SequenceLoader(
-        answers, stream, shape, data_parallel_rank=run.mesh.dp_rank, data_parallel_size=sizes.dp
+        answers, Listed([[number] for number in numbers]), shape, data_parallel_rank=mesh.dp_rank,
+        data_parallel_size=mesh.sizes.dp,
     )  # fmt: skip
     lengths, longest = answers.answer_lengths, int(answers.answer_lengths.max())
     batches = loader.global_batch(0, len(numbers))
