@@ -1,8 +1,8 @@
-"""The single process agrees with a reference GPT of our own in plain PyTorch: see oracle.py."""
+"""The single process agrees with a reference GPT of our own in plain PyTorch: see support/oracle.py."""
 
-import oracle
 import pytest
 import torch
+from support import oracle
 from support.batches import samples
 from support.parity import GPT2, MOE, TOLERANCE, relative
 

@@ -1,4 +1,16 @@
-"""Closed-form values of the losses, and the mistakes that they are known to catch."""
+"""Closed-form values of the losses, 1 to 11, and the mistakes that such losses are known for, traps 1 to 10.
+
+1  normalising per micro-batch        here, test_policy_batch, stages/test_policy_traps
+2  a logit belongs to the next token  stages/test_policy_traps, stages/test_policy_oracle
+3  the end of an answer, if it pads   stages/test_policy_traps
+4  where an answer's reward lies      here, stages/test_policy_traps
+5  temperature in training            test_vocabulary, stages/test_policy_traps
+6  dropout                            stages/test_policy_traps
+7  the first ratio                    stages/test_policy_traps
+8  whitening over ranks               here, stages/test_policy_traps
+9  a rank without anything            here, test_policy_batch, stages/test_policy_traps
+10 before the first update            here, stages/test_policy_traps
+"""
 
 import math
 
@@ -6,6 +18,7 @@ import pytest
 import torch
 
 from scale_llm.losses import advantages, policy, preference, reward, sequences
+from scale_llm.losses.policy_batch import policy_batch_loss
 
 
 def near(values, tolerance=1e-6):
@@ -63,10 +76,39 @@ def test_value_6_token_mean_over_ranks(ranks):
     assert ranks(2, "support.losses:token_mean") == [4.0, 4.0]
 
 
-def test_value_6_token_mean_over_micro_batches():
+def test_value_6_and_trap_1_token_mean_over_micro_batches():
     micro_batches = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0, 5.0, 6.0, 7.0])
     sums = [sequences.masked_sum(x, torch.ones_like(x)) for x in micro_batches]
     assert (sum(s for s, _ in sums) / sum(n for _, n in sums)).item() == 4.0
+
+
+@pytest.mark.parametrize("mode", ["token_mean", "seq_mean_token_mean", "seq_mean_token_sum_norm"])
+def test_trap_1_any_split_of_a_policy_loss_has_one_gradient(mode):
+    """Sums and divisors of two micro-batches, whose answers differ in length, are those of one."""
+    logits = torch.randn(12, 1, 8, generator=torch.Generator().manual_seed(2), requires_grad=True)
+    mask = torch.tensor([[1.0] * 2 + [0.0] + [1.0] * 7 + [0.0] * 2])
+    answers = torch.tensor([0] * 3 + [1] * 9)
+    lengths = torch.tensor([2.0, 7.0])[answers][None]
+    weights = {"token_mean": mask, "seq_mean_token_mean": mask / lengths, "seq_mean_token_sum_norm": mask / 9}[mode]
+    batch = {
+        "labels": torch.arange(12)[None] % 8, "loss_mask": mask, "segments": answers[None],
+        "numbers": torch.arange(2), "old_log_probs": torch.full((1, 12), -2.0),
+        "advantages": torch.linspace(-1, 1, 12)[None], "weights": weights,
+        "shares": mask if mode == "token_mean" else mask / lengths,
+    }  # fmt: skip
+
+    def gradient(*parts):
+        sums, divisors = [], []
+        for part in parts:
+            cut = {name: x[:, part] if x.dim() == 2 else x for name, x in batch.items()}
+            loss, divisor, _ = policy_batch_loss(
+                logits[part], cut, None, None, 8, temperature=1.0, clip_low=0.2, clip_high=0.2, dual_clip=None,
+                of_sequences=False, entropy_coeff=0.01, kl=None, kl_coef=0.0, importance_cap=None,
+            )  # fmt: skip
+            sums.append(loss), divisors.append(divisor)
+        return torch.autograd.grad(sum(sums), logits)[0] / sum(divisors)
+
+    torch.testing.assert_close(gradient(slice(0, 3), slice(3, 12)), gradient(slice(0, 12)), rtol=1e-5, atol=1e-8)
 
 
 def test_value_7_group_rewards():
@@ -122,21 +164,21 @@ def test_value_11_clipped_value_loss():
     assert found.item() == near(0.5)
 
 
-def test_trap_terminal_reward_sits_on_the_last_trainable_token():
+def test_trap_4_terminal_reward_sits_on_the_last_trainable_token():
     mask = torch.tensor([[0, 1, 1, 0], [1, 1, 1, 1], [0, 0, 0, 0], [1, 0, 1, 0]])
     placed = advantages.reward_on_last_token(torch.tensor([1.0, 2.0, 3.0, 4.0]), mask)
     assert placed.tolist() == [[0, 0, 1, 0], [0, 0, 0, 2], [0, 0, 0, 0], [0, 0, 4, 0]]
 
 
 @pytest.mark.parametrize("empty_rank", [None, 1])
-def test_trap_whitening_is_the_whole_batchs_and_an_empty_rank_joins(ranks, empty_rank):
+def test_traps_8_and_9_whitening_is_the_whole_batchs_and_an_empty_rank_joins(ranks, empty_rank):
     results = ranks(2, "support.losses:whitening", empty_rank=empty_rank)
     for result in results:
         assert result["error"] < 1e-9 and result["reinforce_error"] < 1e-12
     assert (results[1]["tokens_here"] == 0) is (empty_rank == 1)
 
 
-def test_trap_first_update():
+def test_trap_10_first_update():
     """Where the policy is its reference and its sampler, the KL and its gradient are 0 and every ratio is 1."""
     log_probs = torch.randn(50, requires_grad=True)
     log_ratio = log_probs - log_probs.detach()
@@ -148,7 +190,7 @@ def test_trap_first_update():
     assert policy.clipped_policy_loss(log_ratio, torch.ones(50)).eq(-1).all()
 
 
-def test_trap_k1_as_a_loss_has_the_wrong_expected_gradient():
+def test_value_4_k1_as_a_loss_has_the_wrong_expected_gradient():
     """Expectations over all four tokens, written out: k1 gives 0, k2 the gradient of KL(p, q), k3 that of KL(q, p)."""
     logits = torch.tensor([1.0, -0.5, 0.3, 2.0], dtype=torch.float64, requires_grad=True)
     q = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)

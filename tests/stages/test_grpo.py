@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from support.policy import SHORT, words
+from support.policy_words import SHORT, words
 from support.runs import latest, rows
 
 

@@ -6,7 +6,7 @@ import signal
 import time
 
 import pytest
-from support.policy import words
+from support.policy_words import words
 from support.runs import rows
 
 LAYOUT = ["cluster.nproc_per_node=2", "layout=split"]

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from support.policy import words
+from support.policy_words import words
 from support.runs import latest, rows
 
 from scale_llm.config.errors import UserError

@@ -67,15 +67,18 @@ class Runs:
 
         limit_bytes: no file may grow beyond, as on a full disk.
         """
+        ends = self.on_ranks("support.stage:run", run_dir, *more, limit_bytes=limit_bytes)
+        assert all(end == ends[0] for end in ends), "ranks must end alike"
+        return ends[0]
+
+    def on_ranks(self, function: str, run_dir: Path, *more: str, **arguments) -> list[Any]:
+        """What `module:function`, called with the directory of a run that is ready to start, returns on each rank."""
         from scale_llm.launch.runs import compose_run, open_run, validate
 
         plan = compose_run(self.words(run_dir, *more))
         validate(plan)
         open_run(plan.cfg)
-        arguments = {"run_dir": str(run_dir), "limit_bytes": limit_bytes}
-        ends = self._ranks.fresh(plan.cfg.cluster.nproc_per_node, "support.stage:run", **arguments)
-        assert all(end == ends[0] for end in ends), "ranks must end alike"
-        return ends[0]
+        return self._ranks.fresh(plan.cfg.cluster.nproc_per_node, function, run_dir=str(run_dir), **arguments)
 
     def resumed_and_whole(self, directory: Path, *words: str, stop: int, iteration: int) -> tuple[Path, Path]:
         """A run that stops at `stop` and is resumed, and the same in one go: they log and save the same bits."""

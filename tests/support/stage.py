@@ -26,12 +26,13 @@ def run(run_dir: str, limit_bytes: int | None = None) -> list[str]:
 
 def differences(paths: list[str]) -> dict[str, float]:
     """Every tensor of two checkpoints compared, read with torch's own reader."""
-    first, second = (_tensors(path) for path in paths)
+    first, second = (checkpoint_tensors(path) for path in paths)
     assert first.keys() == second.keys(), first.keys() ^ second.keys()
     return {name: _difference(first[name], second[name]) for name in first}
 
 
-def _tensors(path: str) -> dict[str, torch.Tensor]:
+def checkpoint_tensors(path: str) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, whole, by torch's own reader."""
     from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict

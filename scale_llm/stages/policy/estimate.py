@@ -55,8 +55,10 @@ def _advantages(stage: PolicyStageConfig, rewards: torch.Tensor, mask: torch.Ten
         return reinforce_plus_plus(rewards, mask, gamma=stage.gamma)
     groups = rewards.sum(-1).view(-1, stage.num_generations_per_prompt)
     if estimator is AdvEstimator.reinforce_plus_plus_baseline:
-        baseline = groups.mean(-1, keepdim=True).expand_as(groups).reshape(-1)
-        return reinforce_plus_plus(rewards - reward_on_last_token(baseline, mask), mask, gamma=stage.gamma)
+        centred = group_normalised(groups, correction=None)  # exactly 0 where all are equal: whitening would magnify
+        return reinforce_plus_plus(
+            rewards + reward_on_last_token((centred - groups).reshape(-1), mask), mask, gamma=stage.gamma
+        )  # fmt: skip
     if estimator is AdvEstimator.rloo:
         found = rloo(groups)
     else:

@@ -1,10 +1,11 @@
-"""What must hold before a policy has learnt anything; or else the run would learn from numbers that are wrong."""
+"""What must hold before a policy has learnt anything; if it does not, the run would learn from wrong numbers."""
 
 import torch
 
 from scale_llm.config.precision import PrecisionConfig
 from scale_llm.config.run import RunConfig
 from scale_llm.config.stage import StageConfig
+from scale_llm.losses.policy import kl_k3
 from scale_llm.stages.policy.metrics import mean_kl
 
 
@@ -14,18 +15,20 @@ def limit_of(precision: PrecisionConfig) -> float:
 
 
 def check_reference(cfg: RunConfig, mask: torch.Tensor, tables: dict[str, torch.Tensor]) -> None:
-    """The policy that has not moved is the reference.
+    """The policy that has not moved is the reference: on average (k1) and at every token (k3, which is never negative:
+    numbers of other tokens may have the same mean).
 
     Raises:
         RuntimeError: it is not.
     """
     if "reference_log_probs" not in tables or _moved(cfg.stage, cfg):
         return
-    kl = mean_kl(mask, tables)
-    if abs(kl) > limit_of(cfg.precision):
+    kl, limit = mean_kl(mask, tables), limit_of(cfg.precision)
+    k3 = float(kl_k3((tables["old_log_probs"] - tables["reference_log_probs"])[mask].double()).mean())
+    if abs(kl) > limit or k3 > limit:
         raise RuntimeError(
-            f"before the first update the KL of the actor to the reference is {kl:.3g} nats a token where it must be 0 "
-            f"(within {limit_of(cfg.precision):g}): they are not the same model"
+            f"before the first update the KL of the actor to the reference is {kl:.3g} nats a token, by k3 {k3:.3g}, "
+            f"where it must be 0 (within {limit:g}): they are not the same model, or their numbers are of other tokens"
         )
 
 

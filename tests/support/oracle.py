@@ -1,4 +1,4 @@
-"""A reference GPT in plain PyTorch, written from the papers, to check the engine against.
+"""A reference GPT in plain PyTorch, written from the papers, to check the engine and the stages against.
 
 Llama style: RMSNorm, rotary positions in halves (Su et al., 2021, with the first and second half of each head
 paired, as Megatron pairs them), grouped queries, SwiGLU. GPT-2 style: LayerNorm, learned positions, biases, GELU.
@@ -71,6 +71,12 @@ def _layer(key: str, tensor: torch.Tensor, layer: int, shape: Shape) -> Weights:
 
 def logits(w: Weights, tokens: torch.Tensor, shape: Shape) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """tokens [b, s] -> logits [b, s, v], and each router's load-balancing loss."""
+    x, balance = hidden_states(w, tokens, shape)
+    return x @ w["embedding"].T, balance
+
+
+def hidden_states(w: Weights, tokens: torch.Tensor, shape: Shape) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """tokens [b, s] -> [b, s, h] after the last norm, and each router's load-balancing loss."""
     x = F.embedding(tokens, w["embedding"])
     if shape.style == "gpt2":
         x = x + w["positions"][: tokens.size(1)]
@@ -85,7 +91,7 @@ def logits(w: Weights, tokens: torch.Tensor, shape: Shape) -> tuple[torch.Tensor
             y = _mlp(w[f"{layer}.fc1.weight"], w[f"{layer}.fc2.weight"], y, shape,
                      w.get(f"{layer}.fc1.bias"), w.get(f"{layer}.fc2.bias"))  # fmt: skip
         x = x + y
-    return _norm(w, "final_norm", x, shape) @ w["embedding"].T, balance
+    return _norm(w, "final_norm", x, shape), balance
 
 
 def _norm(w: Weights, name: str, x: torch.Tensor, shape: Shape) -> torch.Tensor:
