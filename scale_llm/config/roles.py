@@ -13,6 +13,8 @@ from scale_llm.config.validate_layout import world_size
 
 ROLES = ("actor", "rollout", "reference", "critic", "reward")
 
+TRAINED_ROLES = ("actor", "critic")
+
 _SIZES = [field.name for field in fields(RoleLayout) if field.name not in ("ranks", "offload")]
 
 

@@ -3,6 +3,7 @@
 import math
 
 from scale_llm.config.model import Head
+from scale_llm.config.peft import PeftMethod
 from scale_llm.config.policy import GROUPED, AdvEstimator, GrpoConfig, KlCtrlType, PolicyStageConfig
 from scale_llm.config.roles import ROLES, ranks_of, role_config, roles_of
 from scale_llm.config.run import RunConfig
@@ -29,6 +30,8 @@ def _start(cfg: RunConfig, stage: PolicyStageConfig) -> list[str]:
             f"model.hidden_dropout={cfg.model.hidden_dropout}, model.attention_dropout={cfg.model.attention_dropout}: "
             "noise in the ratio of new to old policy; set both to 0"
         )
+    if cfg.peft.method is PeftMethod.prompt_tuning:
+        found.append("peft.method=prompt_tuning: is for stage=sft; set peft=lora or peft=none")
     return found
 
 
@@ -138,6 +141,11 @@ def role_layout_problems(cfg: RunConfig) -> list[str]:
     if found:
         return found
     roles = roles_of(cfg)
+    if "rollout" in roles and cfg.peft.method is not PeftMethod.none:
+        found.append(
+            f"layout.rollout: adapters (peft.method={cfg.peft.method.value}) are not moved between models; take "
+            "layout=colocated, where the actor itself generates, or peft=none"
+        )
     found += _overlaps({role: ranks[role] for role in roles}) + _unused(cfg, {role: ranks[role] for role in roles})
     for role in roles:
         own = role_config(cfg, role)

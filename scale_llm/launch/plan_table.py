@@ -3,9 +3,15 @@
 from rich.console import Console
 from rich.table import Table
 
+from scale_llm.checkpoint.written import written_config
+from scale_llm.config.batch import total_iterations
 from scale_llm.config.plan import Batches, Plan, make_plan
+from scale_llm.config.policy import PolicyStageConfig
+from scale_llm.config.roles import TRAINED_ROLES, is_the_actor, layout_of, load_of, ranks_of, role_config, roles_of
 from scale_llm.config.run import RunConfig
-from scale_llm.config.stage import Batching, SequenceStageConfig
+from scale_llm.config.stage import Batching, GenerateConfig, SequenceStageConfig
+from scale_llm.config.validate_layout import world_size
+from scale_llm.config.validate_policy import span
 from scale_llm.launch.run_directory import greeting
 
 
@@ -13,7 +19,11 @@ def print_plan(cfg: RunConfig) -> None:
     """The plan as one table, a row a fact."""
     plan = make_plan(cfg)
     table = Table(title=f"plan of {cfg.run_dir}", show_header=False, title_justify="left")
-    for section in (_run(cfg), _layout(plan), _batches(cfg, plan.batches), _parameters(plan), _cost(plan)):
+    if isinstance(cfg.stage, PolicyStageConfig):
+        sections = [_run(cfg), _roles(cfg), _iteration(cfg, cfg.stage), _parameters(plan)]
+    else:
+        sections = [_run(cfg), _layout(plan), _batches(cfg, plan.batches), _parameters(plan), _cost(plan)]
+    for section in sections:
         for name, value in section:
             table.add_row(name, value)
         table.add_section()
@@ -42,6 +52,38 @@ def _layout(plan: Plan) -> Rows:
         experts = f"expert {layout.ep} x expert tensor {layout.etp} x pipeline {layout.pp}"
         rows.append(("ranks of experts", f"{layout.world} = {experts} x expert data {layout.expert_dp}"))
     return rows
+
+
+def _roles(cfg: RunConfig) -> Rows:
+    """Where each role's model lies, and what a rank holds of it; then what the fullest rank holds of all."""
+    rows, held = [], [0] * world_size(cfg)
+    for role in roles_of(cfg):
+        written = written_config(load_of(cfg, role)).model if role in ("critic", "reward") else None
+        own = role_config(cfg, role, written)
+        if role not in TRAINED_ROLES:
+            own.stage = GenerateConfig()  # weights alone
+        ranks, plan = ranks_of(cfg, role), make_plan(own)
+        layout = plan.layout
+        sizes = {"tensor": layout.tp, "pipeline": layout.pp, "context": layout.cp, "data": layout.dp}
+        axes = "".join(f", {name} {size}" for name, size in sizes.items() if size > 1)
+        away = ", in host memory while idle" if layout_of(cfg, role).offload else ""
+        rows.append((role, f"ranks {span(ranks)}{axes}: {human(plan.memory.total)} a rank{away}"))
+        for rank in ranks:
+            held[rank] += plan.memory.total
+    if is_the_actor(cfg):
+        rows.append(("rollout", "the actor itself"))
+    return [*rows, ("memory of the fullest rank", f"{human(max(held))}; caches and activations on top")]
+
+
+def _iteration(cfg: RunConfig, stage: PolicyStageConfig) -> Rows:
+    prompts, each = cfg.train.global_batch_size, stage.num_generations_per_prompt
+    mini = stage.ppo_mini_batch_size or prompts
+    steps = -(-prompts // mini) * stage.ppo_epochs
+    rows = [
+        ("iteration", f"{prompts} prompts, {prompts * each} answers of at most {stage.max_new_tokens} tokens"),
+        ("optimizer steps an iteration", f"{steps}, of {mini} prompts each"),
+    ]
+    return [*rows, ("iterations", f"{total_iterations(cfg.train):,}")]
 
 
 def _batches(cfg: RunConfig, batches: Batches | None) -> Rows:

@@ -7,6 +7,8 @@ import pytest
 from support.policy_words import SHORT, words
 from support.runs import latest, rows
 
+from scale_llm.config.errors import UserError
+
 
 @pytest.fixture(scope="module")
 def run(runs, beginner, digits, tmp_path_factory):
@@ -114,3 +116,24 @@ def test_guards(runs, beginner, digits, tmp_path):
     assert rates[0] == 1e-3 and rates == sorted(rates, reverse=True) and math.isclose(rates[-1], 1e-3 / 4)
     (problem,) = runs(tmp_path / "stop", *said, "stage.guard.action=stop")
     assert "actor/entropy" in problem and "stage.guard.min_entropy=99" in problem
+
+
+def test_adapters_alone_learn(runs, beginner, digits, run, tmp_path):
+    """peft=lora: the policy begins as its base, the reference too; a checkpoint has adapters alone, and resumes."""
+    said = ["stage=grpo", *words(beginner, digits), *SHORT, "peft=lora", "peft.rank=4"]
+    assert runs(tmp_path / "whole", *said) == []
+    assert runs(tmp_path / "resumed", *said, "train.exit_interval=2") == []
+    assert runs(tmp_path / "resumed", *said) == []
+    found = rows(tmp_path / "whole")
+    assert found[1]["critic/score/mean"] == rows(run)[1]["critic/score/mean"] and found[-2]["actor/grad_norm"] > 0
+    assert found == rows(tmp_path / "resumed")
+    names = runs.differences(tmp_path / "whole", tmp_path / "resumed", iteration=4)
+    assert all("adapter" in name for name in names) and not any(names.values())
+
+
+def test_adapters_that_cannot_be(runs, beginner, digits, tmp_path):
+    said = ["stage=grpo", *words(beginner, digits), *SHORT]
+    with pytest.raises(UserError, match="peft.method=prompt_tuning: is for stage=sft"):
+        runs(tmp_path / "no", *said, "peft=prompt_tuning")
+    with pytest.raises(UserError, match="layout.rollout: adapters"):
+        runs(tmp_path / "no", *said, "peft=lora", "layout=hybrid", "parallel=tp2", "cluster.nproc_per_node=2")

@@ -8,6 +8,8 @@ from support.policy_words import words
 from support.runs import latest, rows
 
 from scale_llm.config.errors import UserError
+from scale_llm.launch.plan_table import print_plan
+from scale_llm.launch.runs import compose_run
 
 TP2 = "parallel.tensor_model_parallel_size=2"
 PP2 = "parallel.pipeline_model_parallel_size=2"
@@ -136,6 +138,17 @@ def test_layouts_that_cannot_be(runs, beginner, digits, tmp_path):
     assert "'x' is no rank" in problems("layout.critic.ranks=x")
     found = problems("layout.actor.ranks=0-1", "layout.critic.ranks=2-3", "layout.critic.tensor_model_parallel_size=3")
     assert "layout.critic: on 2 ranks" in found and "3" in found
+
+
+def test_the_plan_names_every_role(runs, beginner, digits, judged_by, tmp_path, capsys):
+    """What --check prints: ranks, sizes and memory of each."""
+    said = words(beginner, digits, *FIVE, *judged_by, RANKS4, TP2, "layout=split", "layout.critic.offload=true")
+    plan = compose_run(runs.words(tmp_path / "run", *said))
+    print_plan(plan.cfg)
+    found = capsys.readouterr().out
+    assert "actor" in found and "ranks 0-1, tensor 2" in found and "the actor itself" in found
+    assert "ranks 2-3, tensor 2" in found and "in host memory" in found
+    assert "8 prompts, 32 answers of at most 8 tokens" in found and "4, of 4 prompts each" in found
 
 
 def test_files_that_cannot_be(runs, beginner, digits, judge, tmp_path):

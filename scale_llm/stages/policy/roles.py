@@ -9,14 +9,12 @@ import torch.distributed as dist
 
 from scale_llm.checkpoint.written import written_config
 from scale_llm.config.checkpoint_files import latest_checkpoint
-from scale_llm.config.roles import layout_of, load_of, ranks_of, role_config, roles_of
+from scale_llm.config.roles import TRAINED_ROLES, layout_of, load_of, ranks_of, role_config, roles_of
 from scale_llm.config.run import RunConfig
 from scale_llm.engine.engine import Engine
 from scale_llm.parallel.mesh import Mesh, MeshSizes, build_mesh
 from scale_llm.stages.context import RunContext, mesh_sizes
 from scale_llm.stages.run_state import load_weights
-
-TRAINED = ("actor", "critic")
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +88,7 @@ def _build(run: RunContext, name: str, meshes: Meshes) -> Role:
     part = engine = None
     if mesh is not None:
         part = RunContext(cfg, run.device, mesh, run.prepared)
-        engine = Engine(cfg, mesh, run.device, vocab_size=part.vocab_size, trainable=name in TRAINED)
+        engine = Engine(cfg, mesh, run.device, vocab_size=part.vocab_size, trainable=name in TRAINED_ROLES)
     return Role(name, cfg, ranks, part, engine, layout_of(run.cfg, name).offload)
 
 
