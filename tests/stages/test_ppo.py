@@ -140,10 +140,11 @@ def test_layouts_that_cannot_be(runs, beginner, digits, tmp_path):
     assert "layout.critic: on 2 ranks" in found and "3" in found
 
 
-def test_the_plan_names_every_role(runs, beginner, digits, judged_by, tmp_path, capsys):
+def test_the_plan_names_every_role(runs, beginner, digits, judged_by, tmp_path, capsys, monkeypatch):
     """What --check prints: ranks, sizes and memory of each."""
     said = words(beginner, digits, *FIVE, *judged_by, RANKS4, TP2, "layout=split", "layout.critic.offload=true")
     plan = compose_run(runs.words(tmp_path / "run", *said))
+    monkeypatch.setenv("COLUMNS", "200")
     print_plan(plan.cfg)
     found = capsys.readouterr().out
     assert "actor" in found and "ranks 0-1, tensor 2" in found and "the actor itself" in found
