@@ -65,14 +65,19 @@ class GuardConfig:
     """Signs that a reward is being gamed; a limit that is null is not watched."""
 
     action: GuardAction = GuardAction.warn
-    """warn: a line in the log; lower_lr: that, and the actor's learning rate is halved; stop: save and end with an
-    error."""
+    """warn: a line in the log; lower_lr: that, and the actor's learning rate is halved whenever a limit is crossed;
+    stop: save and end with an error."""
     max_kl: float | None = None
     """Mean KL to the reference, nats a token."""
     min_entropy: float | None = None
     """Mean entropy of the policy, nats a token."""
     max_response_tokens: float | None = None
     """Mean tokens of an answer."""
+
+
+def limits_of(guard: GuardConfig) -> list[float | None]:
+    """Those that a guard has, null or not."""
+    return [guard.max_kl, guard.min_entropy, guard.max_response_tokens]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -84,8 +89,8 @@ class PolicyStageConfig(StageConfig):
     temperature: float = 1.0
     """Logits are divided by it, in sampling and in training."""
     top_k: int = 0
-    """Of so many likeliest tokens only; 0: of all. Below all, what is sampled is another distribution than what is
-    trained: see tis_imp_ratio_cap."""
+    """Of so many likeliest tokens only; 0: of all. Of fewer than all (top_p alike), what is sampled is another
+    distribution than the one whose log-probabilities are trained."""
     top_p: float = 1.0
     """Of the fewest likeliest tokens whose probabilities reach this sum."""
     max_new_tokens: int = 256

@@ -116,11 +116,13 @@ def role_config(cfg: RunConfig, role: str, model: ModelConfig | None = None) -> 
         found.model = copy.deepcopy(model)
         found.model.seq_length = cfg.model.seq_length
         found.model.backend, found.model.compile_ops = cfg.model.backend, cfg.model.compile_ops
+        found.model.hidden_dropout = found.model.attention_dropout = 0.0  # as of the actor: see validate_policy
     if role == "critic":
         found.model.head, found.model.architecture = Head.value, None
         assert isinstance(cfg.stage, PpoConfig)
         found.optim.lr = cfg.optim.lr if cfg.stage.critic_lr is None else cfg.stage.critic_lr
         found.optim.min_lr = min(cfg.optim.min_lr, found.optim.lr)
+        found.optim.lr_warmup_init = min(cfg.optim.lr_warmup_init, found.optim.lr)
     found.parallel = parallel_of(cfg, role, found.model)
     found.cluster.nnodes, found.cluster.nproc_per_node = 1, len(ranks_of(cfg, role))
     if role in ("critic", "reward"):

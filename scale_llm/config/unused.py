@@ -7,8 +7,8 @@ from typing import Any
 
 from scale_llm.config.layout import LayoutConfig, RoleLayout
 from scale_llm.config.peft import LOW_RANK, PeftMethod
-from scale_llm.config.policy import AdvEstimator, KlCtrlType, PolicyStageConfig
-from scale_llm.config.reward import RewardFunctionConfig
+from scale_llm.config.policy import AdvEstimator, KlCtrlType, PolicyStageConfig, limits_of
+from scale_llm.config.reward import RewardFunctionConfig, weighted_functions
 from scale_llm.config.roles import ROLES
 from scale_llm.config.run import RunConfig
 from scale_llm.config.stage import (
@@ -80,14 +80,37 @@ def _where(condition: Callable[[PolicyStageConfig], object]) -> Callable[[RunCon
     return lambda cfg: not isinstance(cfg.stage, PolicyStageConfig) or bool(condition(cfg.stage))
 
 
-def _keys(group: str, schema: type) -> str:
+def _keys(group: str, schema: type) -> list[str]:
     """Every key of a group."""
     names = []
     for field in fields(schema):
-        names += [f"{group}.{field.name}"] if field.name not in ROLES else _keys(
-            f"{group}.{field.name}", RoleLayout
-        ).split()  # fmt: skip
-    return " ".join(names)
+        key = f"{group}.{field.name}"
+        names += _keys(key, RoleLayout) if field.name in ROLES else [key]
+    return names
+
+
+OF_FUNCTIONS = {
+    "reward.default": "",
+    "reward.num_workers": "",
+    "reward.gsm8k_flexible": "gsm8k",
+    "reward.regex_pattern": "regex",
+    "reward.length_target_tokens": "length",
+    "reward.partial_credit": "python_tests",
+    "reward.timeout_seconds": "python_tests",
+    "reward.memory_megabytes": "python_tests",
+}
+"""Keys of reward functions, and of which; empty: of any."""
+
+
+def _scored_by(name: str) -> Callable[[RunConfig], bool]:
+    def called(cfg: RunConfig) -> bool:
+        try:
+            names = [function.name for function in weighted_functions(cfg.reward.function)]
+        except ValueError:  # validation says what is wrong with it
+            return True
+        return _policy(cfg) and (name in names or not name and bool(names))
+
+    return called
 
 
 def _loss(*losses: PreferenceLoss) -> Callable[[RunConfig], bool]:
@@ -132,10 +155,35 @@ RULES = (
         "remove it, or choose {stages}",
     ),
     Rule(
-        f"{_keys('layout', LayoutConfig)} {_keys('reward', RewardFunctionConfig)}",
+        " ".join(
+            key
+            for key in (*_keys("layout", LayoutConfig), *_keys("reward", RewardFunctionConfig))
+            if key not in OF_FUNCTIONS and key != "reward.load_weight"
+        ),
         _policy,
         "is for policies that learn from rewards, stage={cfg.stage.name} has none",
         "remove it, or choose {stages}",
+    ),
+    Rule(
+        "reward.load_weight",
+        lambda cfg: cfg.reward.load is not None,
+        "is of a reward model, and reward.load=null",
+        "remove it, or set reward.load",
+    ),
+    *(
+        Rule(
+            key,
+            _scored_by(name),
+            f"is for reward.function={name or 'one'}, which this run does not call",
+            "remove it, or set reward.function",
+        )
+        for key, name in OF_FUNCTIONS.items()
+    ),
+    Rule(
+        "stage.guard.action",
+        _where(lambda stage: any(limit is not None for limit in limits_of(stage.guard))),
+        "no limit of stage.guard is set",
+        "remove it, or set a limit such as stage.guard.max_kl",
     ),
     Rule(
         "stage.lam stage.whiten_advantages",

@@ -1,9 +1,11 @@
 """Whether a run of stage=ppo or stage=grpo has what it needs: roles that fit, numbers in range."""
 
 import math
+from dataclasses import fields
 
+from scale_llm.config.layout import LayoutConfig
 from scale_llm.config.model import Head
-from scale_llm.config.peft import PeftMethod
+from scale_llm.config.peft import LOW_RANK, PeftMethod
 from scale_llm.config.policy import GROUPED, AdvEstimator, GrpoConfig, KlCtrlType, PolicyStageConfig
 from scale_llm.config.roles import ROLES, ranks_of, role_config, roles_of
 from scale_llm.config.run import RunConfig
@@ -30,6 +32,8 @@ def _start(cfg: RunConfig, stage: PolicyStageConfig) -> list[str]:
             f"model.hidden_dropout={cfg.model.hidden_dropout}, model.attention_dropout={cfg.model.attention_dropout}: "
             "noise in the ratio of new to old policy; set both to 0"
         )
+    if cfg.peft.method in LOW_RANK and cfg.peft.dropout:
+        found.append(f"peft.dropout={cfg.peft.dropout}: noise in the ratio of new to old policy; set it to 0")
     if cfg.peft.method is PeftMethod.prompt_tuning:
         found.append("peft.method=prompt_tuning: is for stage=sft; set peft=lora or peft=none")
     return found
@@ -78,7 +82,8 @@ def _values(cfg: RunConfig, stage: PolicyStageConfig) -> list[str]:
     for key, smallest in SMALLEST.items():
         value = getattr(stage, key, None)
         if value is not None and (not math.isfinite(value) or smallest is not None and value < smallest):
-            found.append(f"stage.{key}={value}: must be {smallest} or larger; give a larger number")
+            limit = "a number" if smallest is None else f"{smallest} or larger"
+            found.append(f"stage.{key}={value}: must be {limit}; give such a one")
     for key in ABOVE_ZERO:
         value = getattr(stage, key, None)
         if value is not None and not 0 < value < math.inf:
@@ -132,7 +137,7 @@ def role_layout_problems(cfg: RunConfig) -> list[str]:
     read."""
     if not isinstance(cfg.stage, PolicyStageConfig):
         return []
-    found, ranks = [], {}
+    found, ranks = _sizes(cfg.layout), {}
     for role in ROLES:
         try:
             ranks[role] = ranks_of(cfg, role)
@@ -148,9 +153,24 @@ def role_layout_problems(cfg: RunConfig) -> list[str]:
         )
     found += _overlaps({role: ranks[role] for role in roles}) + _unused(cfg, {role: ranks[role] for role in roles})
     for role in roles:
+        if role in ("critic", "reward"):
+            continue  # of models that the launcher looks at
         own = role_config(cfg, role)
         found += [f"layout.{role}: on {len(ranks[role])} ranks: {problem}" for problem in layout_problems(own)]
     return list(dict.fromkeys(found))
+
+
+def _sizes(layout: LayoutConfig) -> list[str]:
+    found = []
+    if layout.bucket_megabytes <= 0:
+        found.append(f"layout.bucket_megabytes={layout.bucket_megabytes}: must be larger than 0; 256 is usual")
+    for role in ROLES:
+        own = getattr(layout, role)
+        for field in fields(own):
+            value = getattr(own, field.name)
+            if field.name.endswith("_size") and value is not None and value < 1:
+                found.append(f"layout.{role}.{field.name}={value}: must be larger than 0; give a number larger than 0")
+    return found
 
 
 def _overlaps(ranks: dict[str, tuple[int, ...]]) -> list[str]:

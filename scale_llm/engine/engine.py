@@ -52,6 +52,8 @@ class StepResult:
     """That are no padding, over all ranks; None: every place of every sample."""
     remarks: tuple[str, ...] = ()
     """Lines for the log."""
+    stop: tuple[str, ...] = ()
+    """Why the run is to end after this step, saved."""
     texts: dict[str, str] = field(default_factory=dict)
     """Markdown by its tag in TensorBoard."""
 
@@ -136,7 +138,7 @@ class Engine:
                 micro_batches=len(micro_batches),
             )
         result = update(self.optimizer, tokens=self._tokens, clip_grad=self._clip_grad, count_zeros=self._count_zeros)
-        learning_rate = get_canonical_lr_for_logging(self.optimizer.param_groups) or 0.0
+        learning_rate = self.learning_rate
         if result.done:
             self.scheduler.step(increment=samples)
             self.updates += 1
@@ -161,6 +163,11 @@ class Engine:
         dist.all_reduce(count, group=self.mesh.groups.dp_cp)
         self._tokens = float(count) or 1.0
 
+    @property
+    def learning_rate(self) -> float:
+        """Of the next step."""
+        return get_canonical_lr_for_logging(self.optimizer.param_groups) or 0.0
+
     def scale_learning_rate(self, factor: float) -> None:
         """Steps from now on take the configured rates times this."""
         if self._rates is None:
@@ -171,6 +178,8 @@ class Engine:
             for name, value in (("max_lr", highest), ("min_lr", lowest)):
                 if value is not None:
                     rates[name] = value * factor
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.scheduler.get_lr(group)
 
     @property
     def has_adapters(self) -> bool:

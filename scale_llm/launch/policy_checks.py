@@ -1,11 +1,9 @@
 """What stage=ppo and stage=grpo need beside their own configuration: models of critic and reward, reward functions."""
 
-from pathlib import Path
-
 from scale_llm.checkpoint.written import written_config
-from scale_llm.config.checkpoint_files import is_huggingface
 from scale_llm.config.errors import UserError
 from scale_llm.config.model import Head, PositionEmbedding
+from scale_llm.config.peft import PeftMethod
 from scale_llm.config.policy import PolicyStageConfig
 from scale_llm.config.roles import ROLES, load_of, ranks_of, role_config, roles_of
 from scale_llm.config.run import RunConfig
@@ -53,10 +51,15 @@ def _role(cfg: RunConfig, role: str) -> list[str]:
     except (UserError, ValueError) as error:
         return error.problems if isinstance(error, UserError) else [f"{key}={load}: {error}"]
     found = other_tokenizer(cfg, load, key)
-    if role == "reward" and written.model.head is Head.language_model and not is_huggingface(Path(load)):
+    if role == "reward" and written.model.head is Head.language_model:
         found.append(f"{key}={load}: a language model, which gives no number; give the checkpoint of a reward model")
     if role == "reference":
         return found
+    if written.peft.method is not PeftMethod.none:
+        found.append(
+            f"{key}={load}: holds adapters alone; merge them into their base (tools/convert_checkpoint.py merge), and "
+            "give that"
+        )
     longest = written.model.max_position_embeddings or 0
     if written.model.position_embedding_type is PositionEmbedding.learned_absolute and longest < cfg.model.seq_length:
         found.append(

@@ -6,6 +6,7 @@ the job, so that several models can lie side by side; megatron-core's global `pa
 anything that falls back to it fails at once instead of computing on the wrong group.
 """
 
+import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -91,8 +92,8 @@ class Mesh:
 class _Groups:
     """Makes process groups; every rank of the job must ask for the same ones in the same order."""
 
-    def __init__(self, ranks: Sequence[int], backend: str):
-        self._ranks, self._backend = ranks, backend
+    def __init__(self, ranks: Sequence[int], backend: str, timeout: datetime.timedelta | None):
+        self._ranks, self._backend, self._timeout = ranks, backend, timeout
         self._made: dict[tuple, dist.ProcessGroup] = {}
 
     def mine(self, parts: list[list[int]], *, shared: bool = True) -> dist.ProcessGroup | None:
@@ -105,7 +106,7 @@ class _Groups:
             ranks = tuple(self._ranks[i] for i in part)
             group = self._made.get(ranks) if shared else None
             if group is None:
-                group = dist.new_group(list(ranks), backend=self._backend)
+                group = dist.new_group(list(ranks), timeout=self._timeout, backend=self._backend)
                 if shared:
                     self._made[ranks] = group
             if dist.get_rank() in ranks:
@@ -113,8 +114,12 @@ class _Groups:
         return found
 
 
-def build_mesh(sizes: MeshSizes, backend: str, ranks: Sequence[int] | None = None) -> Mesh | None:
+def build_mesh(
+    sizes: MeshSizes, backend: str, ranks: Sequence[int] | None = None, timeout_minutes: float | None = None
+) -> Mesh | None:  # fmt: skip
     """The mesh of `sizes` on `ranks` (None: the whole job). Every rank of the job must call it, in one order.
+
+    timeout_minutes: how long a collective may wait; None: what torch has for the backend.
 
     Returns None on ranks outside. Raises ValueError where the sizes do not fit the ranks.
     """
@@ -131,10 +136,11 @@ def build_mesh(sizes: MeshSizes, backend: str, ranks: Sequence[int] | None = Non
         )
     dense = {"pp": sizes.pp, "dp": sizes.dp, "cp": sizes.cp, "tp": sizes.tp}
     expert = {"pp": sizes.pp, "dp": sizes.expert_dp, "ep": sizes.ep, "tp": sizes.expert_tp}
-    make = _Groups(ranks, backend)
+    timeout = None if timeout_minutes is None else datetime.timedelta(minutes=timeout_minutes)
+    make = _Groups(ranks, backend, timeout)
     collection = _collection(make, dense, expert)
     world_group = make.mine([list(range(len(ranks)))])
-    host_group = world_group if backend == "gloo" else _Groups(ranks, "gloo").mine([list(range(len(ranks)))])
+    host_group = world_group if backend == "gloo" else _Groups(ranks, "gloo", timeout).mine([list(range(len(ranks)))])
     if dist.get_rank() not in ranks:
         return None
     assert world_group is not None and host_group is not None

@@ -60,7 +60,7 @@ def start_rank(cfg: RunConfig, prepared: Any = None) -> RunContext:
     world = dist.get_world_size()
     # Roles have meshes of their own, so that of the job is for what all ranks tell each other
     sizes = MeshSizes(dp=world) if isinstance(cfg.stage, PolicyStageConfig) else mesh_sizes(cfg.parallel, world)
-    mesh = build_mesh(sizes, device.backend)
+    mesh = build_mesh(sizes, device.backend, timeout_minutes=cfg.parallel.distributed_timeout_minutes)
     assert mesh is not None, "the mesh covers the whole job"
     seed_everything(
         cfg.train.seed, tp_rank=mesh.tp_rank, pp_rank=mesh.pp_rank, ep_rank=mesh.ep_rank, etp_rank=mesh.etp_rank

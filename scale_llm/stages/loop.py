@@ -34,6 +34,10 @@ def train(run: RunContext, stage: Stage) -> None:
             result = stage.step(progress.consumed_samples, size)
             count(progress, result, size, cfg)
             reporter.step_ended(progress, result, size)
+            if result.stop:
+                save(checkpointer, stage, progress, run, reporter)
+                checkpointer.finish()
+                raise UserError(list(result.stop))
             if every(cfg.train.eval_interval, progress.iteration):
                 reporter.evaluation(progress, stage.evaluate())
                 evaluated = progress.iteration

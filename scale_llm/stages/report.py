@@ -9,11 +9,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from scale_llm.config.parameters import flops_per_token
 from scale_llm.engine.engine import Engine, StepResult
 from scale_llm.engine.norms import parameter_norm
+from scale_llm.engine.offload import on_device
 from scale_llm.models.transformer_config import model_dtype
 from scale_llm.parallel.device import matmul_rate
 from scale_llm.stages.bar import ProgressBar
@@ -79,7 +81,7 @@ class Reporter:
 
     def _log(self, progress: Progress, means: dict[str, float], result: StepResult, samples: int) -> None:
         logging = self._run.cfg.logging
-        norm = parameter_norm(self._engine) if logging.log_params_norm and self._engine is not None else None
+        norm = self._parameter_norm() if logging.log_params_norm else None
         if not self._writes:
             return
         seconds = self._seconds / self._steps
@@ -108,6 +110,15 @@ class Reporter:
         self._add_texts(result.texts, progress.iteration)
         if self._bar is not None:
             self._bar.advance(progress.iteration, self._status(means, rate, tflops))
+
+    def _parameter_norm(self) -> float:
+        """On every rank of the job, also where no part of the model is."""
+        found = torch.zeros(1, dtype=torch.float64)
+        if self._engine is not None:
+            with on_device([self._engine]):
+                found[0] = parameter_norm(self._engine)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._run.mesh.host_group)
+        return float(found)
 
     def _status(self, means: dict[str, float], rate: float, tflops: float | None) -> str:
         """What the bar says: loss and speed, and the share of a rank's matrix-product rate, measured here once; of a

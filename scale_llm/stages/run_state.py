@@ -18,6 +18,7 @@ from scale_llm.config.run import RunConfig
 from scale_llm.data.tokenizer import Tokenizer
 from scale_llm.engine import state as engine_state
 from scale_llm.engine.engine import Engine
+from scale_llm.engine.offload import on_device
 from scale_llm.engine.state import Weights
 from scale_llm.models.heads import HEAD
 from scale_llm.parallel.rng import rng_state, set_rng_state
@@ -167,25 +168,26 @@ def restore(stage: Stage, path: Path, cfg: RunConfig, *, own: bool) -> Progress:
     with_optimizer = own or not (finetune or options.no_load_optim)
     same_ranks = plain.get("world_size") == dist.get_world_size()
     with_rng = same_ranks and (own or not (finetune or options.no_load_rng))
-    wanted: dict[str, Any] = {}
-    for name, engine in stage.engines.items():
-        whole = {}
-        if engine is not None:
-            whole = _wanted(engine, _saved(engine), with_optimizer=with_optimizer, loading=True)
-        wanted |= {name: engine_state.named(whole, name)} if name else whole
-    if with_rng:
-        wanted["rng_state"] = per_rank_object("rng_state", None)
-    loaded = load_sharded(path, wanted)
-    for name, engine in stage.engines.items():
-        if engine is None:
-            continue
-        part = loaded[name] if name else loaded
-        own_plain = plain["engines"][name] if name else plain.get("engine")
-        engine_state.load_model_state(engine, part, main_weights=not with_optimizer)
-        if with_optimizer:
-            engine_state.load_optimizer_state(engine, part["optimizer"], own_plain)
-        if not finetune:
-            engine_state.load_schedule(engine, own_plain)
+    with on_device(stage.engines.values()):
+        wanted: dict[str, Any] = {}
+        for name, engine in stage.engines.items():
+            whole = {}
+            if engine is not None:
+                whole = _wanted(engine, _saved(engine), with_optimizer=with_optimizer, loading=True)
+            wanted |= {name: engine_state.named(whole, name)} if name else whole
+        if with_rng:
+            wanted["rng_state"] = per_rank_object("rng_state", None)
+        loaded = load_sharded(path, wanted)
+        for name, engine in stage.engines.items():
+            if engine is None:
+                continue
+            part = loaded[name] if name else loaded
+            own_plain = plain["engines"][name] if name else plain.get("engine")
+            engine_state.load_model_state(engine, part, main_weights=not with_optimizer)
+            if with_optimizer:
+                engine_state.load_optimizer_state(engine, part["optimizer"], own_plain)
+            if not finetune:
+                engine_state.load_schedule(engine, own_plain)
     if finetune:
         return Progress()
     stage.load_state(plain["stage"])

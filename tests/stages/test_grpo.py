@@ -112,10 +112,13 @@ def test_guards(runs, beginner, digits, tmp_path):
     assert {row["learning-rate"] for row in rows(tmp_path / "warn") if "learning-rate" in row} == {1e-3}
     assert runs(tmp_path / "lower", *said, "stage.guard.action=lower_lr") == []
     rates = [row["learning-rate"] for row in rows(tmp_path / "lower") if "learning-rate" in row]
-    # a step's rate is set by the step before it, so the third is the first to be halved
-    assert rates[0] == 1e-3 and rates == sorted(rates, reverse=True) and math.isclose(rates[-1], 1e-3 / 4)
+    assert rates == [1e-3, 5e-4, 5e-4, 5e-4], "halved when the limit was crossed, not while it stays so"
+    assert runs(tmp_path / "resumed", *said, "stage.guard.action=lower_lr", "train.exit_interval=2") == []
+    assert runs(tmp_path / "resumed", *said, "stage.guard.action=lower_lr") == []
+    assert rows(tmp_path / "resumed") == rows(tmp_path / "lower")
     (problem,) = runs(tmp_path / "stop", *said, "stage.guard.action=stop")
     assert "actor/entropy" in problem and "stage.guard.min_entropy=99" in problem
+    assert latest(tmp_path / "stop") == 1 and rows(tmp_path / "stop")[-1]["actor/entropy"] < 99
 
 
 def test_adapters_alone_learn(runs, beginner, digits, run, tmp_path):

@@ -97,7 +97,7 @@ def test_it_was_a_run_worth_comparing(single):
 
 def test_a_layout_resumes_another_bit_for_bit(runs, beginner, digits, judged_by, tmp_path):
     """Of one layout to the last bit, of another to rounding; the checkpoint has every role that is trained."""
-    said = words(beginner, digits, *FIVE, *judged_by, RANKS4, TP2, "layout=split")
+    said = words(beginner, digits, *FIVE, *judged_by, RANKS4, TP2, "layout=hybrid", "logging.log_params_norm=true")
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     assert runs(whole, *said) == []
     assert runs(resumed, *said, "train.exit_interval=3") == []
@@ -110,8 +110,8 @@ def test_a_layout_resumes_another_bit_for_bit(runs, beginner, digits, judged_by,
     assert not {name: d for name, d in found.items() if d}
     assert any(name.startswith("critic.decoder") for name in found)
     assert any(name.startswith("critic.optimizer.state.exp_avg.") for name in found)
-    other = words(beginner, digits, *FIVE, *judged_by)
-    assert runs(tmp_path / "other", *other, "cluster.nproc_per_node=2", TP2, "layout=colocated") == []
+    other = words(beginner, digits, *FIVE, *judged_by, "logging.log_params_norm=true")
+    assert runs(tmp_path / "other", *other, "cluster.nproc_per_node=2", "layout=split") == []
     assert_close(tmp_path / "other", whole)
 
 
@@ -136,6 +136,8 @@ def test_layouts_that_cannot_be(runs, beginner, digits, tmp_path):
     assert "ranks 3 of 4 have no role" in problems("layout.actor.ranks=0-2")
     assert "other ranks than 0 to 3" in problems("layout.critic.ranks=2-4")
     assert "'x' is no rank" in problems("layout.critic.ranks=x")
+    found = problems("layout.bucket_megabytes=0", "layout.critic.tensor_model_parallel_size=0")
+    assert "layout.bucket_megabytes=0" in found and "layout.critic.tensor_model_parallel_size=0" in found
     found = problems("layout.actor.ranks=0-1", "layout.critic.ranks=2-3", "layout.critic.tensor_model_parallel_size=3")
     assert "layout.critic: on 2 ranks" in found and "3" in found
 

@@ -64,8 +64,8 @@ def _watch(seen: dict[str, Any]) -> None:
     )  # fmt: skip
     role_at_work: list[str] = []
 
-    def watched_sampled(self, draws, numbers):
-        answers = sampled(self, draws, numbers)
+    def watched_sampled(self, draws, numbers, timing):
+        answers = sampled(self, draws, numbers, timing)
         seen["answers"].append([
             {"prompt": answers.prompts[n].tokens, "tokens": answers.completions[n].tokens,
              "log_probs": answers.completions[n].log_probs, "finished": answers.completions[n].finished,

@@ -4,6 +4,7 @@ Legend: n answers, t tokens of the longest, g prompts, k answers to each; those 
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +23,7 @@ class Answer(NamedTuple):
     weight: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Answers:
     """Sequences by their number. prompts: of each answer; completions: likewise; draws: the number of the prompt in the
     order in which the run has drawn them."""
@@ -34,14 +35,15 @@ class Answers:
     def __len__(self) -> int:
         return len(self.completions)
 
-    @property
+    @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens of prompt and answer, int [n]."""
-        return np.array([len(p.tokens) for p in self.prompts]) + self.answer_lengths
+        return np.array([len(p.tokens) for p in self.prompts], dtype=np.int64) + self.answer_lengths
 
-    @property
+    @cached_property
     def answer_lengths(self) -> np.ndarray:
-        return np.array([len(completion.tokens) for completion in self.completions])
+        """int [n]."""
+        return np.array([len(completion.tokens) for completion in self.completions], dtype=np.int64)
 
     def __getitem__(self, number: int) -> Answer:
         prompt, answer = self.prompts[number].tokens, self.completions[number].tokens

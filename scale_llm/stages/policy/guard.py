@@ -1,6 +1,5 @@
 """Watches for signs that a reward is being gamed."""
 
-from scale_llm.config.errors import UserError
 from scale_llm.config.policy import GuardAction, GuardConfig
 
 LIMITS = {
@@ -21,13 +20,14 @@ def broken_limits(guard: GuardConfig, metrics: dict[str, float]) -> list[str]:
     return found
 
 
-def act(guard: GuardConfig, broken: list[str]) -> float:
-    """What the actor's learning rate is to be multiplied by.
+REMEDY = "look at transcripts.jsonl; raise the limit, stage.kl_coef or stage.kl_loss_coef, or lower optim.lr"
 
-    Raises:
-        UserError: the run is to stop.
-    """
-    if broken and guard.action is GuardAction.stop:
-        remedy = "look at transcripts.jsonl; raise the limit, stage.kl_coef or stage.kl_loss_coef, or lower optim.lr"
-        raise UserError([f"{sentence}; {remedy}" for sentence in broken])
-    return 0.5 if broken and guard.action is GuardAction.lower_lr else 1.0
+
+def stops(guard: GuardConfig, broken: list[str]) -> tuple[str, ...]:
+    """Why the run is to end, if it is."""
+    return tuple(f"{sentence}; {REMEDY}" for sentence in broken) if guard.action is GuardAction.stop else ()
+
+
+def rate_factor(guard: GuardConfig, *, broken: bool, before: bool) -> float:
+    """What the actor's learning rate is to be multiplied by. before: a limit was broken in the iteration before too."""
+    return 0.5 if broken and not before and guard.action is GuardAction.lower_lr else 1.0

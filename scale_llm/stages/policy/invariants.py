@@ -2,11 +2,35 @@
 
 import torch
 
+from scale_llm.config.errors import UserError
 from scale_llm.config.precision import PrecisionConfig
 from scale_llm.config.run import RunConfig
 from scale_llm.config.stage import StageConfig
 from scale_llm.losses.policy import kl_k3
 from scale_llm.stages.policy.metrics import mean_kl
+
+
+class BrokenInvariant(RuntimeError):
+    """A fault of the program or of what lies under it, not of the user's words."""
+
+
+ROLE_OF = {"old_log_probs": "actor", "reference_log_probs": "reference", "old_values": "critic"}
+
+
+def check_finite(tables: dict[str, torch.Tensor], scores: torch.Tensor) -> None:
+    """Every role has given numbers; on all ranks alike, as the tables are.
+
+    Raises:
+        UserError: with the roles that have not.
+    """
+    bad = [role for name, role in ROLE_OF.items() if name in tables and not tables[name].isfinite().all()]
+    bad += [] if scores.isfinite().all() else ["reward"]
+    if bad:
+        raise UserError([
+            f"{role}: gives numbers that are none (nan or infinite) for answers of this iteration; the last checkpoint "
+            "is from before: lower its learning rate, set optim.clip_grad, or look at the checkpoint that it came from"
+            for role in bad
+        ])  # fmt: skip
 
 
 def limit_of(precision: PrecisionConfig) -> float:
@@ -19,14 +43,14 @@ def check_reference(cfg: RunConfig, mask: torch.Tensor, tables: dict[str, torch.
     numbers of other tokens may have the same mean).
 
     Raises:
-        RuntimeError: it is not.
+        BrokenInvariant: it is not.
     """
     if "reference_log_probs" not in tables or _moved(cfg.stage, cfg):
         return
     kl, limit = mean_kl(mask, tables), limit_of(cfg.precision)
     k3 = float(kl_k3((tables["old_log_probs"] - tables["reference_log_probs"])[mask].double()).mean())
     if abs(kl) > limit or k3 > limit:
-        raise RuntimeError(
+        raise BrokenInvariant(
             f"before the first update the KL of the actor to the reference is {kl:.3g} nats a token, by k3 {k3:.3g}, "
             f"where it must be 0 (within {limit:g}): they are not the same model, or their numbers are of other tokens"
         )
@@ -36,11 +60,11 @@ def check_first_ratio(cfg: RunConfig, metrics: dict[str, float]) -> None:
     """In an iteration's first step the policy is the one that the old log-probabilities are of.
 
     Raises:
-        RuntimeError: it is not.
+        BrokenInvariant: it is not.
     """
     kl, limit = metrics["actor/ppo_kl"], limit_of(cfg.precision)
     if abs(kl) > limit or abs(metrics["actor/ratio"] - 1) > limit:
-        raise RuntimeError(
+        raise BrokenInvariant(
             f"in the first step of an iteration the ratio of new to old policy is {metrics['actor/ratio']:.9g}, the KL "
             f"{kl:.3g}: they must be 1 and 0 (within {limit:g})"
         )

@@ -7,9 +7,8 @@ from scale_llm.stages.policy.estimate import Estimate
 
 
 def table_metrics(
-    answers: Answers, mask: torch.Tensor, scores: torch.Tensor, found: Estimate, tables: dict[str, torch.Tensor],
-    max_new_tokens: int,
-) -> dict[str, float]:  # fmt: skip
+    answers: Answers, mask: torch.Tensor, scores: torch.Tensor, found: Estimate, tables: dict[str, torch.Tensor]
+) -> dict[str, float]:
     """mask: bool [n, t]. scores: [n]. tables: [n, t], `old_log_probs`, `sampled_log_probs`, and `reference_log_probs`
     and `old_values` where the stage has them."""
     lengths = torch.from_numpy(answers.answer_lengths).float()

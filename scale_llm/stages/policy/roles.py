@@ -1,17 +1,14 @@
 """The models of a run, each on its own mesh."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch.distributed as dist
 
 from scale_llm.checkpoint.written import written_config
 from scale_llm.config.checkpoint_files import latest_checkpoint
 from scale_llm.config.roles import TRAINED_ROLES, layout_of, load_of, ranks_of, role_config, roles_of
 from scale_llm.config.run import RunConfig
 from scale_llm.engine.engine import Engine
+from scale_llm.engine.offload import on_device
 from scale_llm.parallel.mesh import Mesh, MeshSizes, build_mesh
 from scale_llm.stages.context import RunContext, mesh_sizes
 from scale_llm.stages.run_state import load_weights
@@ -32,17 +29,9 @@ class Role:
     def is_here(self) -> bool:
         return self.engine is not None
 
-    @contextmanager
-    def at_work(self) -> Iterator[None]:
-        """The model is on the device inside, and in host memory after it where the layout says so."""
-        if self.engine is None or not (self.offloads and self.engine.is_away):
-            yield
-            return
-        self.engine.onload()
-        try:
-            yield
-        finally:
-            self.engine.offload()
+    def at_work(self):
+        """A context in which the model is on the device, and after which it is in host memory where it was before."""
+        return on_device([self.engine])
 
     @property
     def speaks(self) -> bool:
@@ -54,15 +43,15 @@ class Role:
 class Meshes:
     """Meshes of the job by their shape, each made once."""
 
-    def __init__(self, backend: str):
-        self._backend = backend
+    def __init__(self, backend: str, timeout_minutes: float):
+        self._backend, self._timeout_minutes = backend, timeout_minutes
         self._made: dict[tuple[MeshSizes, tuple[int, ...]], Mesh | None] = {}
 
     def __call__(self, sizes: MeshSizes, ranks: tuple[int, ...]) -> Mesh | None:
         """A collective of the whole job. None on ranks outside."""
         key = (sizes, ranks)
         if key not in self._made:
-            self._made[key] = build_mesh(sizes, self._backend, ranks)
+            self._made[key] = build_mesh(sizes, self._backend, ranks, self._timeout_minutes)
         return self._made[key]
 
 
@@ -71,7 +60,7 @@ def build_roles(run: RunContext) -> dict[str, Role]:
 
     A collective of the whole job.
     """
-    meshes, found = Meshes(run.device.backend), {}
+    meshes, found = Meshes(run.device.backend, run.cfg.parallel.distributed_timeout_minutes), {}
     for name in roles_of(run.cfg):
         found[name] = _build(run, name, meshes)
         if name not in ("actor", "rollout"):
@@ -89,6 +78,7 @@ def _build(run: RunContext, name: str, meshes: Meshes) -> Role:
     if mesh is not None:
         part = RunContext(cfg, run.device, mesh, run.prepared)
         engine = Engine(cfg, mesh, run.device, vocab_size=part.vocab_size, trainable=name in TRAINED_ROLES)
+        assert name != "reward" or not engine.modules[-1].is_language_model, "validated: it gives a number"
     return Role(name, cfg, ranks, part, engine, layout_of(run.cfg, name).offload)
 
 
@@ -96,10 +86,3 @@ def _path(cfg: RunConfig, role: str) -> Path:
     found = latest_checkpoint(load_of(cfg, role) or "")
     assert found is not None, "validated"
     return found[1]
-
-
-def first_rank_tells(role: Role, value):
-    """What the role's first rank has, on every rank of the job."""
-    told = [value]
-    dist.broadcast_object_list(told, src=role.ranks[0])
-    return told[0]

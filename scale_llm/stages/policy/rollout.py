@@ -1,34 +1,15 @@
-"""Prompts in their order, and what the policy answers to them."""
-
-import numpy as np
-import torch.distributed as dist
+"""What the policy answers to prompts."""
 
 from scale_llm.config.policy import PolicyStageConfig
-from scale_llm.config.run import RunConfig
-from scale_llm.data.chat.prompts import Prompt
-from scale_llm.data.sequence_stream import SingleStream
 from scale_llm.data.tokenizer import Tokenizer
 from scale_llm.engine.generation.generator import Generator
 from scale_llm.engine.generation.samples import Completion, SamplingParams
 from scale_llm.stages.context import RunContext
 from scale_llm.stages.generate import seed_of
 from scale_llm.stages.policy.answers import Answers, gathered
+from scale_llm.stages.policy.prompts import Draws
 from scale_llm.stages.policy.roles import Role
-
-
-class Draws:
-    """Prompts by their place in the order in which a run draws them: shuffled anew every epoch."""
-
-    def __init__(self, cfg: RunConfig, prompts: list[Prompt], numbers: np.ndarray, *, shuffle: bool = True):
-        """numbers: of the prompts that are drawn."""
-        self._prompts, self._numbers = prompts, numbers
-        self._stream = SingleStream(len(numbers), seed=cfg.train.seed, shuffle=shuffle)
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def __getitem__(self, draw: int) -> Prompt:
-        return self._prompts[int(self._numbers[self._stream.sample(draw)[0]])]
+from scale_llm.stages.policy.timing import WAIT, Timing
 
 
 class Rollout:
@@ -54,32 +35,39 @@ class Rollout:
                 decode=tokenizer.decode if stage.stop_strings else None,
             )  # fmt: skip
 
-    def sampled(self, draws: Draws, numbers: list[int]) -> Answers:
-        """So many answers to each of these draws as the stage asks for."""
-        return self._answers(draws, numbers, self._each, self.params)
+    def sampled(self, draws: Draws, numbers: list[int], timing: Timing) -> Answers:
+        """So many answers to each of these draws as the stage asks for. A collective of the whole job."""
+        return self._answers(draws, numbers, self._each, self.params, timing)
 
     def likeliest(self, draws: Draws, numbers: list[int]) -> Answers:
-        """One to each."""
-        return self._answers(draws, numbers, 1, self._greedy)
+        """One to each, likewise."""
+        return self._answers(draws, numbers, 1, self._greedy, Timing())
 
-    def _answers(self, draws: Draws, numbers: list[int], each: int, params: SamplingParams) -> Answers:
+    def ended_by_string(self, answers: Answers) -> int:
+        """How many ended with one of stage.stop_strings."""
+        finished = [completion for completion in answers.completions if completion.finished]
+        return sum(completion.tokens[-1] not in self.params.stop for completion in finished)
+
+    def _answers(
+        self, draws: Draws, numbers: list[int], each: int, params: SamplingParams, timing: Timing
+    ) -> Answers:  # fmt: skip
         asked = [number for number in numbers for _ in range(each)]
         prompts = [draws[number] for number in asked]
-        made: dict[int, Completion] = {}
-        if self._generator is not None:
-            mesh = self._role.run.mesh
-            mine = list(range(mesh.dp_rank, len(asked), mesh.sizes.dp))
-            found = self._generator.generate(
-                [prompts[place].tokens for place in mine], params,
-                [seed_of(self._seed, asked[place], place % each) for place in mine],
-            )  # fmt: skip
-            self._generator.release()
-            if self._role.speaks and mesh.cp_rank == 0:
-                made = dict(zip(mine, found, strict=True))
-        together = gathered(made, self._group)
+        with timing.part("gen"), self._role.at_work():
+            made = self._made([prompt.tokens for prompt in prompts], asked, each, params)
+        with timing.part(WAIT):
+            together = gathered(made, self._group)
         return Answers(prompts, [together[place] for place in range(len(asked))], asked)
 
-
-def writes() -> bool:
-    """Whether this rank writes what one rank must write."""
-    return dist.get_rank() == dist.get_world_size() - 1
+    def _made(
+        self, prompts: list[list[int]], asked: list[int], each: int, params: SamplingParams
+    ) -> dict[int, Completion]:
+        """Of this replica, by their place, on the rank that speaks for it."""
+        if self._generator is None:
+            return {}
+        mesh = self._role.run.mesh
+        mine = list(range(mesh.dp_rank, len(asked), mesh.sizes.dp))
+        seeds = [seed_of(self._seed, asked[place], place % each) for place in mine]
+        found = self._generator.generate([prompts[place] for place in mine], params, seeds)
+        self._generator.release()
+        return dict(zip(mine, found, strict=True)) if self._role.speaks and mesh.cp_rank == 0 else {}

@@ -1,7 +1,6 @@
 """The stage that the loop drives for stage=ppo and stage=grpo."""
 
 import time
-from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -9,11 +8,11 @@ import torch
 import torch.distributed as dist
 
 from scale_llm.config.errors import UserError
-from scale_llm.config.policy import GROUPED, KlCtrlType, PolicyStageConfig, PpoConfig
+from scale_llm.config.policy import KlCtrlType, PolicyStageConfig, PpoConfig
 from scale_llm.data.chat.examples import split_indices
 from scale_llm.data.chat.prompts import load_prompts
 from scale_llm.data.tokenizer import Tokenizer
-from scale_llm.engine.engine import Engine, StepResult
+from scale_llm.engine.engine import Engine, Loss, StepResult
 from scale_llm.engine.movement import Movement
 from scale_llm.losses.advantages import AdaptiveKL
 from scale_llm.stages.base import Evaluation
@@ -21,13 +20,15 @@ from scale_llm.stages.context import RunContext
 from scale_llm.stages.policy import guard
 from scale_llm.stages.policy.answers import Answers, shared
 from scale_llm.stages.policy.batches import Batch, fill
-from scale_llm.stages.policy.estimate import estimate, groups_without_signal, token_weights, with_length
-from scale_llm.stages.policy.invariants import check_reference
+from scale_llm.stages.policy.estimate import estimate, token_weights, with_length
+from scale_llm.stages.policy.experience import Experience
+from scale_llm.stages.policy.invariants import BrokenInvariant, check_finite, check_reference
 from scale_llm.stages.policy.metrics import table_metrics
-from scale_llm.stages.policy.roles import build_roles
-from scale_llm.stages.policy.rollout import Draws, Rollout, writes
-from scale_llm.stages.policy.scoring import Scorer, Scores
-from scale_llm.stages.policy.timing import WAIT, Timing, slowest
+from scale_llm.stages.policy.prompts import Draws
+from scale_llm.stages.policy.roles import Role, build_roles
+from scale_llm.stages.policy.rollout import Rollout
+from scale_llm.stages.policy.scoring import Scorer
+from scale_llm.stages.policy.timing import PREFIX, WAIT, Timing, over_ranks
 from scale_llm.stages.policy.transcripts import Transcripts
 from scale_llm.stages.policy.updates import (
     VALUES_FN,
@@ -40,8 +41,11 @@ from scale_llm.stages.policy.updates import (
 
 Tables = dict[str, torch.Tensor]
 
-UNMOVED = StepResult({}, 0.0, None, 0.0, 1.0, skipped=False)
-"""Of an actor that an iteration does not train."""
+TABLES_OF = {
+    "actor": ("old_log_probs", "advantages", "weights", "shares", "reference_log_probs", "sampled_log_probs"),
+    "critic": ("old_values", "returns"),
+}
+"""What the loss of a role reads."""
 
 
 class PolicyStage:
@@ -59,14 +63,20 @@ class PolicyStage:
             self.engines["critic"] = self._roles["critic"].engine
         tokenizer = Tokenizer.load(run.prepared.tokenizer_path, cfg.tokenizer.eod_token)
         prompts = load_prompts(run.prepared)
-        self._draws = Draws(cfg, prompts, split_indices(len(prompts), cfg.data.split, "train"))
+        draws = Draws(cfg, prompts, split_indices(len(prompts), cfg.data.split, "train"))
+        if not len(draws):
+            raise UserError(
+                f"data.split={cfg.data.split}: leaves none of {len(prompts)} prompts for training; give more"
+            )
         held_out = split_indices(len(prompts), cfg.data.split, "validation")
         self._held_out = Draws(cfg, prompts, held_out, shuffle=False) if len(held_out) else None
         self._rollout = Rollout(run, self._roles.get("rollout", self._roles["actor"]), tokenizer)
         self._scorer = Scorer(run, self._roles.get("reward"), tokenizer)
-        self._transcripts = Transcripts(cfg.run_dir, stage.num_samples, tokenizer, self._scorer, writes=writes())
+        self._experience = Experience(stage, draws, self._rollout, self._scorer)
+        writes = dist.get_rank() == dist.get_world_size() - 1  # as the Reporter
+        self._transcripts = Transcripts(cfg.run_dir, stage.num_samples, tokenizer, self._scorer, writes=writes)
         self._movement: Movement | None = None
-        self._iteration = self._drawn = 0
+        self._iteration, self._was_broken = 0, False
         self._kl = AdaptiveKL(stage.kl_coef, stage.kl_ctrl.target_kl, stage.kl_ctrl.horizon)
         self._rate = 1.0  # of the configured learning rate of the actor
 
@@ -86,14 +96,19 @@ class PolicyStage:
         return self.evaluate() if fresh else Evaluation()
 
     def step(self, consumed_samples: int, global_batch_size: int) -> StepResult:
-        """One iteration: as many prompts answered, judged and learnt from."""
+        """One iteration: as many prompts are answered, judged and learnt from."""
         began, timing = time.perf_counter(), Timing()
         remarks: list[str] = []
-        answers, scores = self._experience(global_batch_size, timing, remarks)
-        mask, stage = answers.mask(), self._stage
-        parts = {name: parts_of(role, stage, answers) for name, role in self._roles.items()
-                 if role.is_here and name in ("actor", "reference", "critic")}  # fmt: skip
+        stage = self._stage
+        answers, scores = self._experience.of_prompts(global_batch_size, timing, remarks)
+        mask = answers.mask()
+        parts = {
+            name: parts_of(role, stage, answers)
+            for name, role in self._roles.items()
+            if role.is_here and name in ("actor", "reference", "critic")
+        }
         tables = self._looked_at(answers, parts, timing)
+        check_finite(tables, scores.totals)
         with timing.part("adv"):
             totals = with_length(stage, scores.totals, torch.from_numpy(answers.answer_lengths))
             found = estimate(
@@ -102,78 +117,75 @@ class PolicyStage:
             )  # fmt: skip
             tables["advantages"], tables["returns"] = found.advantages, found.returns
             tables["weights"], tables["shares"] = token_weights(stage, mask)
-        metrics = table_metrics(answers, mask, totals, found, tables, stage.max_new_tokens)
-        metrics["critic/kl_coef"] = self._kl.coefficient
-        metrics["reward/failed"] = float(scores.failed)
-        metrics |= {f"reward/{name}/mean": float(values.mean()) for name, values in scores.parts.items()}
+        metrics = {
+            **table_metrics(answers, mask, totals, found, tables),
+            "critic/kl_coef": self._kl.coefficient,
+            "actor/lr_factor": self._rate,
+            "reward/failed": float(scores.failed),
+            **{f"reward/{name}/mean": float(values.double().mean()) for name, values in scores.parts.items()},
+        }
         if self._iteration == 0:
             check_reference(self._run.cfg, mask, tables)
-        teaches = bool(found.advantages.any()) or self._pulled
-        results = self._update(parts, tables, global_batch_size, timing, with_actor=teaches)
-        moved = self._move(timing)
-        told: list[Any] = [None] * dist.get_world_size()
-        with timing.part(WAIT):
-            dist.all_gather_object(told, results, group=self._group)
-        together: dict[str, StepResult] = {}
-        for part in told:
-            together |= {name: result for name, result in part.items() if name not in together}
-        for result in together.values():
-            metrics |= result.metrics
+            remarks += self._stop_strings(answers)
+        teaches = bool(found.advantages.any()) or self._is_pulled
+        results = self._together(self._update(parts, tables, global_batch_size, timing, with_actor=teaches), timing)
+        if "actor" in results:
+            metrics |= self._move(timing)
+        metrics |= {name: value for result in results.values() for name, value in result.metrics.items()}
         self._follow_kl(mask, tables, len(answers))
         self._iteration += 1
-        remarks += [f"reward: {text} ({times} times)" for text, times in sorted(scores.errors.items())]
         broken = guard.broken_limits(stage.guard, metrics)
-        self._set_rate(self._rate * guard.act(stage.guard, broken))
-        texts = self._transcripts.add(self._iteration, answers, scores, found.advantages)
-        timing.seconds["step"] = seconds = time.perf_counter() - began
-        dist.all_gather_object(told, timing.seconds, group=self._group)
-        metrics |= slowest(told)
+        self._set_rate(self._rate * guard.rate_factor(stage.guard, broken=bool(broken), before=self._was_broken))
+        self._was_broken = bool(broken)
+        remarks += [f"reward: {text} ({times} times)" for text, times in sorted(scores.errors.items())] + broken
+        texts = self._transcripts.add(self._iteration, answers, totals, scores.parts, found.advantages)
         tokens = int(answers.lengths.sum())
-        metrics["perf/throughput"] = tokens / seconds / dist.get_world_size()
-        if moved is not None:
-            metrics["perf/weights_bytes_per_second"] = moved
-        actor = together.get("actor") or UNMOVED
+        metrics |= self._times(timing, time.perf_counter() - began, tokens)
+        actor = results.get("actor") or self._unmoved()
         # The actor's loss first: the loop looks at the first loss
-        ordered = dict(sorted(metrics.items(), key=lambda item: not item[0].startswith("actor/pg_loss")))
-        return replace(
-            actor, metrics=ordered, tokens=tokens, remarks=(*remarks, *broken), texts=texts
-        )  # fmt: skip
+        ordered = dict(sorted(metrics.items(), key=lambda item: item[0] != "actor/pg_loss"))
+        stop = guard.stops(stage.guard, broken)
+        return replace(actor, metrics=ordered, tokens=tokens, remarks=tuple(remarks), texts=texts, stop=stop)
 
-    def _experience(self, size: int, timing: Timing, remarks: list[str]) -> tuple[Answers, Scores]:
-        """Answers to `size` prompts with their scores; with filter_groups of prompts that tell answers apart."""
-        stage, each = self._stage, self._stage.num_generations_per_prompt
-        kept: tuple[Answers, Scores] | None = None
-        for _ in range(stage.max_num_gen_batches if stage.filter_groups else 1):
-            numbers = list(range(self._drawn, self._drawn + size))
-            self._drawn += size
-            with timing.part("gen"), self._roles.get("rollout", self._roles["actor"]).at_work():
-                answers = self._rollout.sampled(self._draws, numbers)
-            with timing.part("reward"):
-                scores = self._scorer(answers)
-            flat = groups_without_signal(scores.totals, each)
-            if not stage.filter_groups:
-                if stage.adv_estimator in GROUPED and bool(flat.all()):
-                    remarks.append(
-                        f"all {each} answers to each of {size} prompts have the same reward: there is no signal in "
-                        "this iteration; look at transcripts.jsonl, raise stage.temperature, or set "
-                        "stage.filter_groups=true"
-                    )
-                return answers, scores
-            kept = _joined(kept, _of_groups(answers, scores, (~flat).nonzero()[:, 0].tolist(), each))
-            groups = len(kept[0]) // each
-            if groups >= size:
-                return _of_groups(*kept, list(range(size)), each)
-        if kept is None or not len(kept[0]):
-            raise UserError(
-                f"stage.filter_groups=true: of {stage.max_num_gen_batches} batches of {size} prompts none has answers "
-                f"of different rewards; look at {self._run.cfg.run_dir}/transcripts.jsonl, change the reward or "
-                "the prompts, raise stage.temperature, or train the policy on answers first (stage=sft)"
-            )
-        remarks.append(
-            f"stage.max_num_gen_batches={stage.max_num_gen_batches}: {len(kept[0]) // each} of {size} prompts have "
-            "answers of different rewards; the step is of these"
-        )
-        return kept
+    def _stop_strings(self, answers: Answers) -> list[str]:
+        """Said once, of the first answers."""
+        strings = self._stage.stop_strings
+        if not strings or self._rollout.ended_by_string(answers):
+            return []
+        return [f"stage.stop_strings={strings}: none of them has ended any of the first {len(answers)} answers"]
+
+    def _together(self, mine: dict[str, StepResult | list[str]], timing: Timing) -> dict[str, StepResult]:
+        """What every role's first rank has found, on all ranks.
+
+        Raises:
+            UserError: on all ranks: what any role has found wrong.
+        """
+        told: list[Any] = [None] * dist.get_world_size(self._group)
+        with timing.part(WAIT):
+            dist.all_gather_object(told, mine, group=self._group)
+        found: dict[str, StepResult] = {}
+        problems: list[str] = []
+        for name, result in (pair for part in told for pair in part.items()):
+            if isinstance(result, list):
+                problems += result
+            else:
+                found.setdefault(name, result)
+        if problems:
+            raise UserError(list(dict.fromkeys(problems)))
+        return found
+
+    def _times(self, timing: Timing, seconds: float, tokens: int) -> dict[str, float]:
+        timing.seconds["step"] = seconds
+        told: list[Any] = [None] * dist.get_world_size(self._group)
+        dist.all_gather_object(told, timing.seconds, group=self._group)
+        metrics = over_ranks(told)
+        metrics["perf/throughput"] = tokens / metrics[f"{PREFIX}step"] / len(told)
+        return metrics
+
+    def _unmoved(self) -> StepResult:
+        """Of an actor that an iteration does not train."""
+        rate = 0.0 if self.engine is None else self.engine.learning_rate
+        return StepResult({}, 0.0, None, rate, 1.0, skipped=False)
 
     def _looked_at(self, answers: Answers, parts: dict[str, list[list[Batch]]], timing: Timing) -> Tables:
         """What actor, reference and critic say of every token before the update."""
@@ -199,45 +211,50 @@ class PolicyStage:
 
     def _update(
         self, parts: dict[str, list[list[Batch]]], tables: Tables, samples: int, timing: Timing, *, with_actor: bool
-    ) -> dict[str, StepResult]:
-        """Of the roles whose models lie here in part."""
-        found, stage = {}, self._stage
-        critic, actor = self._roles.get("critic"), self._roles["actor"]
+    ) -> dict[str, StepResult | list[str]]:
+        """Of the roles whose models lie here in part: the means of their optimizer steps, or problems."""
+        found: dict[str, StepResult | list[str]] = {}
+        critic, actor, stage = self._roles.get("critic"), self._roles["actor"], self._stage
         if critic is not None and critic.is_here:
             assert isinstance(stage, PpoConfig)
-            wanted = {name: tables[name] for name in ("old_values", "returns")}
             with timing.part("update_critic"), critic.at_work():
-                found["critic"] = train(
-                    critic, parts["critic"], wanted, value_loss_of(stage), epochs=stage.ppo_epochs, samples=samples
-                )
-        if actor.is_here and with_actor and not self._warming_up():
-            names = ("old_log_probs", "advantages", "weights", "shares", "reference_log_probs", "sampled_log_probs")
-            wanted = {name: tables[name] for name in names if name in tables}
+                found["critic"] = self._trained(critic, parts, tables, value_loss_of(stage), samples)
+        if actor.is_here and with_actor and not self._is_warming_up:
             with timing.part("update_actor"), actor.at_work():
-                found["actor"] = train(
-                    actor, parts["actor"], wanted, policy_loss_of(actor, stage), epochs=stage.ppo_epochs,
-                    samples=samples,
-                )  # fmt: skip
+                found["actor"] = self._trained(actor, parts, tables, policy_loss_of(actor, stage), samples)
         return found
 
+    def _trained(
+        self, role: Role, parts: dict[str, list[list[Batch]]], tables: Tables, loss: Loss, samples: int
+    ) -> StepResult | list[str]:
+        """Ranks of other roles do not see what goes wrong here and must not be left waiting: it is told, not raised."""
+        wanted = {name: tables[name] for name in TABLES_OF[role.name] if name in tables}
+        try:
+            return train(role, parts[role.name], wanted, loss, epochs=self._stage.ppo_epochs, samples=samples)
+        except UserError as error:
+            return error.problems
+        except BrokenInvariant as error:
+            return [str(error)]
+
     @property
-    def _pulled(self) -> bool:
+    def _is_pulled(self) -> bool:
         """Whether anything but advantages moves the actor. Without either its gradient is 0, and the optimizer's
         momentum and weight decay would move it all the same."""
         return bool(self._stage.kl_loss_coef or self._stage.entropy_coeff)
 
-    def _warming_up(self) -> bool:
+    @property
+    def _is_warming_up(self) -> bool:
         return isinstance(self._stage, PpoConfig) and self._iteration < self._stage.critic_warmup
 
-    def _move(self, timing: Timing) -> float | None:
-        """The actor's new weights to the rollout's model; bytes per second."""
-        if self._movement is None or self._warming_up():
-            return None
-        with timing.part("weights"), ExitStack() as stack:
-            for name in ("actor", "rollout"):
-                stack.enter_context(self._roles[name].at_work())
+    def _move(self, timing: Timing) -> dict[str, float]:
+        """The actor's new weights to the rollout's model, where it has one of its own."""
+        if self._movement is None:
+            return {}
+        with timing.part(WAIT):  # not for the movement's account
+            dist.barrier(self._group)
+        with timing.part("weights"), self._roles["actor"].at_work(), self._roles["rollout"].at_work():
             moved = self._movement.run()
-        return moved.total_bytes / moved.seconds
+        return {"perf/weights_bytes_per_second": moved.total_bytes / moved.seconds}
 
     def _follow_kl(self, mask: torch.Tensor, tables: Tables, count: int) -> None:
         if self._stage.kl_ctrl.type is not KlCtrlType.adaptive:
@@ -256,49 +273,29 @@ class PolicyStage:
         if self._held_out is None or not cfg.train.eval_iters:
             return Evaluation()
         count = min(len(self._held_out), cfg.train.eval_iters * cfg.train.global_batch_size)
-        with self._roles.get("rollout", self._roles["actor"]).at_work():
-            answers = self._rollout.likeliest(self._held_out, list(range(count)))
+        answers = self._rollout.likeliest(self._held_out, list(range(count)))
         scores = self._scorer(answers)
         metrics = {
             "critic/score/mean validation": float(scores.totals.double().mean()),
             "response_length/mean validation": float(answers.answer_lengths.mean()),
         }
-        return Evaluation({**metrics, **{
-            f"reward/{name}/mean validation": float(values.double().mean()) for name, values in scores.parts.items()
-        }})  # fmt: skip
+        parts = {f"reward/{name}/mean validation": float(v.double().mean()) for name, v in scores.parts.items()}
+        remarks = [f"reward: {text} ({times} times)" for text, times in sorted(scores.errors.items())]
+        return Evaluation({**metrics, **parts}, remarks=remarks)
 
     def state(self) -> dict[str, Any]:
         return {
             "iteration": self._iteration,
-            "drawn_prompts": self._drawn,
+            "drawn_prompts": self._experience.drawn,
             "kl_coef": self._kl.coefficient,
             "learning_rate_factor": self._rate,
+            "limit_broken": self._was_broken,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self._iteration, self._drawn = state["iteration"], state["drawn_prompts"]
+        self._iteration, self._was_broken = state["iteration"], state["limit_broken"]
+        self._experience.drawn = state["drawn_prompts"]
         self._kl.coefficient, self._rate = state["kl_coef"], state["learning_rate_factor"]
 
     def close(self) -> None:
         self._transcripts.close()
-
-
-def _of_groups(answers: Answers, scores: Scores, groups: list[int], each: int) -> tuple[Answers, Scores]:
-    """The answers to some of the prompts."""
-    numbers = [group * each + place for group in groups for place in range(each)]
-    parts = {name: values[numbers] for name, values in scores.parts.items()}
-    return answers.chosen(numbers), replace(scores, totals=scores.totals[numbers], parts=parts)
-
-
-def _joined(
-    before: tuple[Answers, Scores] | None, more: tuple[Answers, Scores]
-) -> tuple[Answers, Scores]:  # fmt: skip
-    if before is None:
-        return more
-    (answers, scores), (new, found) = before, more
-    return answers.joined(new), Scores(
-        torch.cat([scores.totals, found.totals]),
-        {name: torch.cat([scores.parts[name], found.parts[name]]) for name in scores.parts},
-        scores.failed + found.failed,
-        {text: scores.errors.get(text, 0) + found.errors.get(text, 0) for text in {**scores.errors, **found.errors}},
-    )

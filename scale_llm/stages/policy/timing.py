@@ -22,7 +22,8 @@ class Timing:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
 
-def slowest(parts: list[dict[str, float]]) -> dict[str, float]:
-    """Of every part the seconds of the rank that took longest."""
+def over_ranks(parts: list[dict[str, float]]) -> dict[str, float]:
+    """Of every part the seconds of the rank that took longest; of waiting, the mean of all ranks."""
     names = dict.fromkeys(name for part in parts for name in part)
-    return {PREFIX + name: max(part.get(name, 0.0) for part in parts) for name in names}
+    found = {PREFIX + name: max(part.get(name, 0.0) for part in parts) for name in names}
+    return {**found, PREFIX + WAIT: sum(part.get(WAIT, 0.0) for part in parts) / len(parts)}

@@ -8,7 +8,7 @@ import torch
 
 from scale_llm.data.tokenizer import Tokenizer
 from scale_llm.stages.policy.answers import Answers
-from scale_llm.stages.policy.scoring import Scorer, Scores
+from scale_llm.stages.policy.scoring import Scorer
 from scale_llm.stages.report import open_rows
 
 FILE = "transcripts.jsonl"
@@ -28,26 +28,30 @@ class Transcripts:
         if self._writes and self._count:
             self._file = open_rows(self._path, iteration)
 
-    def add(self, iteration: int, answers: Answers, scores: Scores, advantages: torch.Tensor) -> dict[str, str]:
-        """Writes an iteration's; returns the text for TensorBoard. advantages: [n, t]."""
+    def add(
+        self, iteration: int, answers: Answers, scores: torch.Tensor, parts: dict[str, torch.Tensor],
+        advantages: torch.Tensor,
+    ) -> dict[str, str]:  # fmt: skip
+        """Writes an iteration's; returns the text for TensorBoard. scores: [n]; parts: of each reward, [n]. advantages:
+        [n, t]."""
         if self._file is None:
             return {}
         each = len(answers) // max(len(set(answers.draws)), 1)
-        rows = [self._row(iteration, answers, scores, advantages, n) for n in range(0, len(answers), each)]
-        rows = rows[: self._count]
+        numbers = range(0, len(answers), each)[: self._count]
+        rows = [self._row(iteration, answers, scores, parts, advantages, number) for number in numbers]
         for row in rows:
             self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
         self._file.flush()
         return {TAG: "\n\n".join(map(markdown, rows))}
 
-    def _row(self, iteration: int, answers: Answers, scores: Scores, advantages: torch.Tensor, number: int) -> dict:
+    def _row(self, iteration: int, answers: Answers, scores, parts, advantages, number: int) -> dict:
         completion = answers.completions[number]
         return {
             "iteration": iteration,
             "prompt": self._tokenizer.decode(answers.prompts[number].tokens),
             "response": self._scorer.text(answers, number),
-            "score": float(scores.totals[number]),
-            "scores": {name: float(values[number]) for name, values in scores.parts.items()},
+            "score": float(scores[number]),
+            "scores": {name: float(values[number]) for name, values in parts.items()},
             "advantage": float(advantages[number, : len(completion.tokens)].mean()),
             "tokens": len(completion.tokens),
             "finished": completion.finished,
