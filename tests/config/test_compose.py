@@ -34,7 +34,7 @@ def test_every_option_composes(group):
 def test_options_are_listed():
     """Adding an option means defending it here."""
     assert {group: options(group) for group in GROUPS} == {
-        "stage": ["dpo", "evaluate", "generate", "pretrain", "reward", "score", "sft"],
+        "stage": ["dpo", "evaluate", "generate", "grpo", "ppo", "pretrain", "reward", "score", "sft"],
         "model": [
             "demo",
             "from_checkpoint",
@@ -53,9 +53,19 @@ def test_options_are_listed():
         "peft": ["dora", "lora", "none", "prompt_tuning", "qlora"],
         "optim": ["adam", "adamw", "sgd"],
         "checkpoint": ["default"],
+        "layout": ["colocated", "hybrid", "split"],
+        "reward": ["default"],
         "logging": ["default", "plain"],
         "cluster": ["local", "local_cpu", "slurm"],
-        "experiment": ["demo_dpo", "demo_evaluate", "demo_pretrain", "demo_reward", "demo_sft"],
+        "experiment": [
+            "demo_dpo",
+            "demo_evaluate",
+            "demo_grpo",
+            "demo_ppo",
+            "demo_pretrain",
+            "demo_reward",
+            "demo_sft",
+        ],
     }
 
 
