@@ -59,9 +59,19 @@ def test_options_are_listed():
         "peft": ["dora", "lora", "none", "prompt_tuning", "qlora"],
         "optim": ["adam", "adamw", "sgd"],
         "checkpoint": ["default"],
+        "layout": ["colocated", "hybrid", "split"],
+        "reward": ["default"],
         "logging": ["default", "plain"],
         "cluster": ["local", "local_cpu", "slurm"],
-        "experiment": ["demo_dpo", "demo_evaluate", "demo_pretrain", "demo_reward", "demo_sft"],
+        "experiment": [
+            "demo_dpo",
+            "demo_evaluate",
+            "demo_grpo",
+            "demo_ppo",
+            "demo_pretrain",
+            "demo_reward",
+            "demo_sft",
+        ],
     }
 
 

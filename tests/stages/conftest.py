@@ -54,7 +54,15 @@ def ranked(sums):
     return sums("ranked.jsonl", row)
 
 
-WAYS_TO_ASK = ("Say {}", "Repeat {}", "Give me a {}", "The digit {} please", "{}", "Again: {}")
+WAYS_TO_ASK = ("{}", "Say {}", "Repeat {}", "Again: {}")
+
+BRIEF_TEMPLATE = """{%- for message in messages -%}
+{%- if message.role == 'assistant' -%}
+{%- generation -%}{{ message.content }}{{ eos_token }}{%- endgeneration -%}
+{%- else -%}{{ message.content + '\\n' }}{%- endif -%}
+{%- endfor -%}
+"""
+"""Answers follow questions after a new line: rows of ten tokens, where the plain template's have twenty-five."""
 
 
 @pytest.fixture(scope="session")
@@ -69,19 +77,28 @@ def digits(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def beginner(runs, base, digits, tmp_path_factory):
-    """Checkpoints of a model that has been told what such answers look like: one in five of them is right."""
-    said = digits.with_name("said.jsonl")
+def beginner(runs, digits, tmp_path_factory):
+    """Checkpoints of a model that answers `digits` with a digit and an end, and with the right one once in about five
+    times: it was told every digit as an answer to every prompt, the right one with three times the weight of another.
+
+    Weights are drawn wider than usual: with 0.02 and 64 channels, the model learns which tokens are answers long before
+    it looks at the prompt, and nothing that a prompt has to do with an answer can be reinforced.
+    """
+    directory = tmp_path_factory.mktemp("beginner")
+    said, template = directory / "said.jsonl", directory / "brief.jinja"
+    template.write_text(BRIEF_TEMPLATE)
     with open(said, "w") as file:
         for way in WAYS_TO_ASK:
             for digit in range(10):
-                for other in range(5):
-                    answer = (digit + 2 * other) % 10
-                    file.write(json.dumps({"prompt": way.format(digit), "response": str(answer)}) + "\n")
-    run = tmp_path_factory.mktemp("beginner") / "run"
-    words = ["stage=sft", "model=from_checkpoint", f"checkpoint.load={base}", f"data.path={said}",
-             "data.split='98,2,0'", "train.train_iters=80", "train.global_batch_size=50", "train.micro_batch_size=50",
-             "train.eval_interval=null", "optim.lr=3e-3", "stage.num_samples=0", "stage.batching=padded",
-             "train.log_interval=20"]  # fmt: skip
-    assert runs(run, *words) == []
-    return run / "checkpoints"
+                for answer in range(10):
+                    row = {"prompt": way.format(digit), "response": str(answer), "weight": 1 + 2 * (answer == digit)}
+                    file.write(json.dumps(row) + "\n")
+    words = ["model.init_method_std=0.1", "train.train_iters=1", "train.eval_iters=0"]
+    assert runs(directory / "drawn", *words) == []
+    words = ["stage=sft", "model=from_checkpoint", f"checkpoint.load={directory / 'drawn' / 'checkpoints'}",
+             f"tokenizer.chat_template={template}", f"data.path={said}", "data.split='100,0,0'",
+             "train.train_iters=100", "train.global_batch_size=100", "train.micro_batch_size=100",
+             "train.eval_interval=null", "train.eval_iters=0", "train.log_interval=50", "optim.lr=3e-3",
+             "optim.lr_decay_style=constant", "stage.num_samples=0", "stage.batching=padded"]  # fmt: skip
+    assert runs(directory / "run", *words) == []
+    return directory / "run" / "checkpoints"
