@@ -1,7 +1,6 @@
 """Whole runs of GRPO: what it writes, what it refuses, how it goes on after an interruption."""
 
 import json
-import math
 
 import pytest
 from support.policy_words import SHORT, words

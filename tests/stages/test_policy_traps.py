@@ -164,7 +164,7 @@ def test_trap_5_a_temperature_that_training_forgets_is_found(run):
     """Old log-probabilities at temperature 1, the update at 0.7: the first ratio is not 1, and the run ends. Without a
     reference, which would have told before."""
     _, (rank,) = run("forgotten", "stage.kl_loss_coef=0", fault="old policy without temperature")
-    assert "in the first step of an iteration the ratio of new to old policy is" in rank["error"]
+    assert "in the first step of an iteration the ratio of new to old policy is" in rank["problems"][0]
 
 
 def test_trap_6_no_dropout_when_a_model_is_looked_at(ranks):
