@@ -137,7 +137,7 @@ def role_layout_problems(cfg: RunConfig) -> list[str]:
     read."""
     if not isinstance(cfg.stage, PolicyStageConfig):
         return []
-    found, ranks = _sizes(cfg.layout), {}
+    found, ranks = size_problems(cfg.layout), {}
     for role in ROLES:
         try:
             ranks[role] = ranks_of(cfg, role)
@@ -160,7 +160,8 @@ def role_layout_problems(cfg: RunConfig) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _sizes(layout: LayoutConfig) -> list[str]:
+def size_problems(layout: LayoutConfig) -> list[str]:
+    """Sizes that are zero or negative."""
     found = []
     if layout.bucket_megabytes <= 0:
         found.append(f"layout.bucket_megabytes={layout.bucket_megabytes}: must be larger than 0; 256 is usual")

@@ -47,12 +47,12 @@ class Movement:
 
     def __init__(
         self, source: Engine | None, target: Engine | None, group: dist.ProcessGroup, host_group: dist.ProcessGroup,
-        *, bucket_bytes: int = BUCKET_BYTES, checksum: bool = False,
+        *, bucket_bytes: int = BUCKET_BYTES, checksum: bool = False, ranks_per_node: int | None = None,
     ):  # fmt: skip
         """Every rank of the job makes it. source, target: None where this rank is not in that mesh.
 
         group: all ranks of the job, on the device's backend; host_group: the same over gloo. bucket_bytes: memory
-        beyond the weights. checksum: `verify` after every movement.
+        beyond the weights. checksum: `verify` after every movement. ranks_per_node: see make_plan.
 
         Raises:
             UserError: on every rank: the engines do not hold the same model, or have adapters.
@@ -66,7 +66,7 @@ class Movement:
         sides = self._gathered((_described(source, held), _described(target, wanted)))
         self._sources = [side.shards for side, _ in sides]
         self._targets = [side.shards for _, side in sides]
-        plan = _planned(sides, self._sources, self._targets, bucket_bytes)
+        plan = _planned(sides, self._sources, self._targets, bucket_bytes, ranks_per_node)
         self._whole, self._bytes = plan.whole, (plan.sent_bytes, plan.total_bytes)
         self._local, *self._buckets = [self._mine(parts) for parts in (plan.local, *plan.buckets)]
         self._held, self._wanted = [_whole_rank(tensor) for tensor in held], [_whole_rank(tensor) for tensor in wanted]
@@ -189,14 +189,16 @@ class Movement:
             torch.cuda.synchronize(self._device)
 
 
-def _planned(sides: list[tuple[_Side, _Side]], sources, targets, bucket_bytes: int) -> Plan:
+def _planned(sides: list[tuple[_Side, _Side]], sources, targets, bucket_bytes: int, ranks_per_node: int | None) -> Plan:
     problems = [text for pair in sides for side in pair for text in side.problems]
     sizes = {side.vocab_size for pair in sides for side in pair} - {None}
     if len(sizes) > 1:
         problems.append(f"moving weights: vocabularies of {sorted(sizes)} tokens; both must be the same model")
     if problems:
         raise UserError(list(dict.fromkeys(problems)))
-    return make_plan(sources, targets, vocab_size=min(sizes, default=0), bucket_bytes=bucket_bytes)
+    return make_plan(
+        sources, targets, vocab_size=min(sizes, default=0), bucket_bytes=bucket_bytes, ranks_per_node=ranks_per_node
+    )
 
 
 def _tensors(engine: Engine | None) -> list[ShardedTensor]:

@@ -103,10 +103,12 @@ class Plan:
 
 
 def make_plan(
-    sources: Sequence[Sequence[Shard]], targets: Sequence[Sequence[Shard]], *, vocab_size: int, bucket_bytes: int
-) -> Plan:
+    sources: Sequence[Sequence[Shard]], targets: Sequence[Sequence[Shard]], *, vocab_size: int, bucket_bytes: int,
+    ranks_per_node: int | None = None,
+) -> Plan:  # fmt: skip
     """sources, targets: the shards of every rank. vocab_size: rows that a padded vocabulary needs at least.
-    bucket_bytes: what a rank sends and receives of one bucket together.
+    bucket_bytes: what a rank sends and receives of one bucket together. ranks_per_node: so many ranks, one behind the
+    other, share a node, between which a part goes only where the node holds it not; None: all do.
 
     Raises:
         UserError: the models differ, or no rank holds some part of a tensor; with the names of all such tensors.
@@ -126,7 +128,7 @@ def make_plan(
                 problems[name] = f"{name}: the source's shards do not cover {box} of the target exactly once"
                 continue
             for common, ranks in found:
-                part = _part(shard, common, ranks, target, sent)
+                part = _part(shard, common, ranks, target, sent, ranks_per_node or len(sources))
                 (plan.local if part.source[0] == part.target[0] else parts).append(part)
     if problems:
         raise UserError([f"moving weights: {text}" for text in problems.values()])
@@ -206,10 +208,14 @@ def _covers(box: Box, parts: list[Box]) -> bool:
     return apart and sum(part.size for part in parts) == box.size
 
 
-def _part(shard: Shard, box: Box, holders: list[tuple[int, int]], target: tuple[int, int], sent: list[int]) -> Part:
-    """From the rank itself where it holds the box, else from the holder that has sent least."""
+def _part(
+    shard: Shard, box: Box, holders: list[tuple[int, int]], target: tuple[int, int], sent: list[int], per_node: int
+) -> Part:
+    """From the rank itself where it holds the box, else from the holder on its node, else from any, that has sent
+    least."""
     own = [holder for holder in holders if holder[0] == target[0]]
-    source = own[0] if own else min(holders, key=lambda holder: sent[holder[0]])
+    node = target[0] // per_node
+    source = own[0] if own else min(holders, key=lambda holder: (holder[0] // per_node != node, sent[holder[0]]))
     count = box.size * shard.item_bytes
     if not own:
         sent[source[0]] += count

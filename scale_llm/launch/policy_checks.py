@@ -10,6 +10,7 @@ from scale_llm.config.run import RunConfig
 from scale_llm.config.validate_files import other_tokenizer
 from scale_llm.config.validate_layout import layout_problems
 from scale_llm.config.validate_model import model_problems
+from scale_llm.config.validate_policy import size_problems
 
 KEYS = {"critic": "stage.critic_load", "reward": "reward.load", "reference": "stage.reference_load"}
 
@@ -19,10 +20,12 @@ def policy_problems(cfg: RunConfig) -> list[str]:
     if not isinstance(cfg.stage, PolicyStageConfig):
         return []
     found = _functions(cfg)
+    if size_problems(cfg.layout):  # which validation has named, and so for the rest
+        return found
     try:
         for role in ROLES:
             ranks_of(cfg, role)
-    except ValueError:  # validation has named it
+    except ValueError:
         return found
     for role in roles_of(cfg):
         if role in KEYS and load_of(cfg, role) is not None:

@@ -90,7 +90,8 @@ def value_batch_loss(values: torch.Tensor, batch: Batch, *, clip: float) -> tupl
     kept, values = mask != 0, values[..., 0].float()
     losses = torch.where(kept, clipped_value_loss(values, old, returns, clip=clip), 0)
     tokens = kept.sum().to(torch.float32)
-    clipped = losses.detach() > 0.5 * (values.detach() - returns).square()
+    larger = losses.detach() > 0.5 * (values.detach() - returns).square()
+    clipped = ((values - old).abs() > clip) & larger  # within the clip both are one number but for rounding
     metrics = {
         "critic/vf_loss": (losses.detach().sum(), tokens),
         "critic/vf_clipfrac": masked_sum(clipped.to(torch.float32), kept),

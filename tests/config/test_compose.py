@@ -59,8 +59,6 @@ def test_options_are_listed():
         "peft": ["dora", "lora", "none", "prompt_tuning", "qlora"],
         "optim": ["adam", "adamw", "sgd"],
         "checkpoint": ["default"],
-        "layout": ["colocated", "hybrid", "split"],
-        "reward": ["default"],
         "logging": ["default", "plain"],
         "cluster": ["local", "local_cpu", "slurm"],
         "experiment": [

@@ -24,8 +24,8 @@ def halves(axis: int) -> list[list[Shard]]:
     return found
 
 
-def plan(sources, targets, bucket_bytes=1 << 20, vocab_size=0):
-    return make_plan(sources, targets, vocab_size=vocab_size, bucket_bytes=bucket_bytes)
+def plan(sources, targets, bucket_bytes=1 << 20, vocab_size=0, **options):
+    return make_plan(sources, targets, vocab_size=vocab_size, bucket_bytes=bucket_bytes, **options)
 
 
 def test_box_is_cut_into_parts_that_fill_it():
@@ -49,6 +49,14 @@ def test_every_element_of_every_target_comes_once():
             assert len(seen) == 8 and set(seen.values()) == {30}
             assert found.total_bytes == 4 * 240
             assert found.sent_bytes == (4 * 240 if idle else 4 * 120)
+
+
+def test_nothing_goes_to_another_node_that_this_one_has():
+    """Two nodes with a whole replica each, cut over their two ranks: each becomes two whole models by itself."""
+    whole = [shard((layer, 0, 0), (1, 6, 10)) for layer in range(4)]
+    found = plan(halves(1) * 2, [whole] * 4, ranks_per_node=2)
+    parts = [part for bucket in found.buckets for part in bucket]
+    assert parts and all(part.source[0] // 2 == part.target[0] // 2 for part in parts)
 
 
 def test_work_is_shared_by_replicas():

@@ -102,13 +102,14 @@ def test_value_loss():
         junk[0][:, None, None].requires_grad_(),
         {"loss_mask": batch["loss_mask"], "old_values": junk[1][None], "returns": junk[2][None]}, clip=0.2,
     )  # fmt: skip
-    loss = moved = 0.0
+    loss = clipped = 0.0
     for v, o, r in ((x[i].item() for x in (values, old, returns)) for i in mask.nonzero()[:, 0]):
-        loss += 0.5 * max((v - r) ** 2, (min(max(v, o - 0.2), o + 0.2) - r) ** 2)
-        moved += abs(v - o) > 0.2
+        near = min(max(v, o - 0.2), o + 0.2)
+        loss += 0.5 * max((v - r) ** 2, (near - r) ** 2)
+        clipped += abs(near - r) > abs(v - r)
     assert found[0].item() == pytest.approx(loss, rel=1e-6) and found[1] == TOKENS
     assert found[2]["critic/vf_loss"][0].item() == pytest.approx(loss, rel=1e-6)
-    assert [x.item() for x in found[2]["critic/vf_clipfrac"]] == [moved, TOKENS]
+    assert [x.item() for x in found[2]["critic/vf_clipfrac"]] == [clipped, TOKENS]
     cells, looked = answer_token_values(values[:, None, None], batch)
     assert cells.tolist() == list(range(100, 100 + TOKENS)) and torch.equal(looked, values[mask])
 

@@ -196,15 +196,15 @@ def _policy_loss(rules: Rules, actor: Weights, answers, tables, numbers: list[in
 
 def _value_loss(rules: Rules, critic: Weights, answers, tables, numbers: list[int]):
     """0.5 max((v - R)^2, (v' - R)^2), v' within clip_value of the old value."""
-    losses, moved = [], 0
+    losses, clipped = [], 0
     for number in numbers:
         values, old, returns = valued(critic, answers[number]), tables["old_values"][number], tables["returns"][number]
         for v, o, r in zip(values, old, returns, strict=True):
             near = o + (v - o).clamp(-rules.clip_value, rules.clip_value)
             losses.append(0.5 * torch.maximum((v - r) ** 2, (near - r) ** 2))
-            moved += int(abs(v.item() - o.item()) > rules.clip_value)
+            clipped += int(abs(v - o) > rules.clip_value and abs(near - r) > abs(v - r))
     loss = torch.stack(losses).mean()
-    return loss, {"vf_loss": float(loss), "vf_clipfrac": moved / len(losses)}
+    return loss, {"vf_loss": float(loss), "vf_clipfrac": clipped / len(losses)}
 
 
 def _steps(rules: Rules, w: Weights, lr: float, count: int, loss_of) -> Iterator[dict[str, Any]]:

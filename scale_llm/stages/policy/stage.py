@@ -87,6 +87,7 @@ class PolicyStage:
             self._movement = Movement(
                 self.engine, self._roles["rollout"].engine, self._run.mesh.world_group, self._group,
                 bucket_bytes=int(self._run.cfg.layout.bucket_megabytes * 2**20), checksum=self._run.cfg.layout.checksum,
+                ranks_per_node=self._run.cfg.cluster.nproc_per_node,
             )  # fmt: skip
             self._movement.run()
         for role in self._roles.values():
