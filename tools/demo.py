@@ -2,7 +2,8 @@
 
 Collects the standard library's text, trains a tokenizer, indexes tokens, pretrains on two tensor-parallel ranks,
 evaluates, fine-tunes on questions about the library, learns to prefer their own answers to others (a reward model,
-DPO), draws the curves and prints a table. A stage that is done already is not run again; one that was interrupted
+DPO), learns from the rewards of answers of its own (PPO by that reward model, GRPO by their length), draws the curves
+and prints a table. A stage that is done already is not run again; one that was interrupted
 resumes. Everything lies in runs/demo/.
 """
 
@@ -38,11 +39,15 @@ def stages(root: Path) -> list[DemoStage]:
         DemoStage("sft", (data, base, "train.log_interval=5"), "done.json"),
         DemoStage("reward", (data, tuned), "done.json"),
         DemoStage("dpo", (data, tuned), "done.json"),
+        DemoStage("ppo", (data, tuned, f"reward.load={root / 'reward' / 'checkpoints'}"), "done.json"),
+        DemoStage("grpo", (data, tuned), "done.json"),
     ]
 
 
-TRAINED = ("pretrain", "sft", "reward", "dpo")
+TRAINED = ("pretrain", "sft", "reward", "dpo", "ppo", "grpo")
 """Stages with a curve."""
+REWARD = "critic/score/mean validation"
+"""What ppo and grpo have in place of a loss: the mean reward of answers to prompts that are held out."""
 
 
 def words(stage: DemoStage, root: Path, extra: list[str]) -> list[str]:
@@ -77,7 +82,7 @@ def run(stage: DemoStage, root: Path, extra: list[str], console: Console) -> Non
 
 
 def summary(root: Path) -> Table:
-    """A row a stage: steps, first and last loss, speed, files."""
+    """A row a stage: steps, first and last loss (of ppo and grpo: reward), speed, files."""
     table = Table(title="demo", title_justify="left")
     for column in ("stage", "steps", "first loss", "last loss", "tokens/s"):
         table.add_column(column, justify="left" if column == "stage" else "right", no_wrap=True)
@@ -93,6 +98,8 @@ def summary(root: Path) -> Table:
         f"{result['split']} split: perplexity {result['ppl']:.1f}, {result['bits per byte']:.2f} bits per byte\n"
         f"held-out pairs in the right order: {_share_right(root / 'reward')} by the reward model, "
         f"{_share_right(root / 'dpo')} after DPO\n"
+        "ppo, grpo: mean reward of answers to held-out prompts, before and after; "
+        f"answers: {root / 'ppo' / 'transcripts.jsonl'}\n"
         f"answers before and after fine-tuning: {root / 'sft' / 'samples.md'}"
     )
     return table
@@ -105,12 +112,14 @@ def _share_right(run_dir: Path) -> str:
 
 def _add_training(table: Table, run_dir: Path) -> None:
     rows = [row for row in read_metrics(run_dir) if "tokens-per-second" in row]
-    loss = next(key for key in ("lm loss", "reward loss", "dpo loss") if key in rows[0])
+    loss = next((key for key in ("lm loss", "reward loss", "dpo loss") if key in rows[0]), None)
+    if loss is not None:
+        first, last = f"{rows[0][loss]:.3f}", f"{rows[-1][loss]:.3f}"
+    else:
+        rewards = [row[REWARD] for row in read_metrics(run_dir) if REWARD in row]
+        first, last = (f"reward {reward:.3f}" for reward in (rewards[0], rewards[-1]))
     speed = sorted(row["tokens-per-second"] for row in rows)[len(rows) // 2]
-    table.add_row(
-        run_dir.name, str(rows[-1]["iteration"]), f"{rows[0][loss]:.3f}", f"{rows[-1][loss]:.3f}",
-        f"{speed:,.0f}", str(run_dir),
-    )  # fmt: skip
+    table.add_row(run_dir.name, str(rows[-1]["iteration"]), first, last, f"{speed:,.0f}", str(run_dir))
 
 
 def main() -> None:

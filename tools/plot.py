@@ -1,6 +1,7 @@
 """Draws the curves of one or more runs: python tools/plot.py RUN_DIR [RUN_DIR ...] --out curves.png
 
-Reads metrics.jsonl. Loss (training and validation), learning rate, gradient norm and speed against iterations.
+Reads metrics.jsonl. Loss or reward (training and validation), learning rate, gradient norm and speed against
+iterations.
 """
 
 import argparse
@@ -17,6 +18,8 @@ PANELS = {
         "reward loss validation",
     ],
     "held-out answers in the right order": ["rewards/accuracies validation"],
+    "mean reward of sampled answers": ["critic/score/mean"],
+    "mean reward of the likeliest answers": ["critic/score/mean validation"],
     "learning rate": ["learning-rate"],
     "gradient norm": ["grad-norm"],
     "tokens per second": ["tokens-per-second"],

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+STAGES = ("pretrain", "evaluate", "sft", "reward", "dpo", "ppo", "grpo")
 
 
 def demo(root: Path) -> tuple[str, float]:
@@ -51,6 +52,10 @@ def test_later_stages_learn(finished):
     for stage in ("reward", "dpo"):
         assert values(stage, f"{stage} loss validation")[-1] < 0.62, stage
         assert values(stage, "rewards/accuracies validation 95% low")[-1] > 0.5, f"{stage}: no better than chance"
+    for stage in ("ppo", "grpo"):
+        held_out, sampled = values(stage, "critic/score/mean validation"), values(stage, "critic/score/mean")
+        assert held_out[-1] > held_out[0] and sum(sampled[-5:]) > sum(sampled[:5]), f"{stage}: {held_out}, {sampled}"
+    assert values("grpo", "critic/score/mean validation")[-1] > 0.3, "answers of the length that is asked for score 1"
     assert "| reference | before | after |" in (root / "sft" / "samples.md").read_text()
 
 
@@ -58,6 +63,7 @@ def test_table_and_picture(finished):
     root, output, _ = finished
     for word in ("stage", "steps", "first loss", "last loss", "tokens/s", "pretrain", "evaluate", "250"):
         assert word in output, output
+    assert output.count("reward 0.") >= 2, "ppo and grpo say their reward in place of a loss"
     picture = (root / "curves.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
 
@@ -66,6 +72,6 @@ def test_second_run_reuses_everything(finished):
     root, _, seconds = finished
     before = {path: path.stat().st_mtime_ns for path in (root / "pretrain").rglob("*") if path.is_file()}
     output, again = demo(root)
-    assert all(f"{stage}: done before" in output for stage in ("pretrain", "evaluate", "sft", "reward", "dpo"))
+    assert all(f"{stage}: done before" in output for stage in STAGES)
     assert before == {path: path.stat().st_mtime_ns for path in before}
     assert again < seconds / 3
