@@ -14,9 +14,10 @@ WORDS = ["model=from_checkpoint", "data.split='80,20,0'", "train.eval_interval=n
          "stage.generation_batch_size=128", "reward.function=exact_match"]  # fmt: skip
 
 STAGES = {
-    "ppo": ["stage=ppo", "train.global_batch_size=64", "optim.lr=3e-3"],
-    "grpo": ["stage=grpo", "train.global_batch_size=16", "stage.num_generations_per_prompt=8", "optim.lr=2e-3"],
-}
+    "ppo": ["stage=ppo", "train.global_batch_size=64", "optim.lr=3e-3", "train.train_iters=32"],
+    "grpo": ["stage=grpo", "train.global_batch_size=16", "stage.num_generations_per_prompt=8", "optim.lr=2e-3",
+             "train.train_iters=20"],
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
@@ -24,11 +25,11 @@ STAGES = {
 def test_reward_rises_above_nine_tenths(runs, tmp_path, beginner, digits, stage, seed):
     """From under 0.3 in the first iteration; of prompts that are held out, the likeliest answers are right too."""
     words = [*WORDS, *STAGES[stage], f"checkpoint.load={beginner}", f"data.path={digits}", f"train.seed={seed}",
-             "train.train_iters=18", "train.eval_iters=1"]  # fmt: skip
+             "train.eval_iters=1"]  # fmt: skip
     assert runs(tmp_path / "run", *words) == []
     found = rows(tmp_path / "run")
     rewards = [row["critic/score/mean"] for row in found if "critic/score/mean" in row]
-    assert len(rewards) == 18 and rewards[0] < 0.3
+    assert rewards[0] < 0.3
     assert sum(rewards[-4:]) / 4 > 0.9, rewards
     assert found[-1]["critic/score/mean validation"] > 0.8
 
