@@ -173,8 +173,7 @@ def _with_checksums(request: AsyncRequest, directory: Path) -> AsyncRequest:
 
 
 def _write_and_note(write: Callable[..., None], directory: Path, rank: int, buckets: list[Any], *more: Any) -> None:
-    write(rank, buckets, *more)
-    checksums.note(directory, rank, [name for _, name, _ in buckets])
+    checksums.note(directory, rank, [name for _, name, _ in buckets], lambda: write(rank, buckets, *more))
 
 
 def _write_now(request: AsyncRequest) -> None:

@@ -8,8 +8,10 @@ change within 4 bytes and all but one in four thousand million of others. It is 
 
 import json
 import os
+import threading
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from scale_llm.config.errors import UserError
 FILE = "checksums.json"
 ALGORITHM = "crc32"
 PIECE_BYTES = 4 << 20
+PAUSE_SECONDS = 0.005
+"""Between two looks at a file that has not grown."""
 
 EDITED = ("config.yaml",)
 """Files that people change, as where the base of adapters has moved: no damage."""
@@ -26,21 +30,38 @@ Table = dict[str, dict[str, Any]]
 """Name below the checkpoint -> algorithm, hex digest, bytes."""
 
 
-def entry(path: Path) -> dict[str, Any]:
-    """Of one file, read piece by piece."""
+def entry(path: Path, written: threading.Event | None = None) -> dict[str, Any]:
+    """Of one file, read piece by piece. written: set when its writer has ended; until then the file may still grow."""
     total = size = 0
     buffer = memoryview(bytearray(PIECE_BYTES))
+    while written is not None and not path.exists() and not written.wait(PAUSE_SECONDS):
+        pass
     with open(path, "rb", buffering=0) as file:
-        while count := file.readinto(buffer):
+        while True:
+            is_whole = written is None or written.is_set()  # asked before the read: what it then finds is all
+            count = file.readinto(buffer)
             total, size = zlib.crc32(buffer[:count], total), size + count
-    return {"algorithm": ALGORITHM, "digest": f"{total:08x}", "bytes": size}
+            if count == 0 and is_whole:
+                return {"algorithm": ALGORITHM, "digest": f"{total:08x}", "bytes": size}
+            if count == 0:
+                written.wait(PAUSE_SECONDS)
 
 
-def note(directory: Path, rank: int, files: Iterable[str]) -> None:
-    """Leaves what this rank has written for `collect`. A file that cannot be read, or a full disk, is found there."""
+def note(directory: Path, rank: int, files: Sequence[str], write: Callable[[], None] = lambda: None) -> None:
+    """Leaves what this rank has written for `collect`. A file that cannot be read, or a full disk, is found there.
+
+    write: writes the files, each from its beginning to its end. They are read while it does: afterwards it would take a
+    third of the time of a save.
+    """
+    written = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        entries = pool.submit(lambda: {name: entry(directory / name, written) for name in files})
+        try:
+            write()
+        finally:
+            written.set()
     try:
-        table = {name: entry(directory / name) for name in files}
-        _noted(directory, str(rank)).write_text(json.dumps(table), encoding="utf-8")
+        _noted(directory, str(rank)).write_text(json.dumps(entries.result()), encoding="utf-8")
     except OSError:
         _noted(directory, str(rank)).unlink(missing_ok=True)
 
