@@ -6,7 +6,9 @@ file last. So a run that is killed while saving finds the checkpoint before.
 
 import os
 import shutil
+import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +24,17 @@ from megatron.core.dist_checkpointing.mapping import (
     is_main_replica,
 )
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
+from scale_llm import __version__
+from scale_llm.checkpoint import checksums
+from scale_llm.checkpoint.only_data import load_data, read_only_data
 from scale_llm.checkpoint.results import use_results_files
-from scale_llm.config.checkpoint_files import iteration_dir, latest_checkpoint, write_latest
+from scale_llm.checkpoint.retention import Retention, remove_behind, retire
+from scale_llm.config.checkpoint_files import CHECKPOINT_VERSION, iteration_dir, latest_checkpoint, write_latest
 from scale_llm.config.errors import UserError
 
 
@@ -37,8 +44,12 @@ class Checkpointer:
     host_group: all ranks, over gloo.
     """
 
-    def __init__(self, directory: str | Path, host_group: dist.ProcessGroup, *, asynchronous: bool = False):
-        self.directory = Path(directory)
+    def __init__(
+        self, directory: str | Path, host_group: dist.ProcessGroup, *, asynchronous: bool = False,
+        retention: Retention | None = None,
+    ):  # fmt: skip
+        self.directory, self._retention = Path(directory), retention or Retention()
+        self._removal: threading.Thread | None = None
         self._group, self._asynchronous = host_group, asynchronous
         self._queue = AsyncCallsQueue() if asynchronous else None
         use_results_files()
@@ -53,31 +64,33 @@ class Checkpointer:
         """
         self.finish()
         final = iteration_dir(self.directory, iteration)
-        partial = final.with_name(f".{final.name}.partial")
+        unfinished = final.with_name(f".{final.name}.partial")
         needed = _bytes_to_write(state, self._group)
-        self._agree(iteration, lambda: self._clear(partial, needed))
+        self._agree(iteration, lambda: self._clear(unfinished, needed))
         strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
         request: list[AsyncRequest] = []
 
         def write():
             made = dist_checkpointing.save(
-                state, str(partial), strategy, validate_access_integrity=True, async_sharded_save=True
+                state, str(unfinished), strategy, validate_access_integrity=True, async_sharded_save=True
             )
-            request.append(made)
+            request.append(_with_checksums(made, unfinished))
 
         self._agree(iteration, write)
 
         def publish():
             if dist.get_rank() == 0:
                 if extra is not None:
-                    extra(partial)
-                save_config(CheckpointingConfig(strategy.backend, strategy.version), str(partial))
+                    extra(unfinished)
+                save_config(CheckpointingConfig(strategy.backend, strategy.version), str(unfinished))
+                checksums.collect(unfinished)
                 former = final.with_name(f".{final.name}.former")
                 if final.exists():
                     os.replace(final, former)
-                os.replace(partial, final)
+                os.replace(unfinished, final)
                 shutil.rmtree(former, ignore_errors=True)
                 write_latest(self.directory, iteration)
+                self._remove_old(iteration)
 
         # megatron-core's last step writes metadata.json on rank 0 while the others wait; a full disk there would leave
         # them waiting, so it is done in `publish`.
@@ -98,6 +111,19 @@ class Checkpointer:
         """Waits for a background save."""
         if self._queue is not None and self._queue.get_num_unfinalized_calls():
             self._agree(self._pending, lambda: self._queue.maybe_finalize_async_calls(blocking=True))
+        if self._removal is not None:
+            self._removal.join()
+            self._removal = None
+
+    def _remove_old(self, iteration: int) -> None:
+        if self._removal is not None:
+            self._removal.join()
+        try:
+            retire(self._retention.surplus(self.directory, iteration))
+        except OSError as error:  # the new one is there: that is what counts
+            print(f"checkpoint.keep_last={self._retention.keep_last}: {error}", flush=True)
+        if self._retention.keep_last is not None:
+            self._removal = remove_behind(self.directory)
 
     def _clear(self, partial: Path, needed_bytes: int) -> None:
         if dist.get_rank() == 0:
@@ -138,6 +164,18 @@ class Checkpointer:
         ]
 
 
+def _with_checksums(request: AsyncRequest, directory: Path) -> AsyncRequest:
+    """The same request, which also takes checksums of this rank's files where it writes them: in the process of a
+    background save, while training goes on."""
+    if request.async_fn is None:  # this rank has nothing to write
+        return request
+    return request._replace(async_fn=partial(_write_and_note, request.async_fn, directory))
+
+
+def _write_and_note(write: Callable[..., None], directory: Path, rank: int, buckets: list[Any], *more: Any) -> None:
+    checksums.note(directory, rank, [name for _, name, _ in buckets], lambda: write(rank, buckets, *more))
+
+
 def _write_now(request: AsyncRequest) -> None:
     arguments = list(request.async_fn_args)
     if request.preload_fn is not None:
@@ -163,9 +201,28 @@ def _bytes_to_write(state: dict[str, Any], group: dist.ProcessGroup) -> int:
     return int(total.item())
 
 
+class _CommonReader(TorchCommonLoadStrategy):
+    def load_common(self, checkpoint_dir: str | Path) -> dict[str, Any]:
+        return load_data(Path(checkpoint_dir) / "common.pt")
+
+
 def read_plain(path: Path) -> dict[str, Any]:
-    """The part of a checkpoint that is the same on every rank: numbers, names, the scheduler's position."""
-    return dist_checkpointing.load_common_state_dict(str(path))
+    """The part of a checkpoint that is the same on every rank: numbers, names, the scheduler's position.
+
+    Raises:
+        UserError: it is damaged, holds foreign code, or was written by newer code than this.
+    """
+    plain = load_data(path / "common.pt")
+    if not isinstance(plain, dict):
+        raise UserError(f"{path / 'common.pt'}: holds a {type(plain).__name__}, not a table; name another checkpoint")
+    version = plain.get("checkpoint_version", 0)
+    if isinstance(version, int | float) and version > CHECKPOINT_VERSION:
+        by = plain.get("written_by", "newer code")
+        raise UserError(
+            f"{path}: has checkpoint_version {version} (written by {by}), this scale_llm {__version__} reads up to "
+            f"{CHECKPOINT_VERSION}; install the scale_llm that wrote it, or name another checkpoint"
+        )
+    return plain
 
 
 def load_sharded(path: Path, state: dict[str, Any], *, optional: str | None = None) -> dict[str, Any]:
@@ -174,13 +231,25 @@ def load_sharded(path: Path, state: dict[str, Any], *, optional: str | None = No
     optional: tensors whose names begin so are left out of the result where the checkpoint has them not.
 
     Raises:
-        UserError: tensors are missing or have other shapes, with all their names.
+        UserError: tensors are missing or have other shapes, with all their names; see read_plain.
     """
+    read_only_data()
+    read_plain(path)
     if optional is not None:
         saved = dist_checkpointing.load_tensors_metadata(str(path))
         state = {part: _without(tensors, optional, saved) for part, tensors in state.items()}
     _check_shapes(path, state)
-    return dist_checkpointing.load(state, str(path), strict=StrictHandling.ASSUME_OK_UNEXPECTED)
+    try:
+        return dist_checkpointing.load(
+            state, str(path), common_strategy=_CommonReader(), strict=StrictHandling.ASSUME_OK_UNEXPECTED
+        )
+    except CheckpointException as error:  # torch's, which is no Exception: what went wrong on any rank, on every rank
+        causes = [cause for cause, _ in error.failures.values()]
+        if not all(isinstance(cause, Exception) for cause in causes):
+            raise
+        texts = [f"{type(cause).__name__}: {cause}" if not isinstance(cause, UserError) else str(cause)
+                 for cause in causes]  # fmt: skip
+        raise UserError([f"{path}: {text}" for text in dict.fromkeys(texts)]) from error
 
 
 def _without(tensors: dict[str, Any], prefix: str, saved: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from scale_llm.checkpoint.huggingface.source import read_json
+from scale_llm.checkpoint.only_data import load_data
 from scale_llm.checkpoint.safetensors_files import SafetensorsFolder
 from scale_llm.checkpoint.torch_dist import TorchDistReader, find_checkpoint
 from scale_llm.config.checkpoint_files import is_huggingface
@@ -92,7 +93,7 @@ def _common(path: Path) -> dict:
     file = path / "common.pt"
     if not file.is_file():
         return {}
-    found = torch.load(file, weights_only=False)  # Megatron-LM keeps its arguments there as an object
+    found = load_data(file)
     return found if isinstance(found, dict) else {}
 
 

@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import (
     DefaultSavePlanner,
-    FileSystemReader,
     FileSystemWriter,
     LoadPlan,
     LoadPlanner,
@@ -36,6 +35,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 from torch.distributed.checkpoint.utils import _ReaderView
 
+from scale_llm.checkpoint.only_data import DataReader
 from scale_llm.checkpoint.work import WriteBehind, made_ahead
 from scale_llm.config.checkpoint_files import latest_checkpoint
 from scale_llm.config.errors import UserError
@@ -178,11 +178,8 @@ class TorchDistReader:
         self.path = Path(path)
         if not (self.path / ".metadata").is_file():
             raise UserError(f"{self.path}: holds no .metadata; give a torch_dist checkpoint, or a directory with one")
-        self._reader = FileSystemReader(self.path)
-        try:
-            self.metadata: Metadata = self._reader.read_metadata()
-        except Exception as error:  # whatever unpickling a damaged file ends in
-            raise UserError(f"{self.path / '.metadata'}: cannot be read ({type(error).__name__}: {error})") from error
+        self._reader = DataReader(self.path)
+        self.metadata: Metadata = self._reader.read_metadata()
         self._reader.set_up_storage_reader(self.metadata, is_coordinator=True)
         self._check_files()
         self.tensors: dict[str, TensorStorageMetadata] = {

@@ -8,13 +8,17 @@ from typing import Any
 import torch
 
 from scale_llm import __version__
-from scale_llm.config.checkpoint_files import TOKENIZER_DIR
+from scale_llm.config.checkpoint_files import CHECKPOINT_VERSION, TOKENIZER_DIR
 from scale_llm.config.model import ModelConfig
 
 
 def write_common(checkpoint: Path, origin: str) -> None:
     """common.pt and metadata.json, as megatron-core reads them. origin: what the checkpoint was made of."""
-    common = {"checkpoint_version": 3.0, "iteration": 0, "written_by": f"scale_llm {__version__}, {origin}"}
+    common = {
+        "checkpoint_version": CHECKPOINT_VERSION,
+        "iteration": 0,
+        "written_by": f"scale_llm {__version__}, {origin}",
+    }
     torch.save(common, checkpoint / "common.pt")
     (checkpoint / "metadata.json").write_text(json.dumps({
         "sharded_backend": "torch_dist", "sharded_backend_version": 1,

@@ -17,3 +17,10 @@ class CheckpointConfig:
     no_load_rng: bool = False
     async_save: bool = False
     """Write in the background while training goes on."""
+    verify: bool = True
+    """Compare every file of a checkpoint with its checksum before any of it is loaded; false: only its length."""
+    keep_last: int | None = None
+    """Checkpoints that stay, the newest; older ones are removed when a new one is there. None: all. With 2 or more a
+    damaged one can be passed over. Name no checkpoint of a run that removes them in another run's checkpoint.load."""
+    keep_every: int | None = None
+    """With keep_last: checkpoints of iterations that this divides stay too."""

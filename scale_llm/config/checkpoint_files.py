@@ -5,6 +5,9 @@ from pathlib import Path
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
+CHECKPOINT_VERSION = 3.0
+"""Megatron-LM's number for the layout of names that we write; a higher one is of code that is newer than this."""
+
 TOKENIZER_DIR = "tokenizer"
 """Below a checkpoint: its tokenizer.json and what belongs to it."""
 
@@ -34,14 +37,42 @@ def latest_checkpoint(directory: Path | str) -> tuple[int, Path] | None:
     if directory.name.startswith("iter_") and (directory / "metadata.json").is_file():
         return int(directory.name[5:]), directory
     try:
-        text = (directory / TRACKER).read_text().strip()
+        text = (directory / TRACKER).read_text(encoding="utf-8", errors="replace").strip()
     except FileNotFoundError:
         return None
     if text == "release":
         return 0, directory / "release"
-    if not text.isdigit():
+    if not text.isdecimal():
         raise ValueError(f"{directory / TRACKER} holds {text!r} where an iteration should be")
     return int(text), iteration_dir(directory, int(text))
+
+
+def saved_iterations(directory: Path | str) -> list[int]:
+    """Iterations whose directories are there, whole or not, newest first."""
+    directory = Path(directory)
+    found = [path.name[5:] for path in directory.glob("iter_*") if path.is_dir()]
+    return sorted((int(n) for n in found if n.isdecimal() and iteration_dir(directory, int(n)).is_dir()), reverse=True)
+
+
+def resumable(directory: Path | str) -> tuple[list[tuple[int, Path]], str | None]:
+    """Checkpoints that a run may go on from, best first, and what is wrong with the tracker.
+
+    They are the one that the tracker names and older ones: what is newer was left behind on purpose. Where the tracker
+    does not say, they are all that are there.
+    """
+    directory, wrong = Path(directory), None
+    there = [(iteration, iteration_dir(directory, iteration)) for iteration in saved_iterations(directory)]
+    try:
+        found = latest_checkpoint(directory)
+        if found is not None and found[1].is_dir():
+            return [found, *(one for one in there if one[0] < found[0])], None
+        if found is not None:
+            wrong = f"{directory / TRACKER} names {found[1].name}, which is not there"
+        elif there:
+            wrong = f"{directory / TRACKER} is not there"
+    except ValueError as error:
+        wrong = str(error)
+    return there, wrong
 
 
 def is_huggingface(directory: Path | str) -> bool:

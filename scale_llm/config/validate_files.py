@@ -6,7 +6,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from scale_llm.config.checkpoint_files import TOKENIZER_DIR, TRACKER, latest_checkpoint
+from scale_llm.config.checkpoint_files import TOKENIZER_DIR, TRACKER, iteration_dir, latest_checkpoint, saved_iterations
 from scale_llm.config.errors import UserError
 from scale_llm.config.io import CONFIG_FILE, load_raw
 from scale_llm.config.policy import PolicyStageConfig
@@ -98,14 +98,14 @@ def _load(cfg: RunConfig, key: str, load: str | None) -> list[str]:
     try:
         found = latest_checkpoint(path)
     except ValueError as error:
-        return [f"{key}={load}: {error}; write the iteration of a checkpoint into it"]
+        return [f"{key}={load}: {error}; {_one_of(path)}"]
     if found is None:
         inside = path / "checkpoints"
         hint = str(inside) if (inside / TRACKER).is_file() else "the checkpoints directory of a run"
         return [f"{key}={load}: holds no {TRACKER}; give {hint}"]
     one = found[1]
     if not one.is_dir():
-        return [f"{key}={load}: {TRACKER} names {one.name}, which is not there; write one that is into it"]
+        return [f"{key}={load}: {TRACKER} names {one.name}, which is not there; {_one_of(path)}"]
     if not (one / CONFIG_FILE).is_file():
         return []  # Hugging Face's, or Megatron-LM's: its shapes are compared when it is read
     try:
@@ -113,6 +113,14 @@ def _load(cfg: RunConfig, key: str, load: str | None) -> list[str]:
     except UserError as error:
         return error.problems
     return _other_model(cfg, former, f"{key}={load}: holds another model", "choose that model")
+
+
+def _one_of(directory: Path) -> str:
+    """What to give in place of a directory whose tracker names no checkpoint."""
+    there = saved_iterations(directory)
+    if not there:
+        return "give the checkpoints directory of another run"
+    return f"give the directory of one of its checkpoints, such as {iteration_dir(directory, there[0])}"
 
 
 def other_tokenizer(cfg: RunConfig, load: str | None, key: str) -> list[str]:

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from scale_llm.config.checkpoint import CheckpointConfig
 from scale_llm.config.data import DataConfig
 from scale_llm.config.model import Head
 from scale_llm.config.optim import OptimConfig
@@ -27,7 +28,7 @@ POSITIVE = {
     "context_parallel_size expert_model_parallel_size expert_tensor_parallel_size distributed_timeout_minutes",
     "precision": "initial_loss_scale min_loss_scale loss_scale_window hysteresis",
     "optim": "lr lr_decay_iters lr_decay_samples lr_wsd_decay_iters lr_wsd_decay_samples adam_eps",
-    "checkpoint": "save_interval",
+    "checkpoint": "save_interval keep_last keep_every",
     "cluster": "nnodes nproc_per_node omp_num_threads nodes gpus_per_node cpus_per_task",
 }
 """Keys that must be larger than 0 where they are set."""
@@ -59,6 +60,7 @@ def value_problems(cfg: RunConfig) -> list[str]:
         *precision_problems(cfg.precision),
         *optim_problems(cfg.optim),
         *split_problems(cfg.data),
+        *retention_problems(cfg.checkpoint),
         *stage_problems(cfg),
     ]
 
@@ -137,6 +139,16 @@ def split_problems(data: DataConfig) -> list[str]:
     if len(shares) != 3 or not all(math.isfinite(share) and share >= 0 for share in shares) or sum(shares) == 0:
         return [f"data.split={data.split}: not three shares of 0 or more; {form}"]
     return []
+
+
+def retention_problems(checkpoint: CheckpointConfig) -> list[str]:
+    """A choice of checkpoints to keep where all are kept."""
+    if checkpoint.keep_every is None or checkpoint.keep_last is not None:
+        return []
+    return [
+        f"checkpoint.keep_every={checkpoint.keep_every}: without checkpoint.keep_last every checkpoint stays; set "
+        "checkpoint.keep_last=2, or remove it"
+    ]
 
 
 def stage_problems(cfg: RunConfig) -> list[str]:

@@ -7,7 +7,7 @@ from importlib import metadata
 from pathlib import Path
 
 from scale_llm import __version__
-from scale_llm.config.checkpoint_files import latest_checkpoint
+from scale_llm.config.checkpoint_files import latest_checkpoint, resumable
 from scale_llm.config.errors import UserError
 from scale_llm.config.io import save_config, write_text
 from scale_llm.config.run import RunConfig
@@ -17,20 +17,25 @@ PACKAGES = ("torch", "megatron-core", "transformer-engine", "numpy", "tokenizers
 
 
 def tracker_problems(cfg: RunConfig) -> list[str]:
-    """A damaged latest_checkpointed_iteration.txt of the run itself."""
+    """A latest_checkpointed_iteration.txt of the run itself that cannot be read. One that is empty or names nothing is
+    put right by the ranks, which take the newest whole checkpoint."""
     try:
         latest_checkpoint(cfg.checkpoint.save or "")
-    except (ValueError, OSError) as error:
-        return [f"checkpoint.save={cfg.checkpoint.save}: {error}; write the number of its last iter_ directory there"]
+    except ValueError:
+        return []
+    except OSError as error:
+        return [f"checkpoint.save={cfg.checkpoint.save}: {error}; make it readable, or remove it"]
     return []
 
 
 def greeting(cfg: RunConfig) -> str:
     """The first line of a run."""
-    latest = latest_checkpoint(cfg.checkpoint.save or "")
-    if latest is not None and not isinstance(cfg.stage, UntrainedStageConfig):
-        return f"resuming {cfg.run_dir} at iteration {latest[0]}"
-    return f"starting {cfg.run_dir}"
+    if isinstance(cfg.stage, UntrainedStageConfig):
+        return f"starting {cfg.run_dir}"
+    candidates, wrong = resumable(cfg.checkpoint.save or "")
+    if wrong is not None:
+        return f"resuming {cfg.run_dir} at its newest whole checkpoint ({wrong})"
+    return f"resuming {cfg.run_dir} at iteration {candidates[0][0]}" if candidates else f"starting {cfg.run_dir}"
 
 
 def prepare_run_dir(cfg: RunConfig) -> Path | None:

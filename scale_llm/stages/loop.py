@@ -3,7 +3,11 @@
 import math
 from pathlib import Path
 
+import torch.distributed as dist
+
 from scale_llm.checkpoint.checkpointer import Checkpointer
+from scale_llm.checkpoint.retention import Retention
+from scale_llm.checkpoint.whole import newest_whole
 from scale_llm.config.batch import global_batch_size, total_iterations, total_samples
 from scale_llm.config.checkpoint_files import latest_checkpoint
 from scale_llm.config.errors import UserError
@@ -20,7 +24,9 @@ from scale_llm.stages.run_state import load_weights, restore, state_to_save, wri
 def train(run: RunContext, stage: Stage) -> None:
     """Trains until the configuration's end, a stop request, or an error; the last state is saved."""
     cfg = run.cfg
-    checkpointer = Checkpointer(cfg.checkpoint.save, run.mesh.host_group, asynchronous=cfg.checkpoint.async_save)
+    checkpointer = Checkpointer(
+        cfg.checkpoint.save, run.mesh.host_group, asynchronous=cfg.checkpoint.async_save, retention=retention(cfg)
+    )
     progress = resume(run, stage)
     reporter = Reporter(run, stage.engine, progress, total_iterations(cfg.train))
     stop = StopRequest(run.mesh.host_group, cfg.train.exit_duration_in_mins)
@@ -57,10 +63,13 @@ def train(run: RunContext, stage: Stage) -> None:
 
 
 def resume(run: RunContext, stage: Stage) -> Progress:
-    """From the run's own latest checkpoint, else from checkpoint.load, else from the start. What lies under adapters is
-    in checkpoint.load in either case."""
+    """From the run's own newest whole checkpoint, else from checkpoint.load, else from the start. What lies under
+    adapters is in checkpoint.load in either case."""
     cfg = run.cfg
-    own = latest_checkpoint(cfg.checkpoint.save)
+    own = newest_whole(cfg.checkpoint.save, run.mesh.host_group, hashing=cfg.checkpoint.verify)
+    if own is not None and own.remarks and dist.get_rank() == dist.get_world_size() - 1:
+        passed_over = "\n".join(f" {remark}" for remark in own.remarks)
+        print(f"{passed_over}\n going on from {own.path}, the newest whole checkpoint", flush=True)
     adapters, base = cfg.peft.method is not PeftMethod.none, None
     if cfg.checkpoint.load is not None and (own is None or adapters):
         base = latest_checkpoint(cfg.checkpoint.load)
@@ -71,8 +80,18 @@ def resume(run: RunContext, stage: Stage) -> Progress:
         load_weights(run, stage.engine, base[1])
         base = None
     if own is not None:
-        return restore(stage, own[1], cfg, own=True)
-    return Progress() if base is None else restore(stage, base[1], cfg, own=False)
+        return restore(run, stage, own.path, own=True)
+    return Progress() if base is None else restore(run, stage, base[1], own=False)
+
+
+def retention(cfg: RunConfig) -> Retention:
+    """Which checkpoints stay; those that this run reads do."""
+    keep = cfg.checkpoint
+    if keep.keep_last is None:
+        return Retention()
+    loads = (keep.load, cfg.reward.load, *(getattr(cfg.stage, key, None) for key in ("reference_load", "critic_load")))
+    found = [latest_checkpoint(load) for load in loads if load is not None]
+    return Retention(keep.keep_last, keep.keep_every, frozenset(one[1].resolve() for one in found if one is not None))
 
 
 def finished(cfg: RunConfig, progress: Progress) -> bool:

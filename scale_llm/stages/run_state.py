@@ -10,11 +10,17 @@ import torch.distributed as dist
 from scale_llm import __version__
 from scale_llm.checkpoint.checkpointer import load_sharded, per_rank_object, read_plain
 from scale_llm.checkpoint.huggingface.loading import load_huggingface
-from scale_llm.config.checkpoint_files import TOKENIZER_DIR, TOKENIZER_FILES, is_huggingface, latest_checkpoint
+from scale_llm.checkpoint.whole import refuse_damaged
+from scale_llm.config.checkpoint_files import (
+    CHECKPOINT_VERSION,
+    TOKENIZER_DIR,
+    TOKENIZER_FILES,
+    is_huggingface,
+    latest_checkpoint,
+)
 from scale_llm.config.errors import UserError
 from scale_llm.config.io import CONFIG_FILE, load_raw, save_config
 from scale_llm.config.peft import PeftMethod
-from scale_llm.config.run import RunConfig
 from scale_llm.data.tokenizer import Tokenizer
 from scale_llm.engine import state as engine_state
 from scale_llm.engine.engine import Engine
@@ -25,9 +31,6 @@ from scale_llm.parallel.rng import rng_state, set_rng_state
 from scale_llm.stages.base import Stage
 from scale_llm.stages.context import RunContext
 from scale_llm.stages.progress import Progress
-
-CHECKPOINT_VERSION = 3.0
-"""Megatron-LM's number for this layout of names."""
 
 
 def state_to_save(stage: Stage, progress: Progress, host_group: dist.ProcessGroup) -> dict[str, Any]:
@@ -122,6 +125,7 @@ def _load(run: RunContext, engine: Engine | None, path: Path, weights: Weights) 
         if engine is not None:
             engine_state.follow_weights(engine)
         return
+    refuse_damaged(path, run.mesh.host_group, hashing=run.cfg.checkpoint.verify)
     loaded = load_sharded(path, wanted, optional=HEAD)
     if engine is not None:
         engine_state.load_model_state(engine, loaded, main_weights=engine.optimizer is not None)
@@ -151,16 +155,19 @@ def prompt_tokens(run: RunContext) -> list[int]:
     return random.integers(run.vocab_size, size=max(peft.num_virtual_tokens, 1)).tolist()
 
 
-def restore(stage: Stage, path: Path, cfg: RunConfig, *, own: bool) -> Progress:
+def restore(run: RunContext, stage: Stage, path: Path, *, own: bool) -> Progress:
     """Loads a checkpoint of any layout into the stage. A collective of the whole job.
 
-    own: the run's own checkpoint, so everything is restored; else checkpoint.finetune and no_load_* say what is left
-    out.
+    own: the run's own checkpoint, found to be whole, so everything is restored; else checkpoint.finetune and no_load_*
+    say what is left out.
     """
+    cfg = run.cfg
     if is_huggingface(path):
         load_huggingface(path, engine_state.sharded_model_state(stage.engine), cfg.model)
         engine_state.follow_weights(stage.engine)
         return Progress()
+    if not own:
+        refuse_damaged(path, run.mesh.host_group, hashing=cfg.checkpoint.verify)
     plain = read_plain(path)
     options = cfg.checkpoint
     # A checkpoint without a run's state is a converted one, or Megatron-LM's: its weights are all that we take.

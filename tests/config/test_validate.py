@@ -167,3 +167,11 @@ def test_checkpoint_of_another_model(tmp_path):
     assert f"give {tmp_path}/a/checkpoints" in problem
     (tmp_path / "a/checkpoints/latest_checkpointed_iteration.txt").write_text("7")
     assert "iter_0000007" in problems(load, other)[0]
+
+
+def test_checkpoints_that_are_to_stay():
+    (problem,) = problems("checkpoint.keep_every=100")
+    assert problem.startswith("checkpoint.keep_every=100: without checkpoint.keep_last")
+    (problem,) = problems("checkpoint.keep_last=0")
+    assert problem.startswith("checkpoint.keep_last=0: must be larger than 0")
+    assert problems("checkpoint.keep_last=2", "checkpoint.keep_every=100") == []

@@ -34,10 +34,25 @@ def test_first_line(tmp_path):
     assert greeting(cfg) == f"starting {tmp_path}/run"
     prepare_run_dir(cfg)
     tracker = tmp_path / "run/checkpoints/latest_checkpointed_iteration.txt"
+    (tracker.parent / "iter_0000040").mkdir()
     tracker.write_text("40")
     assert greeting(cfg) == f"resuming {tmp_path}/run at iteration 40"
-    tracker.write_text("forty")
-    assert "forty" in tracker_problems(cfg)[0]
+
+
+@pytest.mark.parametrize("text", ["", "forty", "60", None])
+def test_a_tracker_that_names_nothing_stops_no_resume(tmp_path, text):
+    """The ranks look for the newest whole checkpoint; that the tracker cannot be read at all is a problem."""
+    cfg = config(tmp_path)
+    prepare_run_dir(cfg)
+    tracker = tmp_path / "run/checkpoints/latest_checkpointed_iteration.txt"
+    (tracker.parent / "iter_0000040").mkdir()
+    if text is not None:
+        tracker.write_text(text)
+    assert tracker_problems(cfg) == []
+    assert greeting(cfg).startswith(f"resuming {tmp_path}/run at its newest whole checkpoint ({tracker}")
+    tracker.unlink(missing_ok=True)
+    tracker.mkdir()
+    assert "make it readable" in tracker_problems(cfg)[0]
 
 
 def test_a_directory_that_cannot_be_made_is_an_error_of_its_key():
