@@ -18,7 +18,7 @@ gc.freeze()
 gc.set_threshold(20_000, 20, 20)
 
 
-LONGEST = ("test_demo.py", "test_sft.py", "test_resume.py")
+LONGEST = ("test_demo.py", "test_sft.py", "test_ppo.py", "test_resume.py", "test_policy_learns.py")
 """Files that are begun first, so that no worker waits for another at the end."""
 
 

@@ -66,9 +66,10 @@ def assert_close(run, other, tolerance=1e-5):
 
 LAYOUTS = {
     "colocated_tp2": [RANKS4, TP2],
-    "colocated_pp2_distributed": [RANKS4, PP2, "parallel.use_distributed_optimizer=true"],
     "split": [RANKS4, TP2, "layout=split", "layout.critic.tensor_model_parallel_size=1"],
-    "split_pp2": [RANKS4, "layout=split", "layout.actor.pipeline_model_parallel_size=2"],
+    "split_pp2": [
+        RANKS4, "layout=split", "layout.actor.pipeline_model_parallel_size=2", "parallel.use_distributed_optimizer=true",
+    ],
     "hybrid_offloaded": [RANKS4, TP2, "layout=hybrid", "layout.checksum=true", "layout.bucket_megabytes=0.05"],
     "rollout_elsewhere": [
         RANKS4, "layout.actor.ranks=0-1", "layout.actor.tensor_model_parallel_size=2", "layout.rollout.ranks=2-3",
