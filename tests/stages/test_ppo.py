@@ -68,7 +68,8 @@ LAYOUTS = {
     "colocated_tp2": [RANKS4, TP2],
     "split": [RANKS4, TP2, "layout=split", "layout.critic.tensor_model_parallel_size=1"],
     "split_pp2": [
-        RANKS4, "layout=split", "layout.actor.pipeline_model_parallel_size=2", "parallel.use_distributed_optimizer=true",
+        RANKS4, "layout=split", "layout.actor.pipeline_model_parallel_size=2",
+        "parallel.use_distributed_optimizer=true",
     ],
     "hybrid_offloaded": [RANKS4, TP2, "layout=hybrid", "layout.checksum=true", "layout.bucket_megabytes=0.05"],
     "rollout_elsewhere": [
