@@ -23,6 +23,7 @@ def run(cfg) -> None:
         fail(how)
     dist.barrier()
     if rank == 0:
+        Path(cfg.checkpoint.save, "iter_0000020").mkdir(exist_ok=True)
         Path(cfg.checkpoint.save, "latest_checkpointed_iteration.txt").write_text("20")
     dist.destroy_process_group()
 
