@@ -10,14 +10,17 @@ import pytest
 from support.runs import rows
 
 WORDS = ["model=from_checkpoint", "data.split='80,20,0'", "train.eval_interval=null", "train.micro_batch_size=32",
-         "optim.lr_decay_style=constant", "optim.lr_warmup_iters=0", "stage.max_new_tokens=4",
+         "optim.lr=2e-3", "optim.lr_decay_style=constant", "optim.lr_warmup_iters=0", "stage.max_new_tokens=4",
          "stage.generation_batch_size=128", "reward.function=exact_match"]  # fmt: skip
 
 STAGES = {
-    "ppo": ["stage=ppo", "train.global_batch_size=64", "optim.lr=3e-3", "train.train_iters=32"],
-    "grpo": ["stage=grpo", "train.global_batch_size=16", "stage.num_generations_per_prompt=8", "optim.lr=2e-3",
-             "train.train_iters=20"],
+    "ppo": ["stage=ppo", "train.global_batch_size=96", "stage.ppo_mini_batch_size=32", "stage.critic_warmup=2",
+            "stage.critic_lr=2e-3", "optim.lr=1e-3", "train.train_iters=16"],
+    "grpo": ["stage=grpo", "train.global_batch_size=16", "stage.num_generations_per_prompt=8",
+             "train.train_iters=18"],
 }  # fmt: skip
+"""The critic learns alone first: its values begin anywhere from -1 to 2, and by such advantages a policy may learn to
+say nothing to a digit, for good."""
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
@@ -29,7 +32,7 @@ def test_reward_rises_above_nine_tenths(runs, tmp_path, beginner, digits, stage,
     assert runs(tmp_path / "run", *words) == []
     found = rows(tmp_path / "run")
     rewards = [row["critic/score/mean"] for row in found if "critic/score/mean" in row]
-    assert rewards[0] < 0.3
+    assert rewards[0] < 0.3, rewards
     assert sum(rewards[-4:]) / 4 > 0.9, rewards
     assert found[-1]["critic/score/mean validation"] > 0.8
 
@@ -39,8 +42,8 @@ class Variant:
 
     def __init__(self, runs, directory, beginner, digits):
         self._runs, self._directory = runs, directory
-        self._words = [*WORDS, f"checkpoint.load={beginner}", f"data.path={digits}", "stage=grpo", "optim.lr=2e-3",
-                       "train.seed=1", "train.global_batch_size=8", "stage.num_generations_per_prompt=8",
+        self._words = [*WORDS, f"checkpoint.load={beginner}", f"data.path={digits}", "stage=grpo", "train.seed=1",
+                       "train.global_batch_size=8", "stage.num_generations_per_prompt=8",
                        "stage.kl_loss_coef=0", "stage.num_samples=8", "train.eval_iters=0"]  # fmt: skip
 
     def __call__(self, *words, iterations=1):
