@@ -37,15 +37,14 @@ LAYOUTS = {
     "colocated": ["layout=colocated"],
     "rollout on another layout": ["layout=hybrid", *(f"layout.{role}.offload=false" for role in (
         "actor", "rollout", "reference", "critic", "reward"))],
-    "split": ["layout=split", "layout.actor.tensor_model_parallel_size=1", "layout.critic.tensor_model_parallel_size=1",
-              "layout.reward.tensor_model_parallel_size=1"],
+    "split": ["layout=split", "parallel=single"],
 }  # fmt: skip
 WARM = 2
 """Iterations that are left out: caches are made, functions compiled."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--iterations", type=int, default=7, help="measured iterations of each layout (default: 7)")
+    parser.add_argument("--iterations", type=int, default=5, help="measured iterations of each layout (default: 5)")
 
 
 def run(arguments: argparse.Namespace) -> list[Row]:
@@ -96,8 +95,8 @@ def _seconds(base: dict[str, Path], run_dir: Path, layout: list[str], iterations
     _scale_llm(
         "stage=ppo", *MODEL, "model=from_checkpoint", f"data.cache_dir={base['data']}", f"run_dir={run_dir}",
         f"checkpoint.load={base['base'] / 'checkpoints'}", f"reward.load={base['reward'] / 'checkpoints'}",
-        f"train.train_iters={WARM + iterations}", "train.global_batch_size=32", "train.micro_batch_size=4",
-        "train.eval_iters=0", "stage.max_new_tokens=128", "stage.ppo_mini_batch_size=16", "stage.num_samples=0",
+        f"train.train_iters={WARM + iterations}", "train.global_batch_size=16", "train.micro_batch_size=4",
+        "train.eval_iters=0", "stage.max_new_tokens=64", "stage.ppo_mini_batch_size=8", "stage.num_samples=0",
         *layout,
     )  # fmt: skip
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
