@@ -139,3 +139,15 @@ def test_adapters_that_cannot_be(runs, beginner, digits, tmp_path):
         runs(tmp_path / "no", *said, "peft=prompt_tuning")
     with pytest.raises(UserError, match="layout.rollout: adapters"):
         runs(tmp_path / "no", *said, "peft=lora", "layout=hybrid", "parallel=tp2", "cluster.nproc_per_node=2")
+
+
+def test_what_the_terminal_says(runs, beginner, digits, tmp_path):
+    """A stop string that never occurs and a reward without signal are named; the line of an iteration has the reward."""
+    same = tmp_path / "same.py"
+    same.write_text("def score(data_source, solution_str, ground_truth, extra_info=None):\n    return 1.0\n")
+    said = ["stage=grpo", *words(beginner, digits), *SHORT, f"reward.function={same}:score", "train.train_iters=1"]
+    output = runs.command(tmp_path / "run", *said, "stage.stop_strings=[zzyzx]")
+    assert "stage.stop_strings=['zzyzx']: none of them has ended any of the first 32 answers" in output
+    assert "all 4 answers to each of 8 prompts have the same reward" in output
+    (line,) = [line for line in output.splitlines() if "iteration        1/" in line]
+    assert "critic/score/mean: 1.000000E+00" in line and "tokens per second" in line and len(line) < 700

@@ -123,7 +123,7 @@ def draw(found: dict[str, dict[str, float]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(9, 0.9 + 0.7 * len(found)), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(9, 1.6 + 0.7 * len(found)), layout="constrained")
     names = list(found)
     left = [0.0] * len(names)
     for part in PARTS:
@@ -132,6 +132,6 @@ def draw(found: dict[str, dict[str, float]], path: Path) -> None:
         left = [start + width for start, width in zip(left, seconds, strict=True)]
     axes.invert_yaxis()
     axes.set_xlabel("seconds of an iteration (of a part, those of its slowest rank)")
-    axes.legend(fontsize="small", ncols=2)
+    figure.legend(loc="outside upper center", fontsize="small", ncols=4)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
