@@ -126,7 +126,7 @@ def stopped_by_signal() -> bool:
 
 
 def die_with_parent() -> None:
-    """Have the kernel kill this rank if its launcher is killed: an orphan would train on beside the next start."""
+    """Have the kernel kill this process if its parent is killed: an orphan would train on beside the next start."""
     if sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <sys/prctl.h>
         ctypes.CDLL(None).prctl(set_parent_death_signal, int(signal.SIGKILL))
@@ -137,6 +137,8 @@ def main() -> None:
     run_dir, rank = Path(sys.argv[1]), int(os.environ["RANK"])
     if "--joined" not in sys.argv:
         die_with_parent()
+    # A checkpoint's writers are forked: without their rank they would wait for it for ever
+    os.register_at_fork(after_in_child=die_with_parent)
     terminal = os.dup(2)
     log = redirect(run_dir, rank, int(os.environ["WORLD_SIZE"]))
     # Advice to the libraries' own developers would bury what the run prints

@@ -25,7 +25,7 @@ def test_killed_at_a_random_moment(runs, beginner, digits, tmp_path):
         time.sleep(0.02)
     time.sleep(seconds)
     os.kill(process.pid, signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.communicate(timeout=60)  # the pipe ends with the last process that holds it: none is left behind
     runs.command(tmp_path / "killed", *said)
     assert rows(tmp_path / "killed") == rows(tmp_path / "whole"), f"killed {seconds:.2f} s after the second iteration"
     texts = [(tmp_path / name / "transcripts.jsonl").read_text() for name in ("killed", "whole")]
