@@ -142,7 +142,7 @@ def test_adapters_that_cannot_be(runs, beginner, digits, tmp_path):
 
 
 def test_what_the_terminal_says(runs, beginner, digits, tmp_path):
-    """A stop string that never occurs and a reward without signal are named; the line of an iteration has the reward."""
+    """A stop string that never occurs and a reward without signal are named; an iteration's line has the reward."""
     same = tmp_path / "same.py"
     same.write_text("def score(data_source, solution_str, ground_truth, extra_info=None):\n    return 1.0\n")
     said = ["stage=grpo", *words(beginner, digits), *SHORT, f"reward.function={same}:score", "train.train_iters=1"]

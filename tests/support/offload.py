@@ -69,12 +69,11 @@ def _away_and_back(engine: Engine) -> dict[str, Any]:
 
 
 def _tensor_bytes() -> int:
-    """In the storages of all tensors of this process, each counted once. Host buffers are among them; single numbers are
-    not, as gloo's threads let those that ranks have summed go when they like."""
+    """In the storages of all tensors of this process, each counted once. Host buffers are among them."""
     gc.collect()
     tensors = [found for found in gc.get_objects() if type(found) in (torch.Tensor, torch.nn.Parameter)]
     storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors if t.device.type == "cpu"}
-    return sum(size for size in storages.values() if size > 16)
+    return sum(storages.values())
 
 
 def _storages(engine: Engine) -> list[torch.UntypedStorage]:
