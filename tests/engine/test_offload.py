@@ -39,8 +39,8 @@ def test_memory_is_free_while_away(ranks, case):
         left = rank["left"]
         assert left["held"] == 0
         assert left["freed"] == left["returned"] > left["copied"]
-        # gloo's threads let single numbers that ranks have summed go when they like
-        assert abs(left["after"] - left["away"] - left["freed"]) <= 32
+        # of storages that are there both times: gloo's threads let the sums of metrics go when they like
+        assert left["came_back"] == left["freed"]
         assert left["away"] < 100_000 < 800_000 < left["freed"]
         assert left["gradients"] == 0
 

@@ -52,28 +52,29 @@ def train(overrides: dict[str, Any], away: bool) -> dict[str, Any]:
 
 def _away_and_back(engine: Engine) -> dict[str, Any]:
     """Bytes in tensors of the process before, while away and after; what was reported."""
-    before = _tensor_bytes()
+    before = _tensors()
     gone = engine.offload()
     again = engine.offload()
-    there = _tensor_bytes()
+    there = _tensors()
     held = sum(storage.nbytes() for storage in _storages(engine))
     host = sum(block.nbytes for block in engine._offload._host._blocks)
     back = engine.onload()
     assert engine.onload().copied_bytes == again.copied_bytes == 0
+    after = _tensors()
     return {
-        "before": before, "away": there - host, "after": _tensor_bytes() - host, "held": held,
+        "before": sum(before.values()), "away": sum(there.values()) - host, "held": held,
+        "came_back": sum(after[storage] - size for storage, size in there.items() if storage in after),
         "copied": gone.copied_bytes, "freed": gone.device_bytes, "returned": back.device_bytes,
         "gradients": sum(float(p.main_grad.abs().sum()) for m in engine.modules for p in m.parameters()
                          if hasattr(p, "main_grad")),
     }  # fmt: skip
 
 
-def _tensor_bytes() -> int:
-    """In the storages of all tensors of this process, each counted once. Host buffers are among them."""
+def _tensors() -> dict[int, int]:
+    """Storage -> bytes, of all tensors of this process. Host buffers are among them."""
     gc.collect()
     tensors = [found for found in gc.get_objects() if type(found) in (torch.Tensor, torch.nn.Parameter)]
-    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors if t.device.type == "cpu"}
-    return sum(storages.values())
+    return {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors if t.device.type == "cpu"}
 
 
 def _storages(engine: Engine) -> list[torch.UntypedStorage]:
