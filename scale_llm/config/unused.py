@@ -9,7 +9,7 @@ from scale_llm.config.layout import LayoutConfig, RoleLayout
 from scale_llm.config.peft import LOW_RANK, PeftMethod
 from scale_llm.config.policy import AdvEstimator, KlCtrlType, PolicyStageConfig, limits_of
 from scale_llm.config.reward import RewardFunctionConfig, weighted_functions
-from scale_llm.config.roles import ROLES
+from scale_llm.config.roles import ROLES, roles_of
 from scale_llm.config.run import RunConfig
 from scale_llm.config.stage import (
     REFERENCE_FREE,
@@ -102,6 +102,29 @@ OF_FUNCTIONS = {
 """Keys of reward functions, and of which; empty: of any."""
 
 
+OF_ROLES = {
+    "layout.checksum": "rollout",
+    "layout.bucket_megabytes": "rollout",
+    **{
+        key: role
+        for role in ("reference", "critic", "reward")
+        for key in _keys(f"layout.{role}", RoleLayout)
+        if key.endswith(("_size", "sequence_parallel"))
+    },
+}
+"""Keys of roles that a run may not have. Their ranks and offload are set by options of the layout group for all."""
+
+
+def _has_role(role: str) -> Callable[[RunConfig], bool]:
+    def there(cfg: RunConfig) -> bool:
+        try:
+            return _policy(cfg) and role in roles_of(cfg)
+        except ValueError:  # of ranks: validation says what is wrong with them
+            return True
+
+    return there
+
+
 def _scored_by(name: str) -> Callable[[RunConfig], bool]:
     def called(cfg: RunConfig) -> bool:
         try:
@@ -158,7 +181,7 @@ RULES = (
         " ".join(
             key
             for key in (*_keys("layout", LayoutConfig), *_keys("reward", RewardFunctionConfig))
-            if key not in OF_FUNCTIONS and key != "reward.load_weight"
+            if key not in (*OF_FUNCTIONS, *OF_ROLES, "reward.load_weight")
         ),
         _policy,
         "is for policies that learn from rewards, stage={cfg.stage.name} has none",
@@ -169,6 +192,15 @@ RULES = (
         lambda cfg: cfg.reward.load is not None,
         "is of a reward model, and reward.load=null",
         "remove it, or set reward.load",
+    ),
+    *(
+        Rule(
+            key,
+            _has_role(role),
+            f"is of the {role}'s model, and this run has none of its own",
+            "remove it",
+        )
+        for key, role in OF_ROLES.items()
     ),
     *(
         Rule(
@@ -247,7 +279,7 @@ RULES = (
         "remove it, or choose {stages}",
     ),
     Rule(
-        "data.split data.embedded_megabytes data.num_workers train.micro_batch_size train.global_batch_size "
+        "data.split data.embedded_megabytes train.micro_batch_size train.global_batch_size "
         "train.rampup_batch_size train.train_iters train.train_samples train.eval_interval train.eval_iters "
         "train.exit_interval train.exit_duration_in_mins train.log_interval train.recompute_granularity "
         "train.recompute_method train.recompute_num_layers optim.optimizer optim.lr optim.min_lr optim.lr_decay_style "
@@ -259,6 +291,12 @@ RULES = (
         "logging.log_num_zeros_in_grad",
         _not_of_rows,
         "does nothing in stage={cfg.stage.name}, which trains nothing and goes through data.path once",
+        "remove it",
+    ),
+    Rule(
+        "data.num_workers",
+        lambda cfg: _not_of_rows(cfg) and not _policy(cfg),
+        "stage={cfg.stage.name} reads its rows once, at the start",
         "remove it",
     ),
     Rule(

@@ -21,7 +21,7 @@ CONVERSATION_KEYS = ("data.format=alpaca", "data.on_bad_row=drop", "data.on_too_
 COMPARISON_KEYS = ("data.fields.chosen=good", "data.fields.ranks=r", "data.fields.label=l")
 REWARD_KEYS = ("data.fields.ground_truth=g", "data.fields.extra_info=e", "reward.function=gsm8k", "reward.default=-1.0",
                "reward.gsm8k_flexible=true",
-               "layout.critic.ranks=first_half", "layout.checksum=true")  # fmt: skip
+               "layout.critic.ranks=first_half", "layout.actor.offload=true")  # fmt: skip
 TRAINING_KEYS = ("data.split='1,1,1'", "data.embedded_megabytes=2.0", "data.num_workers=2", "train.train_iters=5",
                  "train.global_batch_size=64", "train.recompute_granularity=full", "optim.lr=0.1",
                  "optim.clip_grad=2.0", "optim.lr_decay_style=linear", "checkpoint.save_interval=5",
@@ -54,6 +54,9 @@ UNREAD = {
         "stage.guard.action=stop",
         "reward.num_workers=2",
         "reward.load_weight=2.0",
+        "layout.checksum=true",
+        "layout.critic.tensor_model_parallel_size=2",
+        "data.num_workers=2",
     ),
     "stage=grpo reward.function=length": ("reward.gsm8k_flexible=true", "reward.regex_pattern=x"),
     "stage=grpo stage.adv_estimator=rloo stage.kl_loss_coef=0": (
