@@ -15,7 +15,7 @@ from scale_llm.config.validate_policy import size_problems
 KEYS = {"critic": "stage.critic_load", "reward": "reward.load", "reference": "stage.reference_load"}
 
 
-def policy_problems(cfg: RunConfig) -> list[str]:
+def role_problems(cfg: RunConfig) -> list[str]:
     """Problems of the files that the roles are made from, and of functions that cannot be imported."""
     if not isinstance(cfg.stage, PolicyStageConfig):
         return []

@@ -15,7 +15,7 @@ from scale_llm.config.validate import problems_of
 from scale_llm.launch import from_checkpoint
 from scale_llm.launch.environment import Joined, joined
 from scale_llm.launch.lock import held
-from scale_llm.launch.policy_checks import policy_problems
+from scale_llm.launch.policy_checks import role_problems
 from scale_llm.launch.run_directory import greeting, prepare_run_dir, tracker_problems
 
 
@@ -66,7 +66,7 @@ def compose_run(
 def problems(plan: Planned) -> list[str]:
     """Everything wrong with a run that can be known before its data are read."""
     found = problems_of(plan.cfg, plan.machine) + tracker_problems(plan.cfg)
-    found += from_checkpoint.huggingface_problems(plan.cfg) + policy_problems(plan.cfg)
+    found += from_checkpoint.huggingface_problems(plan.cfg) + role_problems(plan.cfg)
     if plan.join is None and not plan.is_job and plan.cfg.cluster.nnodes > 1:
         found.append(
             f"cluster.nnodes={plan.cfg.cluster.nnodes}: ranks are started on this machine alone; "

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from scale_llm.config.checkpoint_files import latest_checkpoint
 from scale_llm.config.io import write_text
+from scale_llm.config.policy import PolicyStageConfig
 from scale_llm.config.stage import GenerateConfig
 from scale_llm.data.chat.prompts import Prompt, load_prompts
 from scale_llm.data.of_stage import places_taken
@@ -89,7 +90,16 @@ def answers(run: RunContext, engine: Engine, prompts: list[list[int]]) -> dict[i
     return found
 
 
-def params_of(stage: GenerateConfig, stop: Iterable[int], max_new_tokens: int | None = None) -> SamplingParams:
+def text_of(completion: Completion, tokenizer: Tokenizer) -> str:
+    """An answer; a special token that ended it is no part of the text."""
+    tokens = completion.tokens
+    ends = completion.finished and tokens[-1] in tokenizer.special_ids
+    return tokenizer.decode(tokens[:-1] if ends else tokens)
+
+
+def params_of(
+    stage: GenerateConfig | PolicyStageConfig, stop: Iterable[int], max_new_tokens: int | None = None
+) -> SamplingParams:
     """What the stage asks for. stop: tokens that end an answer; max_new_tokens: where it must be shorter."""
     return SamplingParams(
         temperature=stage.temperature, top_k=stage.top_k, top_p=stage.top_p,
@@ -106,14 +116,12 @@ def seed_of(seed: int, prompt: int, sample: int) -> int:
 def row_of(
     number: int, completion: Completion, prompts: list[Prompt], stage: GenerateConfig, tokenizer: Tokenizer
 ) -> dict:
-    """What the file has of an answer; a token that stopped it is no part of the text."""
+    """What the file has of an answer."""
     prompt, sample = divmod(number, stage.num_generations_per_prompt)
-    tokens = completion.tokens
-    ends = completion.finished and tokens[-1] in tokenizer.special_ids
     found = {
         **prompts[prompt].row,
-        "generated": tokenizer.decode(tokens[:-1] if ends else tokens),
-        "generated_tokens": len(tokens),
+        "generated": text_of(completion, tokenizer),
+        "generated_tokens": len(completion.tokens),
         "finished": completion.finished,
         "log_prob": sum(completion.log_probs),
     }

@@ -5,6 +5,7 @@ import json
 import pytest
 from support.policy_words import SHORT, words
 from support.runs import latest, rows
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from scale_llm.config.errors import UserError
 
@@ -44,6 +45,11 @@ def test_transcripts(run):
         digit = next(char for char in reversed(row["prompt"]) if char.isdigit())
         assert row["score"] == row["scores"]["exact_match"] == float(row["response"].strip() == digit)
         assert row["finished"] == (row["tokens"] < 8) or row["tokens"] == 8
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    texts = events.Tensors("transcripts/text_summary")
+    assert [event.step for event in texts] == [1, 2, 3, 4]
+    assert found[0]["response"] in texts[0].tensor_proto.string_val[0].decode()
 
 
 def test_resume_is_bit_for_bit(runs, beginner, digits, run, tmp_path):
@@ -146,7 +152,8 @@ def test_what_the_terminal_says(runs, beginner, digits, tmp_path):
     same = tmp_path / "same.py"
     same.write_text("def score(data_source, solution_str, ground_truth, extra_info=None):\n    return 1.0\n")
     said = ["stage=grpo", *words(beginner, digits), *SHORT, f"reward.function={same}:score", "train.train_iters=1"]
-    output = runs.command(tmp_path / "run", *said, "stage.stop_strings=[zzyzx]")
+    output = runs.command(tmp_path / "run", *said, "stage.stop_strings=[zzyzx]", "stage.guard.min_entropy=99")
+    assert "is beyond stage.guard.min_entropy=99" in output
     assert "stage.stop_strings=['zzyzx']: none of them has ended any of the first 32 answers" in output
     assert "all 4 answers to each of 8 prompts have the same reward" in output
     (line,) = [line for line in output.splitlines() if "iteration        1/" in line]

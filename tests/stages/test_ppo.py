@@ -97,6 +97,28 @@ def test_it_was_a_run_worth_comparing(single):
     assert last["actor/ratio"] != 1 and last["critic/vf_loss"] > 0 and last["actor/reference_kl"] != 0
 
 
+def test_roles_are_away_while_others_work(runs, beginner, digits, judged_by, tmp_path):
+    """layout=hybrid on one rank: the model that is trained is on the device, and no other; weights are moved."""
+    said = words(beginner, digits, *FIVE, *judged_by, "layout=hybrid", "train.train_iters=1", "train.eval_iters=0",
+                 TP2, "cluster.nproc_per_node=2")  # fmt: skip
+    for rank in runs.on_ranks("support.policy:run", tmp_path / "run", *said):
+        assert [sorted(name for name, away in each.items() if not away) for each in rank["away"]] == [
+            ["critic"],
+            ["actor"],
+        ]
+        assert rank["away"][0].keys() == {"actor", "rollout", "reference", "critic", "reward"}
+    (row,) = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert row["perf/weights_bytes_per_second"] > 0 and row["timing_s/weights"] > 0
+
+
+def test_a_critic_that_diverges_is_named(runs, beginner, digits, tmp_path):
+    """On every rank, also of the half that has no part of it; nothing of the broken iteration is saved."""
+    said = words(beginner, digits, *FIVE, "stage.critic_lr=1e30", "layout=split", "cluster.nproc_per_node=2")
+    problems = runs(tmp_path / "run", *said)
+    assert problems and all(problem.startswith("critic: ") for problem in problems), problems
+    assert "stage.critic_lr=1e+30" in problems[0] or "gives numbers that are none" in problems[0]
+
+
 def test_a_layout_resumes_another_bit_for_bit(runs, beginner, digits, judged_by, tmp_path):
     """Of one layout to the last bit, of another to rounding; the checkpoint has every role that is trained."""
     said = words(beginner, digits, *FIVE, *judged_by, RANKS4, TP2, "layout=hybrid", "logging.log_params_norm=true")

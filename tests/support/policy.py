@@ -47,7 +47,7 @@ def run(run_dir: str, fault: str | None = None) -> dict[str, Any]:
 
     fault: which of FAULTS to plant first.
     """
-    seen: dict[str, Any] = {"answers": [], "scores": [], "tables": [], "steps": {}, "looks": {}}
+    seen: dict[str, Any] = {"answers": [], "scores": [], "tables": [], "steps": {}, "looks": {}, "away": []}
     _watch(seen)
     if fault is not None:
         FAULTS[fault]()
@@ -63,6 +63,7 @@ def _watch(seen: dict[str, Any]) -> None:
         Rollout.sampled, Scorer.__call__, PolicyStage._update, updates.train, Engine.train_step
     )  # fmt: skip
     role_at_work: list[str] = []
+    roles: dict[str, Any] = {}
 
     def watched_sampled(self, draws, numbers, timing):
         answers = sampled(self, draws, numbers, timing)
@@ -80,6 +81,7 @@ def _watch(seen: dict[str, Any]) -> None:
         return scores
 
     def watched_update(self, parts, tables, samples, timing, **options):
+        roles.update(self._roles)
         seen["tables"].append({name: table.clone() for name, table in tables.items()})
         for name, batches in parts.items():
             seen["looks"].setdefault(name, []).append([_numbers(part) for part in batches])
@@ -87,6 +89,7 @@ def _watch(seen: dict[str, Any]) -> None:
 
     def watched_train(role, *arguments, **options):
         role_at_work.append(role.name)
+        seen["away"].append({name: other.engine.is_away for name, other in roles.items() if other.is_here})
         return train(role, *arguments, **options)
 
     def watched_step(self, batches, loss, *, samples):

@@ -1,11 +1,13 @@
 """What the policy answers to prompts."""
 
+from dataclasses import replace
+
 from scale_llm.config.policy import PolicyStageConfig
 from scale_llm.data.tokenizer import Tokenizer
 from scale_llm.engine.generation.generator import Generator
 from scale_llm.engine.generation.samples import Completion, SamplingParams
 from scale_llm.stages.context import RunContext
-from scale_llm.stages.generate import seed_of
+from scale_llm.stages.generate import params_of, seed_of
 from scale_llm.stages.policy.answers import Answers, gathered
 from scale_llm.stages.policy.prompts import Draws
 from scale_llm.stages.policy.roles import Role
@@ -19,14 +21,8 @@ class Rollout:
         stage = run.cfg.stage
         assert isinstance(stage, PolicyStageConfig)
         self._group, self._seed, self._each = run.mesh.host_group, run.cfg.train.seed, stage.num_generations_per_prompt
-        self.params = SamplingParams(
-            temperature=stage.temperature, top_k=stage.top_k, top_p=stage.top_p, max_new_tokens=stage.max_new_tokens,
-            stop=frozenset(run.prepared.stop), stop_strings=tuple(stage.stop_strings),
-        )  # fmt: skip
-        self._greedy = SamplingParams(
-            temperature=0.0, max_new_tokens=stage.max_new_tokens, stop=self.params.stop,
-            stop_strings=self.params.stop_strings,
-        )  # fmt: skip
+        self._params = params_of(stage, run.prepared.stop)
+        self._greedy = replace(self._params, temperature=0.0)
         self._role, self._generator = role, None
         if role.is_here:
             self._generator = Generator(
@@ -37,7 +33,7 @@ class Rollout:
 
     def sampled(self, draws: Draws, numbers: list[int], timing: Timing) -> Answers:
         """So many answers to each of these draws as the stage asks for. A collective of the whole job."""
-        return self._answers(draws, numbers, self._each, self.params, timing)
+        return self._answers(draws, numbers, self._each, self._params, timing)
 
     def likeliest(self, draws: Draws, numbers: list[int]) -> Answers:
         """One to each, likewise."""
@@ -46,7 +42,7 @@ class Rollout:
     def ended_by_string(self, answers: Answers) -> int:
         """How many ended with one of stage.stop_strings."""
         finished = [completion for completion in answers.completions if completion.finished]
-        return sum(completion.tokens[-1] not in self.params.stop for completion in finished)
+        return sum(completion.tokens[-1] not in self._params.stop for completion in finished)
 
     def _answers(
         self, draws: Draws, numbers: list[int], each: int, params: SamplingParams, timing: Timing

@@ -10,6 +10,7 @@ from scale_llm.config.data import FieldsConfig
 from scale_llm.data.tokenizer import Tokenizer
 from scale_llm.rewards.scoring import Item, Rewards
 from scale_llm.stages.context import RunContext
+from scale_llm.stages.generate import text_of
 from scale_llm.stages.policy.answers import Answers, gathered, shared
 from scale_llm.stages.policy.roles import Role
 from scale_llm.stages.sequence_values import scores_of
@@ -49,10 +50,7 @@ class Scorer:
 
     def text(self, answers: Answers, number: int) -> str:
         """An answer without the token that ended it."""
-        completion = answers.completions[number]
-        tokens = completion.tokens
-        ends = completion.finished and tokens[-1] in self._tokenizer.special_ids
-        return self._tokenizer.decode(tokens[:-1] if ends else tokens)
+        return text_of(answers.completions[number], self._tokenizer)
 
     def _by_functions(self, answers: Answers) -> Scores:
         if self._functions is None:

@@ -128,9 +128,9 @@ class PolicyStage:
         if self._iteration == 0:
             check_reference(self._run.cfg, mask, tables)
             remarks += self._stop_strings(answers)
-        teaches = bool(found.advantages.any()) or self._is_pulled
-        results = self._together(self._update(parts, tables, global_batch_size, timing, with_actor=teaches), timing)
-        if "actor" in results:
+        moves = not self._is_warming_up and (bool(found.advantages.any()) or self._is_pulled)
+        results = self._together(self._update(parts, tables, global_batch_size, timing, with_actor=moves), timing)
+        if moves:
             metrics |= self._move(timing)
         metrics |= {name: value for result in results.values() for name, value in result.metrics.items()}
         self._follow_kl(mask, tables, len(answers))
@@ -142,11 +142,10 @@ class PolicyStage:
         texts = self._transcripts.add(self._iteration, answers, totals, scores.parts, found.advantages)
         tokens = int(answers.lengths.sum())
         metrics |= self._times(timing, time.perf_counter() - began, tokens)
-        actor = results.get("actor") or self._unmoved()
         # The actor's loss first: the loop looks at the first loss
         ordered = dict(sorted(metrics.items(), key=lambda item: item[0] != "actor/pg_loss"))
         stop = guard.stops(stage.guard, broken)
-        return replace(actor, metrics=ordered, tokens=tokens, remarks=tuple(remarks), texts=texts, stop=stop)
+        return replace(results["actor"], metrics=ordered, tokens=tokens, remarks=tuple(remarks), texts=texts, stop=stop)
 
     def _stop_strings(self, answers: Answers) -> list[str]:
         """Said once, of the first answers."""
@@ -183,11 +182,6 @@ class PolicyStage:
         metrics["perf/throughput"] = tokens / metrics[f"{PREFIX}step"] / len(told)
         return metrics
 
-    def _unmoved(self) -> StepResult:
-        """Of an actor that an iteration does not train."""
-        rate = 0.0 if self.engine is None else self.engine.learning_rate
-        return StepResult({}, 0.0, None, rate, 1.0, skipped=False)
-
     def _looked_at(self, answers: Answers, parts: dict[str, list[list[Batch]]], timing: Timing) -> Tables:
         """What actor, reference and critic say of every token before the update."""
         shape = answers.mask().shape
@@ -220,9 +214,11 @@ class PolicyStage:
             assert isinstance(stage, PpoConfig)
             with timing.part("update_critic"), critic.at_work():
                 found["critic"] = self._trained(critic, parts, tables, value_loss_of(stage), samples)
-        if actor.is_here and with_actor and not self._is_warming_up:
+        if actor.is_here and with_actor:
             with timing.part("update_actor"), actor.at_work():
                 found["actor"] = self._trained(actor, parts, tables, policy_loss_of(actor, stage), samples)
+        elif actor.is_here:
+            found["actor"] = StepResult({}, 0.0, None, actor.engine.learning_rate, 1.0, skipped=False)
         return found
 
     def _trained(
