@@ -15,27 +15,25 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import (
-    ShardedObject,
-    ShardedTensor,
-    ShardedTensorFactory,
-    is_main_replica,
-)
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
 from scale_llm import __version__
 from scale_llm.checkpoint import checksums
+from scale_llm.checkpoint.background import Pending, Publishing
 from scale_llm.checkpoint.only_data import load_data, read_only_data
-from scale_llm.checkpoint.results import use_results_files
+from scale_llm.checkpoint.part_writer import PartWriter, Written
+from scale_llm.checkpoint.planning import Planning, write_beside
 from scale_llm.checkpoint.retention import Retention, remove_behind, retire
+from scale_llm.checkpoint.summed_file import to_disk
 from scale_llm.config.checkpoint_files import CHECKPOINT_VERSION, iteration_dir, latest_checkpoint, write_latest
 from scale_llm.config.errors import UserError
+
+POLL_SECONDS = 0.005
+"""Between two looks at a save that is waited for."""
 
 
 class Checkpointer:
@@ -49,71 +47,89 @@ class Checkpointer:
         retention: Retention | None = None,
     ):  # fmt: skip
         self.directory, self._retention = Path(directory), retention or Retention()
-        self._removal: threading.Thread | None = None
         self._group, self._asynchronous = host_group, asynchronous
-        self._queue = AsyncCallsQueue() if asynchronous else None
-        use_results_files()
+        self._planning = Planning()
+        self._pending: Pending | None = None
+        self._removal: threading.Thread | None = None
 
     def save(self, iteration: int, state: dict[str, Any], extra: Callable[[Path], None] | None = None) -> None:
-        """Writes one checkpoint; in the background where the checkpointer is asynchronous.
+        """Writes one checkpoint; in the background where the checkpointer is asynchronous. What is written is the state
+        as it is now, whatever becomes of its tensors.
 
-        extra: called on rank 0 with the unfinished directory, to add files to it.
+        extra: called for rank 0 with the unfinished directory, to add files to it; in another process.
 
         Raises:
             UserError: it could not be written, on every rank; the checkpoint before is still the latest.
         """
         self.finish()
-        final = iteration_dir(self.directory, iteration)
-        unfinished = final.with_name(f".{final.name}.partial")
-        needed = _bytes_to_write(state, self._group)
+        unfinished = self._unfinished(iteration)
+        changed, mine = self._planning.prepare(state)
+        anew, needed = self._sums(int(changed), mine)
         self._agree(iteration, lambda: self._clear(unfinished, needed))
-        strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
-        request: list[AsyncRequest] = []
 
-        def write():
-            made = dist_checkpointing.save(
-                state, str(unfinished), strategy, validate_access_integrity=True, async_sharded_save=True
-            )
-            request.append(_with_checksums(made, unfinished))
+        def begin() -> None:
+            part, write_index = self._planning.plan(state, unfinished, anew=anew > 0)
+            beside = partial(write_beside, extra) if dist.get_rank() == 0 else None
+            self._pending = Pending(iteration, write_index, PartWriter(unfinished, part, beside))
 
-        self._agree(iteration, write)
-
-        def publish():
-            if dist.get_rank() == 0:
-                if extra is not None:
-                    extra(unfinished)
-                save_config(CheckpointingConfig(strategy.backend, strategy.version), str(unfinished))
-                checksums.collect(unfinished)
-                former = final.with_name(f".{final.name}.former")
-                if final.exists():
-                    os.replace(final, former)
-                os.replace(unfinished, final)
-                shutil.rmtree(former, ignore_errors=True)
-                write_latest(self.directory, iteration)
-                self._remove_old(iteration)
-
-        # megatron-core's last step writes metadata.json on rank 0 while the others wait; a full disk there would leave
-        # them waiting, so it is done in `publish`.
-        request[0].finalize_fns[1:] = [publish]
-        if self._queue is not None:
-            self._queue.schedule_async_request(request[0])
-            self._pending = iteration
-        else:
-            self._agree(iteration, lambda: _write_now(request[0]))
-            self._agree(iteration, lambda: _finalize(request[0]))
+        try:
+            self._agree(iteration, begin)
+        except UserError:
+            if self._pending is not None:
+                self._pending.part.stop()
+                self._pending = None
+            raise
+        if not self._asynchronous:
+            self.finish()
 
     def poll(self) -> None:
         """Publishes a background save that has finished; cheap when there is none. Every rank, every iteration."""
-        if self._queue is not None and self._queue.get_num_unfinalized_calls():
-            self._agree(self._pending, lambda: self._queue.maybe_finalize_async_calls(blocking=False))
+        if self._pending is not None:
+            self._advance(self._pending)
 
     def finish(self) -> None:
-        """Waits for a background save."""
-        if self._queue is not None and self._queue.get_num_unfinalized_calls():
-            self._agree(self._pending, lambda: self._queue.maybe_finalize_async_calls(blocking=True))
+        """Waits for a background save. Ranks ask each other time and again, so that no wait is too long for a
+        collective."""
+        while self._pending is not None:
+            self._pending.wait(POLL_SECONDS)
+            self._advance(self._pending)
         if self._removal is not None:
             self._removal.join()
             self._removal = None
+
+    def _advance(self, pending: Pending) -> None:
+        """One look at a background save, on every rank: it is written by all, then published by rank 0."""
+        alive = pending.is_alive()
+        problem = None if alive else pending.problem()
+        running, failed = self._sums(int(alive), int(problem is not None))
+        if running:
+            return
+        if failed or pending.publishing is not None:
+            self._pending = None
+            self._raise(pending.iteration, problem, failed)
+            return
+        gathered: list[Any] | None = [None] * dist.get_world_size(self._group) if dist.get_rank() == 0 else None
+        dist.gather_object(pending.part.outcome(), gathered, dst=0, group=self._group)
+        pending.publishing = Publishing(partial(self._publish, pending, gathered) if gathered else None)
+
+    def _publish(self, pending: Pending, parts: list[Written]) -> None:
+        """On rank 0. Everything is on the disk before a name says that it is there."""
+        unfinished, final = self._unfinished(pending.iteration), iteration_dir(self.directory, pending.iteration)
+        pending.write_index(parts)
+        checksums.collect(unfinished, {name: entry for part in parts for name, entry in part.table.items()})
+        to_disk(unfinished)
+        former = final.with_name(f".{final.name}.former")
+        if final.exists():
+            os.replace(final, former)
+        os.replace(unfinished, final)
+        shutil.rmtree(former, ignore_errors=True)
+        to_disk(self.directory)
+        write_latest(self.directory, pending.iteration)
+        to_disk(self.directory)
+        self._remove_old(pending.iteration)
+
+    def _unfinished(self, iteration: int) -> Path:
+        return self.directory / f".{iteration_dir(self.directory, iteration).name}.partial"
 
     def _remove_old(self, iteration: int) -> None:
         if self._removal is not None:
@@ -135,6 +151,12 @@ class Checkpointer:
                 partial.rmdir()
                 raise OSError(f"it takes {needed_bytes / 2**30:.2f} GiB")
 
+    def _sums(self, *values: int) -> list[int]:
+        """Of each value over all ranks."""
+        totals = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(totals, group=self._group)
+        return totals.tolist()
+
     def _agree(self, iteration: int, action: Callable[[], Any]) -> None:
         """Runs the action on every rank; where it failed on any, all raise the same error."""
         problem = None
@@ -144,11 +166,14 @@ class Checkpointer:
             problem = "; ".join(dict.fromkeys(str(cause) for cause, _ in error.failures.values()))
         except Exception as error:  # noqa: BLE001 - whatever went wrong on one rank, all must stop together
             problem = f"{type(error).__name__}: {error}"
-        problems: list[str | None] = [None] * dist.get_world_size(self._group)
-        dist.all_gather_object(problems, problem, group=self._group)
-        found = sorted({p for p in problems if p})
-        if found:
-            raise UserError(self._explain(iteration, found))
+        self._raise(iteration, problem, self._sums(int(problem is not None))[0])
+
+    def _raise(self, iteration: int, problem: str | None, failed: int) -> None:
+        """failed: on how many ranks there is a problem."""
+        if failed:
+            problems: list[str | None] = [None] * dist.get_world_size(self._group)
+            dist.all_gather_object(problems, problem, group=self._group)
+            raise UserError(self._explain(iteration, sorted({p for p in problems if p})))
 
     def _explain(self, iteration: int, found: list[str]) -> list[str]:
         try:
@@ -162,43 +187,6 @@ class Checkpointer:
             f"{free / 2**30:.2f} GiB are free there; {kept}; make room or choose another directory, then run again"
             for text in found
         ]
-
-
-def _with_checksums(request: AsyncRequest, directory: Path) -> AsyncRequest:
-    """The same request, which also takes checksums of this rank's files where it writes them: in the process of a
-    background save, while training goes on."""
-    if request.async_fn is None:  # this rank has nothing to write
-        return request
-    return request._replace(async_fn=partial(_write_and_note, request.async_fn, directory))
-
-
-def _write_and_note(write: Callable[..., None], directory: Path, rank: int, buckets: list[Any], *more: Any) -> None:
-    checksums.note(directory, rank, [name for _, name, _ in buckets], lambda: write(rank, buckets, *more))
-
-
-def _write_now(request: AsyncRequest) -> None:
-    arguments = list(request.async_fn_args)
-    if request.preload_fn is not None:
-        arguments[1] = request.preload_fn()
-    if request.async_fn is not None:
-        request.async_fn(*arguments, **request.async_fn_kwargs)
-
-
-def _finalize(request: AsyncRequest) -> None:
-    dist.barrier()
-    for function in request.finalize_fns:
-        function()
-
-
-def _bytes_to_write(state: dict[str, Any], group: dist.ProcessGroup) -> int:
-    """Bytes of all tensors, each counted on the rank that writes it, over the whole job."""
-    mine = 0
-    for leaf in nested_values(state):
-        if isinstance(leaf, ShardedTensor | ShardedTensorFactory) and is_main_replica(leaf.replica_id):
-            mine += leaf.data.numel() * leaf.data.element_size()
-    total = torch.tensor([mine], dtype=torch.int64)
-    dist.all_reduce(total, group=group)
-    return int(total.item())
 
 
 class _CommonReader(TorchCommonLoadStrategy):

@@ -8,10 +8,7 @@ change within 4 bytes and all but one in four thousand million of others. It is 
 
 import json
 import os
-import threading
 import zlib
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +17,6 @@ from scale_llm.config.errors import UserError
 FILE = "checksums.json"
 ALGORITHM = "crc32"
 PIECE_BYTES = 4 << 20
-PAUSE_SECONDS = 0.005
-"""Between two looks at a file that has not grown."""
 
 EDITED = ("config.yaml",)
 """Files that people change, as where the base of adapters has moved: no damage."""
@@ -30,66 +25,38 @@ Table = dict[str, dict[str, Any]]
 """Name below the checkpoint -> algorithm, hex digest, bytes."""
 
 
-def entry(path: Path, written: threading.Event | None = None) -> dict[str, Any]:
-    """Of one file, read piece by piece. written: set when its writer has ended; until then the file may still grow."""
+def entry(path: Path) -> dict[str, Any]:
+    """Of one file, read piece by piece."""
     total = size = 0
     buffer = memoryview(bytearray(PIECE_BYTES))
-    while written is not None and not path.exists() and not written.wait(PAUSE_SECONDS):
-        pass
     with open(path, "rb", buffering=0) as file:
-        while True:
-            is_whole = written is None or written.is_set()  # asked before the read: what it then finds is all
-            count = file.readinto(buffer)
+        while count := file.readinto(buffer):
             total, size = zlib.crc32(buffer[:count], total), size + count
-            if count == 0 and is_whole:
-                return {"algorithm": ALGORITHM, "digest": f"{total:08x}", "bytes": size}
-            if count == 0:
-                written.wait(PAUSE_SECONDS)
+    return as_entry(total, size)
 
 
-def note(directory: Path, rank: int, files: Sequence[str], write: Callable[[], None] = lambda: None) -> None:
-    """Leaves what this rank has written for `collect`. A file that cannot be read, or a full disk, is found there.
-
-    write: writes the files, each from its beginning to its end. They are read while it does: afterwards it would take a
-    third of the time of a save.
-    """
-    written = threading.Event()
-    with ThreadPoolExecutor(1) as pool:
-        entries = pool.submit(lambda: {name: entry(directory / name, written) for name in files})
-        try:
-            write()
-        finally:
-            written.set()
-    try:
-        _noted(directory, str(rank)).write_text(json.dumps(entries.result()), encoding="utf-8")
-    except OSError:
-        _noted(directory, str(rank)).unlink(missing_ok=True)
+def as_entry(digest: int, size: int) -> dict[str, Any]:
+    """A file's line of the table."""
+    return {"algorithm": ALGORITHM, "digest": f"{digest:08x}", "bytes": size}
 
 
-def collect(directory: Path) -> None:
-    """Writes checksums.json of what the ranks have noted and of the files that are not noted, which are small.
+def collect(directory: Path, tensors: Table) -> None:
+    """Writes checksums.json. tensors: of the files of tensors, taken while they were written; all others are small.
 
     Raises:
-        OSError: a file of tensors was not noted.
+        OSError: a file of tensors has none.
     """
-    table: Table = {}
-    for path in sorted(directory.glob(_noted(directory, "*").name)):
-        table |= json.loads(path.read_text(encoding="utf-8"))
-        path.unlink()
+    table = dict(tensors)
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
         name = path.relative_to(directory).as_posix()
         if name not in table:
             if name.endswith(".distcp"):
-                raise OSError(f"no checksum of {name} was made: its rank could not read it again, or the disk is full")
+                raise OSError(f"no checksum of {name} was made: it belongs to no rank of this run")
             table[name] = entry(path)
     with open(directory / FILE, "w", encoding="utf-8") as file:
         json.dump(dict(sorted(table.items())), file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _noted(directory: Path, rank: str) -> Path:
-    return directory / f".checksums.{rank}.json"
 
 
 def read(directory: Path) -> Table | None:

@@ -6,7 +6,6 @@ import os
 import pickle
 import random
 import shutil
-import time
 import zipfile
 import zlib
 from dataclasses import replace
@@ -21,6 +20,7 @@ from scale_llm.checkpoint import checksums
 from scale_llm.checkpoint.describing import describe
 from scale_llm.checkpoint.only_data import load_data, read_index
 from scale_llm.checkpoint.retention import Retention, remove_behind, retire
+from scale_llm.checkpoint.summed_file import PIECE_BYTES, SMALL_BYTES, SummedFile
 from scale_llm.checkpoint.torch_dist import TorchDistReader
 from scale_llm.config.checkpoint_files import resumable
 from scale_llm.config.errors import UserError
@@ -171,9 +171,7 @@ def test_checksums_say_what_is_wrong(tmp_path):
     for name in ("a.bin", "sub/b.bin", "c.bin", "config.yaml"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(data)
-    checksums.note(tmp_path, 3, ["a.bin"])
-    checksums.note(tmp_path, 4, ["gone.bin"])
-    checksums.collect(tmp_path)
+    checksums.collect(tmp_path, {"a.bin": checksums.entry(tmp_path / "a.bin")})
     table = checksums.read(tmp_path)
     assert table is not None and sorted(table) == ["a.bin", "c.bin", "config.yaml", "sub/b.bin"]
     assert table["a.bin"] == {"algorithm": "crc32", "digest": f"{zlib.crc32(data):08x}", "bytes": len(data)}
@@ -192,28 +190,28 @@ def test_checksums_say_what_is_wrong(tmp_path):
     assert len(checksums.problems(tmp_path, table, hashing=False)) == 2
 
 
-def test_a_file_is_read_while_it_grows(tmp_path):
-    """Its end is what is there when the writer has ended, not the first pause."""
-    data = np.random.default_rng(0).bytes(90_000)
-
-    def write() -> None:
-        time.sleep(0.02)
-        with open(tmp_path / "__0_0.distcp", "wb", buffering=0) as file:
-            for start in range(0, len(data), 30_000):
-                file.write(data[start : start + 30_000])
-                time.sleep(0.02)
-
-    checksums.note(tmp_path, 0, ["__0_0.distcp"], write)
-    checksums.collect(tmp_path)
-    assert checksums.read(tmp_path) == {"__0_0.distcp": checksums.entry(tmp_path / "__0_0.distcp")}
-    assert checksums.read(tmp_path)["__0_0.distcp"]["bytes"] == len(data)
+@pytest.mark.parametrize("sizes", [[], [1], [100, 0, SMALL_BYTES, 3], [PIECE_BYTES + 17, 5, 2 * PIECE_BYTES], [40] * 5])
+def test_a_file_is_summed_while_it_is_written(tmp_path, sizes):
+    """Small writes are collected, large ones cut: bytes, place and checksum are those of the file."""
+    random = np.random.default_rng(0)
+    parts = [random.bytes(size) for size in sizes]
+    with SummedFile(tmp_path / "__0_0.distcp") as file:
+        for part in parts:
+            before = file.tell()
+            file.write(memoryview(part))
+            file.flush()
+            assert file.tell() == before + len(part)
+    assert (tmp_path / "__0_0.distcp").read_bytes() == b"".join(parts)
+    assert file.entry == checksums.entry(tmp_path / "__0_0.distcp")
+    checksums.collect(tmp_path, {"__0_0.distcp": file.entry})
+    assert checksums.read(tmp_path) == {"__0_0.distcp": file.entry}
 
 
 def test_tensors_without_a_checksum_are_not_published(tmp_path):
-    """A rank's note that a full disk has swallowed."""
+    """They belong to no rank that told of them."""
     (tmp_path / "__1_0.distcp").write_bytes(b"x")
     with pytest.raises(OSError, match="no checksum of __1_0.distcp"):
-        checksums.collect(tmp_path)
+        checksums.collect(tmp_path, {"__0_0.distcp": {}})
 
 
 def test_shares_are_equal_and_whole():

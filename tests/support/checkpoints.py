@@ -8,5 +8,4 @@ from scale_llm.checkpoint import checksums
 def sign_again(checkpoint: Path) -> None:
     """Gives a changed checkpoint checksums that fit, as a forger would."""
     (checkpoint / checksums.FILE).unlink(missing_ok=True)
-    checksums.note(checkpoint, 0, [path.name for path in checkpoint.glob("*.distcp")])
-    checksums.collect(checkpoint)
+    checksums.collect(checkpoint, {path.name: checksums.entry(path) for path in checkpoint.glob("*.distcp")})

@@ -1,0 +1,56 @@
+"""A save that goes on while the run does: first every rank's part, then what makes a checkpoint of them."""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from scale_llm.checkpoint.part_writer import PartWriter, Written
+
+
+class Publishing:
+    """What rank 0 does when all parts are written, in a thread: a disk may take its time over small files too. On other
+    ranks there is nothing to do."""
+
+    def __init__(self, action: Callable[[], None] | None):
+        self.problem: str | None = None
+        self._action = action
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            if self._action is not None:
+                self._action()
+        except Exception as error:  # noqa: BLE001 - told by every rank when they look
+            self.problem = f"{type(error).__name__}: {error}"
+
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def wait(self, seconds: float) -> None:
+        self._thread.join(seconds)
+
+
+@dataclass(slots=True)
+class Pending:
+    """A save that goes on in the background."""
+
+    iteration: int
+    write_index: Callable[[list[Written]], None]
+    part: PartWriter
+    publishing: Publishing | None = None
+
+    def is_alive(self) -> bool:
+        return (self.publishing or self.part).is_alive()
+
+    def wait(self, seconds: float) -> None:
+        (self.publishing or self.part).wait(seconds)
+
+    def problem(self) -> str | None:
+        """Of what is no longer alive."""
+        if self.is_alive():
+            return None
+        if self.publishing is not None:
+            return self.publishing.problem
+        outcome = self.part.outcome()
+        return outcome if isinstance(outcome, str) else None
