@@ -4,7 +4,8 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from scale_llm.checkpoint.part_writer import PartWriter, Written
+from scale_llm.checkpoint.forked import Forked
+from scale_llm.checkpoint.part_writer import Written
 
 
 class Publishing:
@@ -37,7 +38,7 @@ class Pending:
 
     iteration: int
     write_index: Callable[[list[Written]], None]
-    part: PartWriter
+    part: Forked[Written]
     publishing: Publishing | None = None
 
     def is_alive(self) -> bool:
@@ -50,7 +51,4 @@ class Pending:
         """Of what is no longer alive."""
         if self.is_alive():
             return None
-        if self.publishing is not None:
-            return self.publishing.problem
-        outcome = self.part.outcome()
-        return outcome if isinstance(outcome, str) else None
+        return self.part.problem() if self.publishing is None else self.publishing.problem

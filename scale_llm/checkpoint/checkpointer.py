@@ -24,8 +24,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from scale_llm import __version__
 from scale_llm.checkpoint import checksums
 from scale_llm.checkpoint.background import Pending, Publishing
+from scale_llm.checkpoint.forked import Forked
 from scale_llm.checkpoint.only_data import load_data, read_only_data
-from scale_llm.checkpoint.part_writer import PartWriter, Written
+from scale_llm.checkpoint.part_writer import Written, write_part
 from scale_llm.checkpoint.planning import Planning, write_beside
 from scale_llm.checkpoint.retention import Retention, remove_behind, retire
 from scale_llm.checkpoint.summed_file import to_disk
@@ -70,7 +71,7 @@ class Checkpointer:
         def begin() -> None:
             part, write_index = self._planning.plan(state, unfinished, anew=anew > 0)
             beside = partial(write_beside, extra) if dist.get_rank() == 0 else None
-            self._pending = Pending(iteration, write_index, PartWriter(unfinished, part, beside))
+            self._pending = Pending(iteration, write_index, Forked(partial(write_part, unfinished, part, beside)))
 
         try:
             self._agree(iteration, begin)
