@@ -7,7 +7,7 @@ file last. So a run that is killed while saving finds the checkpoint before.
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from scale_llm.checkpoint.only_data import load_data, read_only_data
 from scale_llm.checkpoint.part_writer import Written, write_part
 from scale_llm.checkpoint.planning import Planning, write_beside
 from scale_llm.checkpoint.retention import Retention, remove_behind, retire
+from scale_llm.checkpoint.snapshot import left_out
 from scale_llm.checkpoint.summed_file import to_disk
 from scale_llm.config.checkpoint_files import CHECKPOINT_VERSION, iteration_dir, latest_checkpoint, write_latest
 from scale_llm.config.errors import UserError
@@ -53,11 +54,15 @@ class Checkpointer:
         self._pending: Pending | None = None
         self._removal: threading.Thread | None = None
 
-    def save(self, iteration: int, state: dict[str, Any], extra: Callable[[Path], None] | None = None) -> None:
+    def save(
+        self, iteration: int, state: dict[str, Any], extra: Callable[[Path], None] | None = None,
+        unneeded: Iterable[torch.Tensor] = (),
+    ) -> None:  # fmt: skip
         """Writes one checkpoint; in the background where the checkpointer is asynchronous. What is written is the state
         as it is now, whatever becomes of its tensors.
 
         extra: called for rank 0 with the unfinished directory, to add files to it; in another process.
+        unneeded: large tensors that are no part of the state, such as gradients: a background save is faster for it.
 
         Raises:
             UserError: it could not be written, on every rank; the checkpoint before is still the latest.
@@ -71,7 +76,9 @@ class Checkpointer:
         def begin() -> None:
             part, write_index = self._planning.plan(state, unfinished, anew=anew > 0)
             beside = partial(write_beside, extra) if dist.get_rank() == 0 else None
-            self._pending = Pending(iteration, write_index, Forked(partial(write_part, unfinished, part, beside)))
+            with left_out(unneeded):
+                writing = Forked(partial(write_part, unfinished, part, beside))
+            self._pending = Pending(iteration, write_index, writing)
 
         try:
             self._agree(iteration, begin)

@@ -8,14 +8,19 @@ come.
 
 import ctypes
 import mmap
+import sys
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 Range = tuple[int, int]
 """Addresses [first, end)."""
+
+DONT_FORK, DO_FORK = 10, 11
+"""Linux's numbers, which Python's mmap has not on every build."""
 
 
 class SharedMemory:
@@ -67,6 +72,19 @@ def compact(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.new_empty(0).set_(storage[first : first + count], 0, tensor.shape, tensor.stride())
 
 
+@contextmanager
+def left_out(tensors: Iterable[torch.Tensor]) -> Iterator[None]:
+    """A process forked in this block has not the memory of these tensors: the fork is faster, and the pages need not be
+    copied when this process writes to them. It is killed if it looks at them."""
+    pages = [_pages(tensor) for tensor in tensors if tensor.device.type == "cpu"]
+    done = [span for span in pages if _advise(span, DONT_FORK)]
+    try:
+        yield
+    finally:
+        for span in done:
+            _advise(span, DO_FORK)
+
+
 class Release:
     """For a forked process: gives pages back that it has written, so that its parent, which goes on changing them, need
     not copy them any more."""
@@ -76,18 +94,24 @@ class Release:
         ranges = sorted(map(_range, tensors))
         self._overlapping = {one for pair in zip(ranges, ranges[1:], strict=False) if pair[0][1] > pair[1][0]
                              for one in pair}  # fmt: skip
-        try:
-            self._madvise = ctypes.CDLL(None, use_errno=True).madvise
-            self._madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-        except (OSError, AttributeError):
-            self._madvise = None
 
     def __call__(self, tensor: torch.Tensor) -> None:
         """The tensor's values are lost to this process."""
-        span = _range(tensor)
-        first, end = -(-span[0] // mmap.PAGESIZE) * mmap.PAGESIZE, span[1] // mmap.PAGESIZE * mmap.PAGESIZE
-        if self._madvise is not None and end > first and span not in self._overlapping:
-            self._madvise(first, end - first, mmap.MADV_DONTNEED)  # a refusal costs a copy, nothing else
+        if _range(tensor) not in self._overlapping:
+            _advise(_pages(tensor), mmap.MADV_DONTNEED)
+
+
+def _pages(tensor: torch.Tensor) -> Range:
+    """Those that hold nothing but the tensor."""
+    first, end = _range(tensor)
+    return -(-first // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+
+
+def _advise(span: Range, advice: int) -> bool:
+    """Tells the kernel what is planned with pages; False where it does not want to know. That costs time alone."""
+    if span[1] <= span[0] or sys.platform != "linux":
+        return False
+    return ctypes.CDLL(None).madvise(ctypes.c_void_p(span[0]), ctypes.c_size_t(span[1] - span[0]), advice) == 0
 
 
 def _range(tensor: torch.Tensor) -> Range:

@@ -65,6 +65,12 @@ def sharded_optimizer_state(engine: Engine, model_state: dict[str, Any], *, load
     return state
 
 
+def gradient_buffers(engine: Engine) -> list[torch.Tensor]:
+    """What gradients are summed in: nothing of the state."""
+    chunks = engine.chunks if engine.optimizer is not None else []
+    return [buffer.grad_data for chunk in chunks for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers)]
+
+
 def named(state: dict[str, Any], name: str) -> dict[str, Any]:
     """The same state with `<name>.` before every tensor's name in checkpoints."""
     add_prefix_for_sharding(state, f"{name}.")

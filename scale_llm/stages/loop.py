@@ -18,7 +18,7 @@ from scale_llm.stages.base import Stage
 from scale_llm.stages.context import RunContext
 from scale_llm.stages.progress import Progress, StopRequest
 from scale_llm.stages.report import Reporter
-from scale_llm.stages.run_state import load_weights, restore, state_to_save, write_files
+from scale_llm.stages.run_state import gradients, load_weights, restore, state_to_save, write_files
 
 
 def train(run: RunContext, stage: Stage) -> None:
@@ -131,4 +131,5 @@ def exit_reason(cfg: RunConfig, progress: Progress, stop: StopRequest) -> str | 
 
 def save(checkpointer: Checkpointer, stage: Stage, progress: Progress, run: RunContext, reporter: Reporter) -> None:
     with reporter.saving(progress, Path(run.cfg.checkpoint.save)), on_device(stage.engines.values()):
-        checkpointer.save(progress.iteration, state_to_save(stage, progress, run.mesh.host_group), write_files(run))
+        state = state_to_save(stage, progress, run.mesh.host_group)
+        checkpointer.save(progress.iteration, state, write_files(run), gradients(stage))

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 
 from scale_llm import __version__
@@ -45,6 +46,12 @@ def state_to_save(stage: Stage, progress: Progress, host_group: dist.ProcessGrou
         else:
             state |= {**whole, "engine": plain}
     return state
+
+
+def gradients(stage: Stage) -> list[torch.Tensor]:
+    """Memory of this rank that no checkpoint holds."""
+    engines = (engine for engine in stage.engines.values() if engine is not None)
+    return [buffer for engine in engines for buffer in engine_state.gradient_buffers(engine)]
 
 
 def _wanted(engine: Engine, weights: Weights, *, with_optimizer: bool, loading: bool) -> dict[str, Any]:

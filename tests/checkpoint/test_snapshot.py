@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from scale_llm.checkpoint.forked import Forked
-from scale_llm.checkpoint.snapshot import Release, SharedMemory, compact, held
+from scale_llm.checkpoint.snapshot import Release, SharedMemory, compact, held, left_out
 from scale_llm.config.checkpoint_files import latest_checkpoint
 
 
@@ -112,6 +112,20 @@ def test_what_is_given_back_is_of_this_process_alone():
     assert neighbour == 100 and kept == 29_900
     assert released < 2 * os.sysconf("SC_PAGESIZE") / 4, "its whole pages were kept"
     assert buffer.sum() == 50_000
+
+
+def test_what_is_left_out_is_in_no_child(tmp_path):
+    """Whole pages of it, while the block lasts; what lies beside it is there, and the parent's stays as it is."""
+    buffer = torch.ones(50_000)
+
+    def look(count: int) -> float:
+        return buffer[:count].sum().item()
+
+    with left_out([buffer[100:]]):
+        beside, inside = Forked(lambda: look(100)), Forked(lambda: look(50_000))
+        assert beside.outcome() == 100
+        assert inside.problem() == "its process ended with exit code -11"
+    assert Forked(lambda: look(50_000)).outcome() == 50_000 == look(50_000)
 
 
 def test_a_process_says_how_it_ended():

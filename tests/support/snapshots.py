@@ -102,7 +102,7 @@ def _compared(path: Path, before: dict[str, torch.Tensor], iteration: int) -> li
 
 
 def as_megatron_writes(directory: str) -> list[str]:
-    """The same state by megatron-core's own writer and by ours, synchronously: what differs."""
+    """The same state by megatron-core's own writer and by ours, by a plan that serves again: what differs."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
@@ -116,8 +116,10 @@ def as_megatron_writes(directory: str) -> list[str]:
         sharded = {name: _sharded(name, tensor) for name, tensor in tensors.items()}
         return {**sharded, "plain": [1, "x"], "told": per_rank_object("told", {"rank": dist.get_rank()})}
 
-    Checkpointer(root / "ours", group).save(1, state())
-    theirs, ours = root / "theirs", root / "ours" / "iter_0000001"
+    checkpointer = Checkpointer(root / "ours", group)
+    for iteration in (1, 2):
+        checkpointer.save(iteration, state())
+    theirs, ours = root / "theirs", root / "ours" / "iter_0000002"
     if dist.get_rank() == 0:
         theirs.mkdir()
     dist.barrier()

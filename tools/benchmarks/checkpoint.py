@@ -86,7 +86,7 @@ def _job(ranks: int, settings: dict) -> dict[str, list[float]]:
 def _rows(title: str, found: dict[str, list[float]]) -> list[Row]:
     middle = {name: median(values) for name, values in found.items()}
     gigabytes = middle["bytes"] / 1e9
-    sync, step = middle["sync"], middle["step"]
+    sync, step = middle["sync"], middle["undisturbed"]
     rates = [faster(f"{title}: save of {gigabytes:.2f} GB", gigabytes / sync, gigabytes / middle["plain"],
                     "plain write", "GB/s")]  # fmt: skip
     stalls = [shorter(f"{title}: stall", middle["ours stall"], sync, "synchronous save", "s")]

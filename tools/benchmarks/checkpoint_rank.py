@@ -46,7 +46,7 @@ def measure(directory: Path, settings: dict[str, Any]) -> dict[str, list[float]]
         for name in names[index % len(names) :] + names[: index % len(names)]:
             quiet(directory)
             undisturbed = timed_steps(step)
-            values = contestants[name](undisturbed)
+            values = {**contestants[name](undisturbed), "undisturbed": undisturbed}
             if index >= WARM:
                 for key, value in values.items():
                     found.setdefault(key, []).append(value)
@@ -133,7 +133,7 @@ def build(directory: Path, settings: dict[str, Any]):
     from scale_llm.losses.language_model import language_model_loss
     from scale_llm.parallel.mesh import MeshSizes, build_mesh
     from scale_llm.stages.progress import Progress
-    from scale_llm.stages.run_state import state_to_save
+    from scale_llm.stages.run_state import gradients, state_to_save
 
     model, tp = shape(), settings.get("tp", 1)
     model.num_layers, model.hidden_size, model.ffn_hidden_size = settings["layers"], HIDDEN, FFN
@@ -192,7 +192,7 @@ def build(directory: Path, settings: dict[str, Any]):
         ours["async"].poll()
         return ours["async"]._pending is None
 
-    background = in_background("ours", step, lambda: ours["async"].save(1, state()), poll)
+    background = in_background("ours", step, lambda: ours["async"].save(1, state(), unneeded=gradients(stage)), poll)
     contestants = {"sync": sync, "plain": plain, "ours": background}
     contestants["megatron"] = in_background("megatron", step, *_megatron(directory / "megatron", state))
     contestants["torch"] = in_background("torch", step, *_torch(directory / "torch", state))
@@ -200,12 +200,17 @@ def build(directory: Path, settings: dict[str, Any]):
 
 
 def write_plain(path: Path, data: memoryview) -> None:
-    """In pieces, and on the disk when it returns; nothing where there is nothing."""
+    """In pieces, the disk begun on early, and all on it when this returns; nothing where there is nothing."""
+    from scale_llm.checkpoint.work import WriteBehind
+
     if len(data):
+        behind = WriteBehind()
         with open(path, "wb", buffering=0) as file:
             for first in range(0, len(data), 8 << 20):
                 file.write(data[first : first + (8 << 20)])
+                behind.flush(path)
             os.fsync(file.fileno())
+        behind.close()
 
 
 def _megatron(directory: Path, state: Callable[[], dict[str, Any]]):
