@@ -24,3 +24,9 @@ class CheckpointConfig:
     damaged one can be passed over. Name no checkpoint of a run that removes them in another run's checkpoint.load."""
     keep_every: int | None = None
     """With keep_last: checkpoints of iterations that this divides stay too."""
+    local_interval: int | None = None
+    """Iterations between copies of the state on the nodes' own disks, for restarts on the same layout; None: none."""
+    local_dir: str | None = None
+    """Where these go: a directory of every node's own, on its disk or in its memory (/dev/shm)."""
+    local_replicas: int = 1
+    """On how many other nodes a copy lies too, so that a node may come back empty."""

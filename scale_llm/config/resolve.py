@@ -144,6 +144,8 @@ def _resolve_paths(cfg: RunConfig) -> None:
     cfg.data.cache_dir = os.path.expanduser(cfg.data.cache_dir or os.path.join(cfg.run_dir, "data"))
     if cfg.checkpoint.load is not None:
         cfg.checkpoint.load = os.path.expanduser(cfg.checkpoint.load)
+    if cfg.checkpoint.local_dir is not None:
+        cfg.checkpoint.local_dir = os.path.expanduser(cfg.checkpoint.local_dir)
     if isinstance(cfg.stage, DpoConfig | PolicyStageConfig) and cfg.stage.reference_load is not None:
         cfg.stage.reference_load = os.path.expanduser(cfg.stage.reference_load)
     if isinstance(cfg.stage, PpoConfig) and cfg.stage.critic_load is not None:

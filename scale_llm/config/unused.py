@@ -287,11 +287,18 @@ RULES = (
         "optim.lr_wsd_decay_samples optim.lr_warmup_iters optim.lr_warmup_samples optim.lr_warmup_fraction "
         "optim.lr_warmup_init optim.weight_decay optim.adam_beta1 optim.adam_beta2 optim.adam_eps optim.sgd_momentum "
         "optim.clip_grad checkpoint.save_interval checkpoint.finetune checkpoint.no_load_optim checkpoint.no_load_rng "
-        "checkpoint.async_save checkpoint.keep_last checkpoint.keep_every logging.log_params_norm "
+        "checkpoint.async_save checkpoint.keep_last checkpoint.keep_every checkpoint.local_interval "
+        "logging.log_params_norm "
         "logging.log_num_zeros_in_grad",
         _not_of_rows,
         "does nothing in stage={cfg.stage.name}, which trains nothing and goes through data.path once",
         "remove it",
+    ),
+    Rule(
+        "checkpoint.local_dir checkpoint.local_replicas",
+        lambda cfg: cfg.checkpoint.local_interval is not None,
+        "without checkpoint.local_interval no local copies are made",
+        "set checkpoint.local_interval=100, or remove it",
     ),
     Rule(
         "data.num_workers",

@@ -64,7 +64,8 @@ def _writable(key: str, directory: str) -> list[str]:
 
 def _writable_elsewhere(cfg: RunConfig) -> list[str]:
     """Directories outside run_dir that the run writes."""
-    places = {"checkpoint.save": cfg.checkpoint.save, "data.cache_dir": cfg.data.cache_dir}
+    places = {"checkpoint.save": cfg.checkpoint.save, "data.cache_dir": cfg.data.cache_dir,
+              "checkpoint.local_dir": cfg.checkpoint.local_dir}  # fmt: skip
     inside = os.path.abspath(cfg.run_dir)
     outside = {key: path for key, path in places.items() if path and not os.path.abspath(path).startswith(inside)}
     return [problem for key, path in outside.items() for problem in _writable(key, path)]

@@ -28,7 +28,7 @@ POSITIVE = {
     "context_parallel_size expert_model_parallel_size expert_tensor_parallel_size distributed_timeout_minutes",
     "precision": "initial_loss_scale min_loss_scale loss_scale_window hysteresis",
     "optim": "lr lr_decay_iters lr_decay_samples lr_wsd_decay_iters lr_wsd_decay_samples adam_eps",
-    "checkpoint": "save_interval keep_last keep_every",
+    "checkpoint": "save_interval keep_last keep_every local_interval",
     "cluster": "nnodes nproc_per_node omp_num_threads nodes gpus_per_node cpus_per_task",
 }
 """Keys that must be larger than 0 where they are set."""
@@ -38,6 +38,7 @@ NOT_NEGATIVE = {
     "data": "num_workers",
     "train": "eval_iters seed",
     "optim": "min_lr lr_warmup_iters lr_warmup_samples lr_warmup_init weight_decay clip_grad",
+    "checkpoint": "local_replicas",
     "cluster": "max_restarts",
 }
 
@@ -61,6 +62,7 @@ def value_problems(cfg: RunConfig) -> list[str]:
         *optim_problems(cfg.optim),
         *split_problems(cfg.data),
         *retention_problems(cfg.checkpoint),
+        *local_copy_problems(cfg.checkpoint, cfg.cluster.nnodes),
         *stage_problems(cfg),
     ]
 
@@ -149,6 +151,23 @@ def retention_problems(checkpoint: CheckpointConfig) -> list[str]:
         f"checkpoint.keep_every={checkpoint.keep_every}: without checkpoint.keep_last every checkpoint stays; set "
         "checkpoint.keep_last=2, or remove it"
     ]
+
+
+def local_copy_problems(checkpoint: CheckpointConfig, nodes: int) -> list[str]:
+    """Local copies that have no place, or replicas that have no node."""
+    interval, replicas = checkpoint.local_interval, checkpoint.local_replicas
+    found = []
+    if interval is not None and checkpoint.local_dir is None:
+        found.append(
+            f"checkpoint.local_interval={interval}: there is no place for copies; set checkpoint.local_dir to a "
+            "directory of every node's own, such as /dev/shm/copies"
+        )
+    if interval is not None and replicas >= nodes:
+        found.append(
+            f"checkpoint.local_replicas={replicas}: with cluster.nnodes={nodes} there are {nodes - 1} other nodes; set "
+            f"at most {nodes - 1}"
+        )
+    return found
 
 
 def stage_problems(cfg: RunConfig) -> list[str]:

@@ -131,6 +131,17 @@ def load_optimizer_state(engine: Engine, tensors: dict[str, Any], plain: dict[st
     engine.updates = plain["optimizer_steps"]
 
 
+def load_numbers(engine: Engine, plain: dict[str, Any]) -> None:
+    """What `plain_state` returned, into an engine that has its tensors back."""
+    assert engine.optimizer is not None
+    for part in parts(engine.optimizer):
+        scaler = getattr(part, "grad_scaler", None)
+        if scaler and plain["grad_scaler"]:
+            _load_scaler(scaler, plain["grad_scaler"])
+    engine.updates = plain["optimizer_steps"]
+    load_schedule(engine, plain)
+
+
 def load_schedule(engine: Engine, plain: dict[str, Any]) -> None:
     """Position in the learning-rate schedule; its shape is the configuration's."""
     engine.scheduler.load_state_dict(plain["opt_param_scheduler"])

@@ -16,6 +16,7 @@ from scale_llm.config.run import RunConfig
 from scale_llm.engine.offload import on_device
 from scale_llm.stages.base import Stage
 from scale_llm.stages.context import RunContext
+from scale_llm.stages.local_state import LocalState
 from scale_llm.stages.progress import Progress, StopRequest
 from scale_llm.stages.report import Reporter
 from scale_llm.stages.run_state import gradients, load_weights, restore, state_to_save, write_files
@@ -27,7 +28,8 @@ def train(run: RunContext, stage: Stage) -> None:
     checkpointer = Checkpointer(
         cfg.checkpoint.save, run.mesh.host_group, asynchronous=cfg.checkpoint.async_save, retention=retention(cfg)
     )
-    progress = resume(run, stage)
+    copies = LocalState(run)
+    progress = resume(run, stage, copies)
     reporter = Reporter(run, stage.engine, progress, total_iterations(cfg.train))
     stop = StopRequest(run.mesh.host_group, cfg.train.exit_duration_in_mins)
     saved = evaluated = progress.iteration
@@ -48,6 +50,7 @@ def train(run: RunContext, stage: Stage) -> None:
                 reporter.evaluation(progress, stage.evaluate())
                 evaluated = progress.iteration
             checkpointer.poll()
+            copies.save_if_due(stage, progress)
             reason = exit_reason(cfg, progress, stop)
             if every(cfg.checkpoint.save_interval, progress.iteration):
                 save(checkpointer, stage, progress, run, reporter)
@@ -55,6 +58,7 @@ def train(run: RunContext, stage: Stage) -> None:
         if saved != progress.iteration:
             save(checkpointer, stage, progress, run, reporter)
         checkpointer.finish()
+        copies.finish()
         if finished(cfg, progress) and evaluated != progress.iteration:
             reporter.evaluation(progress, stage.evaluate())
     finally:
@@ -62,9 +66,9 @@ def train(run: RunContext, stage: Stage) -> None:
         reporter.close(progress, reason)
 
 
-def resume(run: RunContext, stage: Stage) -> Progress:
-    """From the run's own newest whole checkpoint, else from checkpoint.load, else from the start. What lies under
-    adapters is in checkpoint.load in either case."""
+def resume(run: RunContext, stage: Stage, copies: LocalState) -> Progress:
+    """From the run's own newest whole checkpoint or newer local copies, else from checkpoint.load, else from the start.
+    What lies under adapters is in checkpoint.load in every case."""
     cfg = run.cfg
     own = newest_whole(cfg.checkpoint.save, run.mesh.host_group, hashing=cfg.checkpoint.verify)
     if own is not None and own.remarks and dist.get_rank() == dist.get_world_size() - 1:
@@ -79,6 +83,9 @@ def resume(run: RunContext, stage: Stage) -> Progress:
     if base is not None and (adapters or cfg.checkpoint.finetune):
         load_weights(run, stage.engine, base[1])
         base = None
+    local = copies.restore(stage, own)
+    if local is not None:
+        return local
     if own is not None:
         return restore(run, stage, own.path, own=True)
     return Progress() if base is None else restore(run, stage, base[1], own=False)

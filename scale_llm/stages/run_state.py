@@ -36,7 +36,7 @@ from scale_llm.stages.progress import Progress
 
 def state_to_save(stage: Stage, progress: Progress, host_group: dist.ProcessGroup) -> dict[str, Any]:
     """The sharded state dict of everything that a resumed run needs. A collective of the whole job, host_group."""
-    state: dict[str, Any] = {"rng_state": per_rank_object("rng_state", rng_state()), **_plain(stage, progress)}
+    state: dict[str, Any] = {"rng_state": per_rank_object("rng_state", rng_state()), **plain_progress(stage, progress)}
     for name, engine in stage.engines.items():
         whole = {} if engine is None else _wanted(engine, _saved(engine), with_optimizer=True, loading=False)
         plain = _first(None if engine is None else engine_state.plain_state(engine), host_group)
@@ -74,7 +74,8 @@ def _saved(engine: Engine) -> Weights:
     return Weights.adapters if engine.has_adapters else Weights.all
 
 
-def _plain(stage: Stage, progress: Progress) -> dict[str, Any]:
+def plain_progress(stage: Stage, progress: Progress) -> dict[str, Any]:
+    """How far the run is, the same on every rank."""
     return {
         "checkpoint_version": CHECKPOINT_VERSION,
         "written_by": f"scale_llm {__version__}",

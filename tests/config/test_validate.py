@@ -169,6 +169,19 @@ def test_checkpoint_of_another_model(tmp_path):
     assert "iter_0000007" in problems(load, other)[0]
 
 
+def test_local_copies_have_a_place_and_another_node():
+    (problem,) = problems("checkpoint.local_interval=10", "checkpoint.local_replicas=0")
+    assert problem.startswith("checkpoint.local_interval=10: there is no place") and "checkpoint.local_dir" in problem
+    copies = ["checkpoint.local_interval=10", "checkpoint.local_dir=/tmp/copies"]
+    (problem,) = problems(*copies)
+    assert problem.startswith("checkpoint.local_replicas=1: with cluster.nnodes=1 there are 0 other nodes; set at most")
+    assert problems(*copies, "checkpoint.local_replicas=0") == []
+    (problem,) = problems("checkpoint.local_dir=/tmp/copies")
+    assert problem.startswith("checkpoint.local_dir=/tmp/copies: without checkpoint.local_interval")
+    (problem,) = problems("checkpoint.local_replicas=2")
+    assert problem.startswith("checkpoint.local_replicas=2: without checkpoint.local_interval")
+
+
 def test_checkpoints_that_are_to_stay():
     (problem,) = problems("checkpoint.keep_every=100")
     assert problem.startswith("checkpoint.keep_every=100: without checkpoint.keep_last")

@@ -1,11 +1,13 @@
 """Whole runs of the program on half a megabyte of the standard library: by its command line, or on forked ranks."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from support.ranks import Ranks, environment
 
@@ -62,23 +64,29 @@ class Runs:
         assert process.returncode == status, output[-4000:]
         return output
 
-    def __call__(self, run_dir: Path, *more: str, limit_bytes: int | None = None) -> list[str]:
+    def __call__(self, run_dir: Path, *more: str, limit_bytes: int | None = None, nodes: int = 1) -> list[str]:
         """The same run on forked ranks, which saves the start of Python; returns the problems it ended with.
 
         limit_bytes: no file may grow beyond, as on a full disk.
         """
-        ends = self.on_ranks("support.stage:run", run_dir, *more, limit_bytes=limit_bytes)
+        ends = self.on_ranks("support.stage:run", run_dir, *more, nodes=nodes, limit_bytes=limit_bytes)
         assert all(end == ends[0] for end in ends), "ranks must end alike"
         return ends[0]
 
-    def on_ranks(self, function: str, run_dir: Path, *more: str, **arguments) -> list[Any]:
-        """What `module:function`, called with the directory of a run that is ready to start, returns on each rank."""
+    def on_ranks(self, function: str, run_dir: Path, *more: str, nodes: int = 1, **arguments) -> list[Any]:
+        """What `module:function`, called with the directory of a run that is ready to start, returns on each rank.
+
+        nodes: of one rank each, as torchrun would have started them; 1: the ranks that the words say.
+        """
         from scale_llm.launch.runs import compose_run, open_run, validate
 
-        plan = compose_run(self.words(run_dir, *more))
+        started = {"RANK": "0", "WORLD_SIZE": str(nodes), "LOCAL_WORLD_SIZE": "1"} if nodes > 1 else {}
+        with patch.dict(os.environ, started):
+            plan = compose_run(self.words(run_dir, *more))
         validate(plan)
         open_run(plan.cfg)
-        return self._ranks.fresh(plan.cfg.cluster.nproc_per_node, function, run_dir=str(run_dir), **arguments)
+        cluster = plan.cfg.cluster
+        return self._ranks.fresh(cluster.nnodes * cluster.nproc_per_node, function, run_dir=str(run_dir), **arguments)
 
     def resumed_and_whole(self, directory: Path, *words: str, stop: int, iteration: int) -> tuple[Path, Path]:
         """A run that stops at `stop` and is resumed, and the same in one go: they log and save the same bits."""
