@@ -15,6 +15,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor,
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 
+from scale_llm.engine.distributed_state import sharded_ranges
 from scale_llm.engine.engine import Engine
 from scale_llm.engine.optimizer import is_distributed, parts
 from scale_llm.models.adapters.names import is_adapter
@@ -58,11 +59,22 @@ def sharded_optimizer_state(engine: Engine, model_state: dict[str, Any], *, load
         if part.optimizer is None:
             continue
         if is_distributed(part):
-            tensors = part.sharded_param_state_fully_reshardable(model_state, loading, _metadata(engine))
-            state[f"part{i}"] = _with_our_names(tensors, engine)
+            state[f"part{i}"] = _with_our_names(
+                _distributed_state(part, model_state, by_parameter, loading, engine), engine
+            )
         else:
             state[f"part{i}"] = _replicated_state(part, by_parameter)
     return state
+
+
+def _distributed_state(
+    part, model_state: dict[str, Any], by_parameter: dict[int, ShardedBase], loading: bool, engine: Engine
+) -> dict[Any, dict]:
+    """Whole tensors to load into; this rank's ranges to save, or whole ones too where these cannot be told."""
+    ranges = None if loading else sharded_ranges(part, by_parameter, _PREFIX)
+    if ranges is not None:
+        return ranges
+    return part.sharded_param_state_fully_reshardable(model_state, loading, _metadata(engine))
 
 
 def gradient_buffers(engine: Engine) -> list[torch.Tensor]:
@@ -193,7 +205,7 @@ def _copy_replicated_state(part, loaded: dict[str, Any]) -> None:
                     part.optimizer.state[main][name].copy_(tensor)
 
 
-def _with_our_names(tensors: dict[int, dict], engine: Engine) -> dict[str, Any]:
+def _with_our_names(tensors: dict[Any, dict], engine: Engine) -> dict[str, Any]:
     """A distributed optimizer's tensors under the names of a replicated one's.
 
     Its main weights, `param`, become `fp32_param`; in FP32 they are the model's and saved once.
@@ -203,10 +215,14 @@ def _with_our_names(tensors: dict[int, dict], engine: Engine) -> dict[str, Any]:
         entry = dict(entry)
         main = entry.pop("param")
         if engine.config.params_dtype != torch.float32:
-            key = main.key.replace(f"{_PREFIX}.param.", f"{_PREFIX}.fp32_param.", 1)
-            entry["fp32_param"] = replace(main, key=key)
+            ours = {place: _renamed(one) for place, one in main.items()} if isinstance(main, dict) else _renamed(main)
+            entry["fp32_param"] = ours
         renamed[str(i)] = entry
     return renamed
+
+
+def _renamed(main: ShardedBase) -> ShardedBase:
+    return replace(main, key=main.key.replace(f"{_PREFIX}.param.", f"{_PREFIX}.fp32_param.", 1))
 
 
 def _load_distributed(part, loaded: dict[str, Any]) -> None:

@@ -46,3 +46,11 @@ def _difference(a: torch.Tensor, b: torch.Tensor) -> float:
     if a.dtype == b.dtype and torch.equal(a, b):
         return 0.0
     return max(((a.double() - b.double()).abs().max() / b.double().abs().max()).item(), 1e-300)
+
+
+def run_gathering(run_dir: str) -> list[str]:
+    """The same with the distributed optimizer's state gathered before it is saved, as megatron-core does."""
+    from scale_llm.engine import state
+
+    state.sharded_ranges = lambda *arguments: None
+    return run(run_dir)
