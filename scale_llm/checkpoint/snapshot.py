@@ -91,9 +91,12 @@ class Release:
 
     def __init__(self, tensors: Iterable[torch.Tensor]):
         """tensors: all that will be written. Memory that two of them share is kept."""
-        ranges = sorted(map(_range, tensors))
-        self._overlapping = {one for pair in zip(ranges, ranges[1:], strict=False) if pair[0][1] > pair[1][0]
-                             for one in pair}  # fmt: skip
+        self._overlapping: set[Range] = set()
+        furthest = (0, 0)
+        for span in sorted(map(_range, tensors)):
+            if span[0] < furthest[1]:
+                self._overlapping |= {span, furthest}
+            furthest = max(span, furthest, key=lambda one: one[1])
 
     def __call__(self, tensor: torch.Tensor) -> None:
         """The tensor's values are lost to this process."""

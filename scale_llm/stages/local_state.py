@@ -23,6 +23,9 @@ from scale_llm.stages.context import RunContext
 from scale_llm.stages.progress import Progress
 from scale_llm.stages.run_state import gradients, plain_progress
 
+SHOWN = 8
+"""Remarks that are printed at once: a node that was in another run has some for each of its ranks."""
+
 
 class LocalState:
     """Does nothing where checkpoint.local_interval is null. Every rank makes one before a checkpoint is looked for, and
@@ -110,7 +113,10 @@ class LocalState:
 
     def _tell(self, remarks: list[str]) -> None:
         if remarks and dist.get_rank() == dist.get_world_size() - 1:
-            print("\n".join(f" {remark}" for remark in remarks), flush=True)
+            shown = (
+                remarks if len(remarks) <= SHOWN else [*remarks[:SHOWN], f"and {len(remarks) - SHOWN} more of the kind"]
+            )
+            print("\n".join(f" {remark}" for remark in shown), flush=True)
 
 
 def layout_of(cfg: RunConfig, world_size: int) -> dict[str, Any]:

@@ -47,6 +47,7 @@ def _tensors(directory: Path) -> dict[str, torch.Tensor]:
         "under one name": twice,
         "under another": twice,
         "part of it": twice[10:20],
+        "another part of it": twice[30:40],
         "small": torch.randn(3),
         "parameter": torch.nn.Parameter(torch.randn(40, 50)),
     }

@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layers", type=int, default=8, help="of a model of hidden size 1024 (default: 8, 1.5 GB of state)"
     )
-    parser.add_argument("--rounds", type=int, default=7, help="rounds of the alternation (default: 7; medians of them)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of the alternation (default: 5; medians of them)")
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--directory", type=Path, help="where checkpoints go, twice their size (default: temporary)")
 

@@ -17,9 +17,9 @@ from typing import Any
 from benchmarks.common import set_optimizer, shape, threads
 
 BATCH, SEQUENCE, HIDDEN, FFN, VOCABULARY = 2, 256, 1024, 2816, 8192
-WARM = 3
+WARM = 2
 """Rounds that are left out: plans are made twice before they serve, memory grows to what it will be."""
-UNDISTURBED = 6
+UNDISTURBED = 3
 """Steps of a round without a save."""
 LONGEST = 60
 """Steps that a background save may take."""
