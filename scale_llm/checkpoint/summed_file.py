@@ -13,8 +13,8 @@ from scale_llm.checkpoint.work import WriteBehind
 SMALL_BYTES = 64 << 10
 """Writes below are collected: torch.save makes many of a few bytes."""
 
-PIECE_BYTES = 8 << 20
-"""Of a large write: one thread takes its checksum while another gives it to the kernel."""
+PIECE_BYTES = 16 << 20
+"""Of a large write: one thread takes its checksum (1.8 GB/s here) while another gives it to the kernel (2.4 GB/s)."""
 
 BEHIND_BYTES = 64 << 20
 """The kernel is asked to begin writing to the disk each time that so many have come; by itself it would wait."""
@@ -79,9 +79,9 @@ class SummedFile:
                 written += self._file.write(piece[written:])
             self._digest = digest.result()
             self._size += len(piece)
-        if self._size >= self._asked_at + BEHIND_BYTES:
-            self._asked_at = self._size
-            self._behind.flush(self._path)
+            if self._size >= self._asked_at + BEHIND_BYTES:
+                self._asked_at = self._size
+                self._behind.flush(self._path)
 
 
 def to_disk(path: Path) -> None:

@@ -1,9 +1,10 @@
 """What saving costs a run: the stall of an asynchronous save, the steps that it slows, and the rate of a write.
 
 A real engine (BF16 weights, FP32 main weights, Adam) saves its whole state to one disk; steps of training go on while a
-background save writes. In turns: a plain write of the same bytes in as many files, with an fsync each; a synchronous
-save; background saves of ours, of megatron-core (its own queue and writer) and of torch.distributed.checkpoint. Before
-each, files of the one before are removed and the disk is quiet. Medians of rounds.
+background save writes. In turns: a plain write of the same bytes in as many files, with an fsync each; the same with
+the kernel asked to begin writing to the disk at once; a synchronous save; background saves of ours, of megatron-core
+(its own queue and writer) and of torch.distributed.checkpoint. Before each, files of the one before are removed and the
+disk is quiet. Medians of rounds.
 
 The stall is all time between two steps, on the slowest rank: in the call that saves, and in those that look whether it
 is done. What a save costs in all is the time until it is published, less that of as many undisturbed steps.
@@ -87,8 +88,12 @@ def _rows(title: str, found: dict[str, list[float]]) -> list[Row]:
     middle = {name: median(values) for name, values in found.items()}
     gigabytes = middle["bytes"] / 1e9
     sync, step = middle["sync"], middle["undisturbed"]
-    rates = [faster(f"{title}: save of {gigabytes:.2f} GB", gigabytes / sync, gigabytes / middle["plain"],
-                    "plain write", "GB/s")]  # fmt: skip
+    rates = [
+        faster(
+            f"{title}: synchronous save of {gigabytes:.2f} GB", gigabytes / sync, gigabytes / middle[name], peer, "GB/s"
+        )
+        for name, peer in {"plain": "plain write", "behind": "plain write, begun on early"}.items()
+    ]
     stalls = [shorter(f"{title}: stall", middle["ours stall"], sync, "synchronous save", "s")]
     costs = [shorter(f"{title}: cost in all", middle["ours cost"], sync, "synchronous save", "s")]
     during = [shorter(f"{title}: a step meanwhile", middle["ours step"], step, "undisturbed step", "s")]

@@ -21,6 +21,7 @@ WARM = 2
 """Rounds that are left out: plans are made twice before they serve, memory grows to what it will be."""
 UNDISTURBED = 3
 """Steps of a round without a save."""
+BACKGROUND = ("ours", "megatron", "torch")
 LONGEST = 60
 """Steps that a background save may take."""
 
@@ -45,8 +46,9 @@ def measure(directory: Path, settings: dict[str, Any]) -> dict[str, list[float]]
         names = list(contestants)
         for name in names[index % len(names) :] + names[: index % len(names)]:
             quiet(directory)
-            undisturbed = timed_steps(step)
-            values = {**contestants[name](undisturbed), "undisturbed": undisturbed}
+            undisturbed = timed_steps(step) if name in BACKGROUND else 0.0
+            values = contestants[name](undisturbed)
+            values |= {"undisturbed": undisturbed} if name in BACKGROUND else {}
             if index >= WARM:
                 for key, value in values.items():
                     found.setdefault(key, []).append(value)
@@ -180,27 +182,37 @@ def build(directory: Path, settings: dict[str, Any]):
         dist.all_reduce(total)
         return {"sync": taken, "bytes": float(total.item())}
 
-    def plain(_: float) -> dict[str, float]:
-        (directory / "plain").mkdir(exist_ok=True)
-        data = memoryview(bytearray(max(mine, 1)))
-        dist.barrier()
-        began = time.perf_counter()
-        write_plain(directory / "plain" / str(dist.get_rank()), data[:mine])
-        return {"plain": slowest(time.perf_counter() - began)}
+    memory: list[memoryview] = []
+
+    def plain(name: str, *, begin_early: bool) -> Callable[[float], dict[str, float]]:
+        def run(_: float) -> dict[str, float]:
+            (directory / "plain").mkdir(exist_ok=True)
+            if not memory:  # real memory: zeros would come out of a cache
+                memory.append(memoryview(torch.randint(256, (mine,), dtype=torch.uint8).numpy()))
+            dist.barrier()
+            began = time.perf_counter()
+            write_plain(directory / "plain" / str(dist.get_rank()), memory[0], begin_early=begin_early)
+            return {name: slowest(time.perf_counter() - began)}
+
+        return run
 
     def poll() -> bool:
         ours["async"].poll()
         return ours["async"]._pending is None
 
     background = in_background("ours", step, lambda: ours["async"].save(1, state(), unneeded=gradients(stage)), poll)
-    contestants = {"sync": sync, "plain": plain, "ours": background}
+    contestants = {
+        "sync": sync, "ours": background, "plain": plain("plain", begin_early=False),
+        "behind": plain("behind", begin_early=True),
+    }  # fmt: skip
     contestants["megatron"] = in_background("megatron", step, *_megatron(directory / "megatron", state))
     contestants["torch"] = in_background("torch", step, *_torch(directory / "torch", state))
     return step, contestants
 
 
-def write_plain(path: Path, data: memoryview) -> None:
-    """In pieces, the disk begun on early, and all on it when this returns; nothing where there is nothing."""
+def write_plain(path: Path, data: memoryview, *, begin_early: bool) -> None:
+    """In pieces, and on the disk when it returns; nothing where there is nothing. begin_early: the kernel is asked to
+    write to the disk from the start, as our writer asks it."""
     from scale_llm.checkpoint.work import WriteBehind
 
     if len(data):
@@ -208,7 +220,8 @@ def write_plain(path: Path, data: memoryview) -> None:
         with open(path, "wb", buffering=0) as file:
             for first in range(0, len(data), 8 << 20):
                 file.write(data[first : first + (8 << 20)])
-                behind.flush(path)
+                if begin_early:
+                    behind.flush(path)
             os.fsync(file.fileno())
         behind.close()
 
