@@ -35,7 +35,7 @@ from scale_llm.checkpoint.only_data import load_data, read_only_data
 from scale_llm.checkpoint.results import use_results_files
 from scale_llm.checkpoint.retention import Retention, remove_behind, retire
 from scale_llm.config.checkpoint_files import CHECKPOINT_VERSION, iteration_dir, latest_checkpoint, write_latest
-from scale_llm.config.errors import UserError
+from scale_llm.config.errors import TryAgain, UserError
 
 
 class Checkpointer:
@@ -60,7 +60,7 @@ class Checkpointer:
         extra: called on rank 0 with the unfinished directory, to add files to it.
 
         Raises:
-            UserError: it could not be written, on every rank; the checkpoint before is still the latest.
+            TryAgain: it could not be written, on every rank; the checkpoint before is still the latest.
         """
         self.finish()
         final = iteration_dir(self.directory, iteration)
@@ -148,7 +148,7 @@ class Checkpointer:
         dist.all_gather_object(problems, problem, group=self._group)
         found = sorted({p for p in problems if p})
         if found:
-            raise UserError(self._explain(iteration, found))
+            raise TryAgain(self._explain(iteration, found))
 
     def _explain(self, iteration: int, found: list[str]) -> list[str]:
         try:

@@ -29,6 +29,8 @@ POSITIVE = {
     "precision": "initial_loss_scale min_loss_scale loss_scale_window hysteresis",
     "optim": "lr lr_decay_iters lr_decay_samples lr_wsd_decay_iters lr_wsd_decay_samples adam_eps",
     "checkpoint": "save_interval keep_last keep_every",
+    "health": "max_nan_steps loss_spike_sigmas loss_spike_window loss_spike_steps "
+    "check_weight_hash_across_dp_replicas_interval straggler_interval hang_slack_seconds",
     "cluster": "nnodes nproc_per_node omp_num_threads nodes gpus_per_node cpus_per_task",
 }
 """Keys that must be larger than 0 where they are set."""
@@ -38,7 +40,8 @@ NOT_NEGATIVE = {
     "data": "num_workers",
     "train": "eval_iters seed",
     "optim": "min_lr lr_warmup_iters lr_warmup_samples lr_warmup_init weight_decay clip_grad",
-    "cluster": "max_restarts",
+    "health": "max_rewinds",
+    "cluster": "max_restarts spare_nodes",
 }
 
 SHARES = {
@@ -61,6 +64,7 @@ def value_problems(cfg: RunConfig) -> list[str]:
         *optim_problems(cfg.optim),
         *split_problems(cfg.data),
         *retention_problems(cfg.checkpoint),
+        *health_problems(cfg),
         *stage_problems(cfg),
     ]
 
@@ -149,6 +153,25 @@ def retention_problems(checkpoint: CheckpointConfig) -> list[str]:
         f"checkpoint.keep_every={checkpoint.keep_every}: without checkpoint.keep_last every checkpoint stays; set "
         "checkpoint.keep_last=2, or remove it"
     ]
+
+
+def health_problems(cfg: RunConfig) -> list[str]:
+    """Iterations that there are not, and a factor that names every rank."""
+    lists = {
+        "train.iterations_to_skip": cfg.train.iterations_to_skip,
+        "health.drill_nan_gradients": cfg.health.drill_nan_gradients,
+    }
+    found = [
+        f"{key}={iterations}: iterations begin at 1; give numbers from 1 on"
+        for key, iterations in lists.items()
+        if any(iteration < 1 for iteration in iterations)
+    ]
+    if not cfg.health.straggler_factor > 1:
+        found.append(
+            f"health.straggler_factor={cfg.health.straggler_factor}: would name ranks that are as fast as the others; "
+            "give a number above 1, such as 1.5"
+        )
+    return found
 
 
 def stage_problems(cfg: RunConfig) -> list[str]:

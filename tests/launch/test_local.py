@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from scale_llm.launch.local import first_failure, user_problems
+from scale_llm.launch.failures import first_failure, user_problems
 
 STAND_IN = Path(__file__).parent / "stand_in"
 CLI = ["-m", "scale_llm.launch.cli"]

@@ -12,7 +12,7 @@ import pytest
 from support.runs import losses, rows
 from support.slurm import wait_for
 
-from scale_llm.launch.slurm.restarts import history
+from scale_llm.launch.restarts import history
 
 pytestmark = pytest.mark.slurm
 
@@ -75,7 +75,7 @@ def submit(cluster, words: list[str], **environment: str) -> str:
 
 
 def assert_finished(cluster, runs, job: str, run_dir: Path, uninterrupted: Path) -> list[dict]:
-    """Ended well, and metrics.jsonl is that of the uninterrupted run; returns restarts.jsonl."""
+    """Ended well, and metrics.jsonl is that of the uninterrupted run; returns its starts and ends."""
     assert cluster.wait_for_end(job) == "COMPLETED", output_of(run_dir)
     assert rows(run_dir) == rows(uninterrupted)
     different = {name: d for name, d in runs.differences(run_dir, uninterrupted).items() if d}

@@ -2,17 +2,14 @@
 
 import json
 import signal
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scale_llm.config.batch import total_iterations
-from scale_llm.config.checkpoint_files import latest_checkpoint
 from scale_llm.config.exit_status import REQUEUE
 from scale_llm.config.run import RunConfig
-from scale_llm.launch.local import first_failure, user_problems
+from scale_llm.launch.failures import Failure, first_failure, is_for_a_person, text_of, user_problems
+from scale_llm.launch.reached import iteration
 from scale_llm.launch.slurm.task import ERROR_FILES
-from scale_llm.launch.sweep import last_row
 
 STOPPED = (REQUEUE, 128 + signal.SIGUSR1, 128 + signal.SIGTERM)
 """A task that has not yet begun to listen dies of the signal; it has nothing to save, so that is no failure."""
@@ -21,17 +18,8 @@ BAD_NODES = "bad_nodes"
 """Below a run directory: the nodes that preflight.sh has found bad, separated by commas."""
 
 
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """What a rank has written of its failure, as torch's elastic agent knows it."""
-
-    exitcode: int
-    message: Any
-    timestamp: int
-
-
 def end_of(cfg: RunConfig, run_dir: Path, status: int) -> dict[str, Any]:
-    """The facts of an end, for restarts.jsonl."""
+    """The facts of an end, for the timeline."""
     facts: dict[str, Any] = {"status": status, "iteration": iteration(cfg, run_dir)}
     bad = bad_nodes(run_dir)
     if status in STOPPED:
@@ -42,32 +30,10 @@ def end_of(cfg: RunConfig, run_dir: Path, status: int) -> dict[str, Any]:
     if message is None:
         return {**facts, "reason": _of_status(status)}
     problems = user_problems(message)
-    if problems:  # for a person to mend: another start would meet it again
-        return {**facts, "reason": "; ".join(problems), "final": True}
-    text = message.get("message", "") if isinstance(message, dict) else str(message)
-    return {**facts, "reason": (text.splitlines() or ["no message"])[0]}
-
-
-def iteration(cfg: RunConfig, run_dir: Path) -> int:
-    """The last iteration that anything was written of."""
-    logged = last_row(str(run_dir)).get("iteration", 0)
-    return max(int(logged), saved_iteration(cfg))
-
-
-def saved_iteration(cfg: RunConfig) -> int:
-    """Of the last checkpoint; 0 where there is none."""
-    try:
-        found = latest_checkpoint(cfg.checkpoint.save or "")
-    except (ValueError, OSError):
-        return 0
-    return 0 if found is None else found[0]
-
-
-def is_done(cfg: RunConfig) -> bool:
-    """Whether the last checkpoint is of the last iteration, so that a start would find nothing to do."""
-    if cfg.train.train_iters is None and cfg.train.train_samples is None:
-        return False  # epochs are counted where the data are
-    return 0 < total_iterations(cfg.train) <= saved_iteration(cfg)
+    if problems:  # what a person has to mend another start would meet again
+        final = {"final": True} if is_for_a_person(message) else {}
+        return {**facts, "reason": "; ".join(problems), **final}
+    return {**facts, "reason": (text_of(message).splitlines() or ["no message"])[0]}
 
 
 def bad_nodes(run_dir: Path) -> str | None:

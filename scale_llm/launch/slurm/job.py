@@ -17,11 +17,12 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+from scale_llm.config import timeline
 from scale_llm.config.errors import UserError, numbered
 from scale_llm.config.io import load_config
 from scale_llm.config.run import RunConfig
-from scale_llm.launch import lock
-from scale_llm.launch.slurm import commands, ending, restarts, submit, task
+from scale_llm.launch import lock, reached, restarts
+from scale_llm.launch.slurm import commands, ending, submit, task
 from scale_llm.launch.slurm.allocation import Allocation, allocation, fill, problems
 from scale_llm.launch.slurm.script import scripts_dir, srun_arguments
 
@@ -65,8 +66,8 @@ def begin(words: list[str]) -> int:
     if not _after_kill(cfg, run_dir, job):
         return 1
     ending.clear(run_dir)
-    reached = ending.iteration(cfg, run_dir)
-    restarts.append(run_dir, "start", job.job, restart=job.restart, nodes=job.node_list, iteration=reached)
+    begun = reached.iteration(cfg, run_dir)
+    timeline.append(run_dir, "start", job=job.job, restart=job.restart, nodes=job.node_list, iteration=begun)
     print("\n".join(srun_arguments(cfg.cluster)))
     return 0
 
@@ -75,13 +76,13 @@ def _after_kill(cfg: RunConfig, run_dir: Path, job: Allocation) -> bool:
     """A start that was killed could not say so: it is said now, and counts like any other end."""
     events = restarts.history(run_dir, job.job)
     known = len(events)
-    events = restarts.with_killed(events, ending.iteration(cfg, run_dir))
+    events = restarts.with_killed(events, reached.iteration(cfg, run_dir))
     if len(events) == known:
         return True
-    decision = restarts.decide(events, cfg.cluster.max_restarts)
+    decision = restarts.decide(events, cfg.cluster.max_restarts or 0)
     action = "requeue" if decision.again else "stop"
     facts = {name: value for name, value in events[-1].items() if name not in ("event", "job")}
-    restarts.append(run_dir, "end", job.job, **facts, action=action)
+    timeline.append(run_dir, "end", job=job.job, **facts, action=action)
     if not decision.again:
         print(f"stopped: {decision.reason}", file=sys.stderr)
     return decision.again
@@ -107,16 +108,16 @@ def end(words: list[str]) -> int:
     run_dir, status, job = Path(words[0]), int(words[1]), allocation(os.environ)
     cfg = load_config(run_dir)
     facts = ending.end_of(cfg, run_dir, status)
-    if status == 0 or (facts.get("signal") and ending.is_done(cfg)):
-        restarts.append(run_dir, "end", job.job, status=0, iteration=facts["iteration"], action="done")
+    if status == 0 or (facts.get("signal") and reached.is_done(cfg)):
+        timeline.append(run_dir, "end", job=job.job, status=0, iteration=facts["iteration"], action="done")
         return 0
     events = [*restarts.history(run_dir, job.job), {"event": "end", **facts}]
-    decision = restarts.decide(events, cfg.cluster.max_restarts)
+    decision = restarts.decide(events, cfg.cluster.max_restarts or 0)
     state = commands.job_state(job.job)
     why_not = _why_not(cfg, decision, state[0] if state else None)
     action = "requeue" if why_not is None else "stop"
     delay = {"delay_seconds": decision.delay_seconds} if action == "requeue" else {}
-    restarts.append(run_dir, "end", job.job, **facts, action=action, **delay)
+    timeline.append(run_dir, "end", job=job.job, **facts, action=action, **delay)
     if why_not is not None:
         print(f"not requeued: {why_not}\nsubmitting {run_dir} again resumes it", file=sys.stderr)
         return status

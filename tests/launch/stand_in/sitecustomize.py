@@ -8,7 +8,7 @@ import types
 from pathlib import Path
 
 
-def run(cfg) -> None:
+def run(cfg, **_) -> None:
     import torch
     import torch.distributed as dist
 
