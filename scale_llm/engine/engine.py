@@ -171,9 +171,6 @@ class Engine:
 
     def _finalize_gradients(self, chunks, num_tokens, pg_collection=None, force_all_reduce=False) -> None:
         """Reduces gradients over ranks as megatron-core does, and learns what the update must divide them by."""
-        if self._spoils:
-            self._spoils = False
-            next(p.main_grad for c in chunks for p in c.parameters() if p.requires_grad).view(-1)[0] = math.nan
         finalize_model_grads(chunks, None, pg_collection=pg_collection, force_all_reduce=force_all_reduce)
         # Not megatron-core's own sum, which is of whole numbers: tokens may have weights.
         count = torch.zeros((), dtype=torch.float64, device=self.device.device)
@@ -312,6 +309,9 @@ class Engine:
                 batch["tokens"], batch["position_ids"], batch.get("attention_mask"),
                 packed_seq_params=self._packed(batch), loss_mask=batch.get(COUNTED),
             )  # fmt: skip
+            if self._spoils and output.requires_grad:
+                self._spoils = False
+                output.register_hook(_with_nan)
             return output, lambda out, **_: fn(out, batch)
 
         rows, tokens = batches[0]["tokens"].shape
@@ -380,3 +380,10 @@ class Engine:
         if not mean:
             return {name: (values[i][0], values[i][1]) for i, name in enumerate(names)}
         return {name: values[i][0] / (values[i][1] or 1.0) for i, name in enumerate(names)}
+
+
+def _with_nan(gradient: torch.Tensor) -> torch.Tensor:
+    """The same but for its first element."""
+    spoilt = gradient.clone()
+    spoilt.view(-1)[0] = math.nan
+    return spoilt

@@ -127,6 +127,7 @@ def load_optimizer_state(engine: Engine, tensors: dict[str, Any], plain: dict[st
 
 def load_schedule(engine: Engine, plain: dict[str, Any]) -> None:
     """Position in the learning-rate schedule; its shape is the configuration's."""
+    engine.scheduler.num_steps = 0  # megatron-core adds to where it stands
     engine.scheduler.load_state_dict(plain["opt_param_scheduler"])
 
 

@@ -89,7 +89,7 @@ def train_on(
             reason = exit_reason(cfg, progress, stop)
             reporter.say(health.check_ranks(progress))
             due = due or every(cfg.checkpoint.save_interval, progress.iteration)
-            if due and not progress.bad_steps:
+            if due and health.may_save(progress):
                 watchdog.enter("a save", progress.iteration)
                 health.check_replicas(progress)
                 save(checkpointer, stage, progress, run, reporter)

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from scale_llm.config import timeline
 from scale_llm.config.checkpoint_files import iteration_dir, saved_iterations, write_latest
 from scale_llm.config.errors import UserError
+from scale_llm.config.policy import PpoConfig
 from scale_llm.engine.engine import StepResult
 from scale_llm.engine.offload import on_device
 from scale_llm.engine.replicas import Different, unlike_replicas
@@ -46,6 +47,10 @@ class Health:
     def resumed(self, progress: Progress) -> None:
         """The run goes on from here."""
         self._resumed_at, self._is_good = progress.iteration, False
+
+    def may_save(self, progress: Progress) -> bool:
+        """Whether weights are known to be good: a step since the run went on from here, the last one, had numbers."""
+        return self._is_good and not progress.bad_steps
 
     def leaves_out(self, iteration: int) -> bool:
         """Whether the samples of an iteration are counted and nothing else."""
@@ -133,8 +138,9 @@ class Health:
     def _chosen(self, back: GoBack) -> int:
         """The iteration to go back to, which the tracker and the timeline then name. On rank 0."""
         cfg = self._run.cfg
+        critic = f" or stage.critic_lr={cfg.stage.critic_lr}" if isinstance(cfg.stage, PpoConfig) else ""
         remedy = (
-            f"lower optim.lr={cfg.optim.lr}, set optim.clip_grad, or look at the samples of iterations "
+            f"lower optim.lr={cfg.optim.lr}{critic}, set optim.clip_grad, or look at the samples of iterations "
             f"{back.first_bad} to {back.until}"
         )
         if self._rewinds >= self._health.max_rewinds:
