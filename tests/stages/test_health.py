@@ -1,5 +1,5 @@
-"""What a run does about numbers that are none, spikes, and ranks that compute wrong or slowly. A run that leaves samples
-out ends as one that was told to: bit for bit."""
+"""What a run does about numbers that are none, spikes, and ranks that compute wrong or slowly. A run that leaves out
+samples ends as one that was told to: bit for bit."""
 
 import math
 from pathlib import Path
@@ -76,8 +76,9 @@ def step_of(loss: float) -> StepResult:
     return StepResult({"lm loss": loss}, 1.0, None, 1e-3, 1.0, skipped=False)
 
 
-def test_spikes(health=HealthConfig(loss_spike_sigmas=6.0, loss_spike_window=20, loss_spike_steps=2)):
+def test_spikes():
     """High is judged by recent losses that were not; falling ones and one alone are no reason to go back."""
+    health = HealthConfig(loss_spike_sigmas=6.0, loss_spike_window=20, loss_spike_steps=2)
     progress = Progress()
 
     def found(loss: float):
@@ -110,8 +111,8 @@ def test_a_spike_in_a_run(runs, tmp_path):
 
 
 def test_a_replica_that_differs(runs, tmp_path):
-    """A bit of rank 1 flips before iteration 7: found at 8, before the save; the run ends as if it had not been. A second
-    time it is the hardware."""
+    """A bit of rank 1 flips before iteration 7: found at 8, before the save; the run ends as if it had not been. A
+    second time it is the hardware."""
     words = [*WORDS, RANKS2, "health.check_weight_hash_across_dp_replicas_interval=2"]
     whole, flipped, twice = tmp_path / "whole", tmp_path / "flipped", tmp_path / "twice"
     assert runs(whole, *words) == []

@@ -2,10 +2,10 @@
 
 import torch
 import torch.distributed as dist
-from support.stage import run
 
 from scale_llm.stages.health.stragglers import Stragglers
 from scale_llm.stages.pretrain import Pretrain
+from support.stage import run
 
 
 def run_with_flipped_bits(run_dir: str, iterations: list[int], rank: int) -> dict:
