@@ -50,6 +50,11 @@ def is_for_a_person(message: Any) -> bool:
     return text_of(message).startswith(f"{UserError.__name__}: ")
 
 
+def is_hang(message: Any) -> bool:
+    """Whether the rank has ended itself because the run made no progress."""
+    return text_of(message).startswith("Hang: ")
+
+
 def how_it_ended(exitcode: int) -> str:
     """The words for a rank's exit status."""
     if exitcode < 0:

@@ -11,8 +11,9 @@ from scale_llm.launch.reached import is_done
 from scale_llm.launch.restarts import KILLED, Decision, decide
 from scale_llm.launch.runs import compose_run
 from scale_llm.launch.slurm.allocation import Allocation
-from scale_llm.launch.slurm.ending import BAD_NODES, clear, end_of, to_exclude
+from scale_llm.launch.slurm.ending import clear, end_of
 from scale_llm.launch.slurm.job import _after_kill, _why_not
+from scale_llm.launch.slurm.nodes import BAD_NODES, to_exclude
 
 JOB = Allocation(job="5", restart=0, nodes=2, node_list="n[1-2]", cpus_per_node=4)
 

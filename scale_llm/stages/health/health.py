@@ -41,7 +41,11 @@ class Health:
 
     def _left_out_before(self) -> set[int]:
         """By starts of this run before: the timeline is what remembers."""
-        ranges = [event["leave_out"] for event in timeline.read(self._run.cfg.run_dir) if event.get("leave_out")]
+        ranges = [
+            event["leave_out"]
+            for event in timeline.read(self._run.cfg.run_dir)
+            if event["event"] == "rewind" and event["leave_out"]
+        ]
         return {iteration for first, last in ranges for iteration in range(first, last + 1)}
 
     def resumed(self, progress: Progress) -> None:
