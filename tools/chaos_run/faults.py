@@ -78,9 +78,11 @@ def truncate(subject: Subject, chance: random.Random) -> int:
 
 
 def _a_file(subject: Subject, chance: random.Random) -> tuple[int, Path]:
-    """Of the newest checkpoint, but for config.yaml, which people may change; and its iteration."""
-    subject.wait_for("a second checkpoint", lambda: len(list(subject.checkpoints.glob("iter_???????"))) > 1)
-    newest = subject.wait_for("a checkpoint", subject.newest)
+    """Of the newest checkpoint, but for config.yaml, which people may change; and its iteration. Right after it is
+    there, so that the next one does not come first."""
+    subject.wait_for("two checkpoints", lambda: len(list(subject.checkpoints.glob("iter_???????"))) > 1)
+    before = subject.newest()
+    newest = subject.wait_for("a checkpoint", lambda: (path := subject.newest()) != before and path)
     files = sorted(path for path in newest.iterdir() if path.is_file() and path.stat().st_size)
     return int(newest.name[5:]), chance.choice([path for path in files if path.name != "config.yaml"])
 
@@ -117,9 +119,9 @@ KINDS = {
     "kill_launcher": Kind("SIGKILL of the launcher", kill_launcher, _ended("killed with its launcher")),
     "stop_rank": Kind("SIGSTOP of a rank", stop_rank, _ended("no progress")),
     "kill_in_save": Kind("SIGKILL during a save", kill_in_save, KILLED),
-    "flip_byte": Kind("a flipped byte in the newest checkpoint", flip_byte, KILLED),
-    "truncate": Kind("a truncated file of it", truncate, KILLED),
-    "empty_latest": Kind("latest_checkpointed_iteration.txt emptied", empty_latest, KILLED),
+    "flip_byte": Kind("a flipped byte", flip_byte, KILLED),
+    "truncate": Kind("a truncated file", truncate, KILLED),
+    "empty_latest": Kind("an emptied tracker", empty_latest, KILLED),
     "fill_disk": Kind("a full disk", fill_disk, _ended("saving iteration")),
     "nan_gradient": Kind("NaN in a gradient", None, lambda event: event["event"] == "nan"),
 }

@@ -65,7 +65,7 @@ def _one(run: Subject, fault: Fault, chance: random.Random) -> Result:
     at, began = run.iteration(), time.time()
     try:
         damaged = kind.do(run, chance)
-        if fault.kind in ("kill_in_save", "fill_disk"):  # they wait for a save
+        if damaged is not None or fault.kind in ("kill_in_save", "fill_disk"):  # they wait for a save
             at, began = max(at, run.iteration()), time.time()
         event = run.wait_for("its detection", lambda: _told(run, fault.kind, events), 120)
         resumed = run.wait_for("a resumed run", lambda: _resumed(run, lines), 120)

@@ -78,9 +78,9 @@ def print_report(found: dict[str, Any]) -> None:
     from rich.table import Table
 
     table = Table(title="faults")
-    columns = ("kind", "faults", "detected", "recovered", "iterations lost", "s to detect", "s to recover")
+    columns = ("fault", "times", "found", "mended", "lost steps", "found in s", "mended in s")
     for column in columns:
-        table.add_column(column, justify="left" if column == "kind" else "right")
+        table.add_column(column, justify="left" if column == "fault" else "right")
     for kind in KINDS:
         mine = [one for one in found["list"] if one["kind"] == kind]
         if mine:
