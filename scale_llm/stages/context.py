@@ -13,7 +13,7 @@ from scale_llm.config.stage import EvaluateConfig, PretrainConfig
 from scale_llm.data.of_stage import prepare_run
 from scale_llm.parallel.device import Device, seed_everything, start
 from scale_llm.parallel.mesh import Mesh, MeshSizes, build_mesh
-from scale_llm.stages.health.watchdog import NoWatchdog, Watchdog
+from scale_llm.stages.health.watchdog import NoWatchdog
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class RunContext:
     mesh: Mesh
     prepared: Any
     """PreparedData, or PreparedChat of a stage of conversations."""
-    watchdog: Watchdog | NoWatchdog = field(default_factory=NoWatchdog)
+    watchdog: NoWatchdog = field(default_factory=NoWatchdog)
 
     @property
     def vocab_size(self) -> int:
@@ -49,7 +49,7 @@ def mesh_sizes(parallel: ParallelConfig, world_size: int) -> MeshSizes:
     )
 
 
-def start_rank(cfg: RunConfig, prepared: Any = None, watchdog: Watchdog | NoWatchdog | None = None) -> RunContext:
+def start_rank(cfg: RunConfig, prepared: Any = None, watchdog: NoWatchdog | None = None) -> RunContext:
     """Joins the job: device, mesh, seeds, data. prepared: in place of the stage's data. watchdog: None for none."""
     kind = "cuda" if cfg.cluster.device is DeviceKind.cuda else "cpu"
     device = start(

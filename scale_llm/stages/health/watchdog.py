@@ -6,6 +6,7 @@ time that a process was stopped does not count: a job that Slurm suspends has no
 """
 
 import faulthandler
+import os
 import threading
 import time
 from collections import deque
@@ -27,15 +28,33 @@ class Hang(RuntimeError):
     """No progress within the limit."""
 
 
-class Watchdog:
+class NoWatchdog:
+    """Where nothing is watched. beat: called when a piece of work begins, for a launcher that watches itself."""
+
+    def __init__(self, beat: Callable[[], None] | None = None):
+        self._beat = beat
+
+    def start(self) -> None: ...
+
+    def enter(self, work: str, iteration: int) -> None:
+        """This piece of work begins, and the one before has ended."""
+        if self._beat is not None:
+            self._beat()
+
+    def close(self) -> None: ...
+
+
+class Watchdog(NoWatchdog):
     """hung: called with the Hang after the stacks are in the log; it does not return.
 
     first_seconds: the limit of work that has not been seen before.
     """
 
     def __init__(
-        self, log: IO[str], hung: Callable[[Exception], NoReturn], *, slack_seconds: float, first_seconds: float
-    ):
+        self, log: IO[str], hung: Callable[[Exception], NoReturn], *, slack_seconds: float, first_seconds: float,
+        beat: Callable[[], None] | None = None,
+    ):  # fmt: skip
+        super().__init__(beat)
         self._log, self._hung = log, hung
         self._slack, self._first = slack_seconds, first_seconds
         self._seen: dict[str, deque[float]] = {}
@@ -48,7 +67,7 @@ class Watchdog:
         self._thread.start()
 
     def enter(self, work: str, iteration: int) -> None:
-        """This piece of work begins, and the one before has ended."""
+        super().enter(work, iteration)
         now = time.monotonic()
         self._seen.setdefault(self._work, deque(maxlen=LEARNT_FROM)).append(now - self._began)
         self._work, self._iteration = work, iteration
@@ -91,21 +110,21 @@ class Watchdog:
         self._hung(Hang(f"no progress in {self._work}\n{said}{self._wait_limit:.1f} s"))
 
 
-def watchdog_of(
-    cfg: RunConfig, log: IO[str] | None, hung: Callable[[Exception], NoReturn] | None
-) -> "Watchdog | NoWatchdog":
+def watchdog_of(cfg: RunConfig, log: IO[str] | None, hung: Callable[[Exception], NoReturn] | None) -> NoWatchdog:
     """The watchdog that a run asks for. Where nothing has been learnt yet, as much as a collective may wait."""
+    beat = heartbeat()
     if not cfg.health.hang_detection or log is None or hung is None:
-        return NoWatchdog()
+        return NoWatchdog(beat)
     slack, first = cfg.health.hang_slack_seconds or 60.0, 60.0 * cfg.parallel.distributed_timeout_minutes
-    return Watchdog(log, hung, slack_seconds=slack, first_seconds=first)
+    return Watchdog(log, hung, slack_seconds=slack, first_seconds=first, beat=beat)
 
 
-class NoWatchdog:
-    """For runs without one."""
+def heartbeat() -> Callable[[], None] | None:
+    """Tells NVIDIA's ft_launcher (nvidia-resiliency-ext), where it has started this rank, that the rank is alive."""
+    if "FT_RANK_MONITOR_IPC_SOCKET" not in os.environ:
+        return None
+    from nvidia_resiliency_ext.fault_tolerance import RankMonitorClient
 
-    def start(self) -> None: ...
-
-    def enter(self, work: str, iteration: int) -> None: ...
-
-    def close(self) -> None: ...
+    client = RankMonitorClient()
+    client.init_workload_monitoring()
+    return client.send_heartbeat
