@@ -40,13 +40,13 @@ check_node() { # what each node runs: one line, NODE ok or NODE bad REASON
 }
 
 on_every_node() { # one task a node; what goes wrong shows in what a node does not say
-    srun --nodes="$count" --ntasks="$count" --ntasks-per-node=1 --gpu-bind=none --kill-on-bad-exit=0 \
+    srun --nodes="$count" --nodelist="$nodes" --ntasks="$count" --ntasks-per-node=1 --gpu-bind=none --kill-on-bad-exit=0 \
         --wait=30 --quiet timeout "$SECONDS_TO_ANSWER" "$@" || true
 }
 
 judge() { # judge WHAT OUTPUT: prints what nodes said, collects the bad and the silent
     local node line reason
-    for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n "$count"); do
+    for node in ${nodes//,/ }; do
         line=$(grep -m 1 "^$node " <<<"$2" || true)
         case $line in
             "$node ok"*) continue ;;
@@ -61,7 +61,9 @@ judge() { # judge WHAT OUTPUT: prints what nodes said, collects the bad and the 
 if [[ ${1:-} == --node ]]; then check_node "$2" "${3:-0}"; exit; fi
 
 run_dir=${1:?usage: preflight.sh RUN_DIR [GPUS_PER_NODE]} gpus=${2:-0}
-count=${nodes:-$SLURM_JOB_NUM_NODES}
+nodes=${nodes:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | paste -sd, -)} # separated by commas
+IFS=, read -ra each <<<"$nodes"
+count=${#each[@]}
 python=${python:-python3}
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 bad=()

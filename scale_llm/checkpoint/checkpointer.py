@@ -32,7 +32,7 @@ from scale_llm.checkpoint.retention import Retention, remove_behind, retire
 from scale_llm.checkpoint.snapshot import left_out
 from scale_llm.checkpoint.summed_file import to_disk
 from scale_llm.config.checkpoint_files import CHECKPOINT_VERSION, iteration_dir, latest_checkpoint, write_latest
-from scale_llm.config.errors import UserError
+from scale_llm.config.errors import TryAgain, UserError
 
 POLL_SECONDS = 0.005
 """Between two looks at a save that is waited for."""
@@ -65,7 +65,7 @@ class Checkpointer:
         unneeded: large tensors that are no part of the state, such as gradients: a background save is faster for it.
 
         Raises:
-            UserError: it could not be written, on every rank; the checkpoint before is still the latest.
+            TryAgain: it could not be written, on every rank; the checkpoint before is still the latest.
         """
         self.finish()
         unfinished = self._unfinished(iteration)
@@ -181,7 +181,7 @@ class Checkpointer:
         if failed:
             problems: list[str | None] = [None] * dist.get_world_size(self._group)
             dist.all_gather_object(problems, problem, group=self._group)
-            raise UserError(self._explain(iteration, sorted({p for p in problems if p})))
+            raise TryAgain(self._explain(iteration, sorted({p for p in problems if p})))
 
     def _explain(self, iteration: int, found: list[str]) -> list[str]:
         try:

@@ -90,6 +90,13 @@ class LocalCopies:
             self._whole = self._newest
         return found
 
+    def forget(self) -> list[str]:
+        """Removes all that this rank keeps; returns what `finish` does."""
+        remarks = self.finish()
+        self._shelf.forget_but(None)
+        self._newest = self._whole = None
+        return remarks
+
     def _replicate(self, writing: Forked[Copy]) -> None:
         """In a thread: what this rank wrote goes to others, theirs come here."""
         self._problem = writing.problem()

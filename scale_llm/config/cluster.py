@@ -45,8 +45,11 @@ class ClusterConfig:
     nodelist: str | None = None
     requeue: bool = True
     """Requeue after a signal (time limit, preemption), a lost node, or a failure that another start may not meet."""
-    max_restarts: int = 10
-    """Restarts after failures in the life of one job; those after signals are not counted."""
+    max_restarts: int | None = None
+    """Restarts after failures in the life of one job or one launch; those after signals are not counted. None: 10 on
+    Slurm, 3 here. Three ends alike at the same iteration are the last in any case."""
+    spare_nodes: int = 0
+    """Nodes of the job beyond nnodes, which wait to take the place of one that fails."""
     signal: str = "USR1@300"
     """Signal to the ranks, and seconds before the time limit: they save and the job is requeued. Slurm may send it a
     minute early."""

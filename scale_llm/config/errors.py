@@ -16,6 +16,10 @@ class UserError(ValueError):
         return type(self), (self.problems,)
 
 
+class TryAgain(UserError):
+    """What may be mended while the run waits, such as a full disk: another start is worth it."""
+
+
 class UsageError(UserError):
     """The command line itself is wrong: an unknown key, group or option, a value of the wrong type."""
 

@@ -17,7 +17,16 @@ from scale_llm.config.parallel import ParallelConfig
 from scale_llm.config.policy import PolicyStageConfig, PpoConfig
 from scale_llm.config.reward import with_absolute_paths
 from scale_llm.config.run import RunConfig
-from scale_llm.config.stage import Batching, DpoConfig, RewardConfig, Score, SequenceStageConfig, answers_in_a_row
+from scale_llm.config.stage import (
+    Batching,
+    DpoConfig,
+    PretrainConfig,
+    RewardConfig,
+    Score,
+    SequenceStageConfig,
+    UntrainedStageConfig,
+    answers_in_a_row,
+)
 from scale_llm.config.tokenizer import TokenizerConfig
 
 
@@ -36,6 +45,7 @@ def resolve(cfg: RunConfig, machine: Machine) -> RunConfig:
     if cfg.parallel.expert_tensor_parallel_size is None:
         cfg.parallel.expert_tensor_parallel_size = cfg.parallel.tensor_model_parallel_size
     _resolve_stage(cfg)
+    _resolve_health(cfg)
     _resolve_paths(cfg)
     return cfg
 
@@ -57,9 +67,11 @@ def _resolve_cluster(cfg: RunConfig, machine: Machine) -> None:
     if cluster.nproc_per_node is None:
         on_cpu = math.ceil(ranks_needed(cfg.parallel) / max(cluster.nnodes, 1))
         cluster.nproc_per_node = machine.gpus if cluster.device is Device.cuda and machine.gpus else on_cpu
+    slurm = cluster.launcher is Launcher.slurm
+    if cluster.max_restarts is None:
+        cluster.max_restarts = 10 if slurm else 3
     if cluster.omp_num_threads is None:
         # A task of Slurm is bound to its own cores, so those are not to be shared out a second time
-        slurm = cluster.launcher is Launcher.slurm
         share = cluster.cpus_per_task or 1 if slurm else machine.cores // max(cluster.nproc_per_node, 1)
         cluster.omp_num_threads = max(1, share)
 
@@ -109,6 +121,13 @@ def _resolve_stage(cfg: RunConfig) -> None:
             cfg.model.backend = Backend.torch
     if stage.batching is Batching.token_budget and stage.max_tokens_per_micro_batch is None:
         stage.max_tokens_per_micro_batch = cfg.train.micro_batch_size * cfg.model.seq_length * answers_in_a_row(stage)
+
+
+def _resolve_health(cfg: RunConfig) -> None:
+    if cfg.health.hang_slack_seconds is None and not isinstance(cfg.stage, UntrainedStageConfig):
+        one_shape = isinstance(cfg.stage, PretrainConfig) and cfg.model.num_experts is None
+        quick = one_shape and cfg.cluster.launcher is Launcher.local
+        cfg.health.hang_slack_seconds = 8.0 if quick else 60.0
 
 
 def default_ffn_hidden_size(model: ModelConfig) -> int:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from scale_llm.config.checkpoint import CheckpointConfig
 from scale_llm.config.cluster import ClusterConfig
 from scale_llm.config.data import DataConfig
+from scale_llm.config.health import HealthConfig
 from scale_llm.config.layout import LayoutConfig
 from scale_llm.config.logging import LoggingConfig
 from scale_llm.config.model import ModelConfig
@@ -34,5 +35,6 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     reward: RewardFunctionConfig = field(default_factory=RewardFunctionConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)

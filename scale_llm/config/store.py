@@ -17,6 +17,7 @@ from omegaconf import MISSING
 from scale_llm.config.checkpoint import CheckpointConfig
 from scale_llm.config.cluster import ClusterConfig
 from scale_llm.config.data import DataConfig
+from scale_llm.config.health import HealthConfig
 from scale_llm.config.layout import LayoutConfig
 from scale_llm.config.logging import LoggingConfig
 from scale_llm.config.model import ModelConfig
@@ -64,6 +65,7 @@ SCHEMAS: dict[str, type] = {
     "optim": OptimConfig,
     "reward": RewardFunctionConfig,
     "checkpoint": CheckpointConfig,
+    "health": HealthConfig,
     "logging": LoggingConfig,
     "cluster": ClusterConfig,
 }

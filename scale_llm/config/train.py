@@ -1,6 +1,6 @@
 """How long to train, on how much at a time. Field names are Megatron's."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 
@@ -36,6 +36,8 @@ class TrainConfig:
     """Save and stop at the first iteration divisible by this."""
     exit_duration_in_mins: float | None = None
     """Save and stop after this many minutes."""
+    iterations_to_skip: list[int] = field(default_factory=list)
+    """Iterations whose samples are left out: they are counted, and nothing is trained on them."""
     seed: int = 1234
     log_interval: int = 1
     """Iterations between log lines, TensorBoard points and rows of metrics.jsonl; the first one is always logged."""

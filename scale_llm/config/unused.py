@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from enum import Enum
 from typing import Any
 
+from scale_llm.config.health import HealthConfig
 from scale_llm.config.layout import LayoutConfig, RoleLayout
 from scale_llm.config.peft import LOW_RANK, PeftMethod
 from scale_llm.config.policy import AdvEstimator, KlCtrlType, PolicyStageConfig, limits_of
@@ -23,6 +24,7 @@ from scale_llm.config.stage import (
     RewardLoss,
     ScoreConfig,
     SequenceStageConfig,
+    UntrainedStageConfig,
 )
 from scale_llm.config.store import STAGES
 
@@ -101,6 +103,9 @@ OF_FUNCTIONS = {
 }
 """Keys of reward functions, and of which; empty: of any."""
 
+
+_OF_HEALTH = ("health.loss_spike_window", "health.loss_spike_steps", "health.straggler_factor")
+"""Keys of checks that may not be asked for."""
 
 OF_ROLES = {
     "layout.checksum": "rollout",
@@ -299,6 +304,26 @@ RULES = (
         lambda cfg: cfg.checkpoint.local_interval is not None,
         "without checkpoint.local_interval no local copies are made",
         "set checkpoint.local_interval=100, or remove it",
+    ),
+    Rule(
+        " ".join(
+            ["train.iterations_to_skip", *(key for key in _keys("health", HealthConfig) if key not in _OF_HEALTH)]
+        ),
+        lambda cfg: not isinstance(cfg.stage, UntrainedStageConfig),
+        "does nothing in stage={cfg.stage.name}, which trains nothing",
+        "remove it",
+    ),
+    Rule(
+        "health.loss_spike_window health.loss_spike_steps",
+        lambda cfg: cfg.health.loss_spike_sigmas is not None,
+        "is for spikes of the loss, and health.loss_spike_sigmas=null looks for none",
+        "remove it, or set health.loss_spike_sigmas",
+    ),
+    Rule(
+        "health.straggler_factor",
+        lambda cfg: cfg.health.straggler_interval is not None,
+        "health.straggler_interval=null times no rank",
+        "remove it, or set health.straggler_interval",
     ),
     Rule(
         "data.num_workers",

@@ -11,7 +11,7 @@ HANDLED = ("USR1", "TERM", "INT")
 
 def cluster_problems(cluster: ClusterConfig) -> list[str]:
     """Problems of a job's keys; without Slurm none of them is read."""
-    found = _nodes(cluster)
+    found = _nodes(cluster) + _spare(cluster)
     if cluster.launcher is not Launcher.slurm:
         return found
     return [*found, *_signal(cluster), *_time(cluster), *_lists(cluster)]
@@ -21,6 +21,13 @@ def _nodes(cluster: ClusterConfig) -> list[str]:
     if cluster.nodes in (None, cluster.nnodes):
         return []
     return [f"cluster.nodes={cluster.nodes}: is cluster.nnodes={cluster.nnodes} under Slurm's name; give one of them"]
+
+
+def _spare(cluster: ClusterConfig) -> list[str]:
+    if cluster.spare_nodes == 0 or cluster.launcher is Launcher.slurm:
+        return []
+    return [f"cluster.spare_nodes={cluster.spare_nodes}: only a job of Slurm has nodes to spare; set it to 0, or take "
+            "cluster=slurm"]  # fmt: skip
 
 
 def _signal(cluster: ClusterConfig) -> list[str]:

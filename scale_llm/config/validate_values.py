@@ -29,6 +29,8 @@ POSITIVE = {
     "precision": "initial_loss_scale min_loss_scale loss_scale_window hysteresis",
     "optim": "lr lr_decay_iters lr_decay_samples lr_wsd_decay_iters lr_wsd_decay_samples adam_eps",
     "checkpoint": "save_interval keep_last keep_every local_interval",
+    "health": "max_nan_steps loss_spike_sigmas loss_spike_window loss_spike_steps "
+    "check_weight_hash_across_dp_replicas_interval straggler_interval hang_slack_seconds",
     "cluster": "nnodes nproc_per_node omp_num_threads nodes gpus_per_node cpus_per_task",
 }
 """Keys that must be larger than 0 where they are set."""
@@ -39,7 +41,8 @@ NOT_NEGATIVE = {
     "train": "eval_iters seed",
     "optim": "min_lr lr_warmup_iters lr_warmup_samples lr_warmup_init weight_decay clip_grad",
     "checkpoint": "local_replicas",
-    "cluster": "max_restarts",
+    "health": "max_rewinds",
+    "cluster": "max_restarts spare_nodes",
 }
 
 SHARES = {
@@ -63,6 +66,7 @@ def value_problems(cfg: RunConfig) -> list[str]:
         *split_problems(cfg.data),
         *retention_problems(cfg.checkpoint),
         *local_copy_problems(cfg.checkpoint, cfg.cluster.nnodes),
+        *health_problems(cfg),
         *stage_problems(cfg),
     ]
 
@@ -166,6 +170,25 @@ def local_copy_problems(checkpoint: CheckpointConfig, nodes: int) -> list[str]:
         found.append(
             f"checkpoint.local_replicas={replicas}: with cluster.nnodes={nodes} there are {nodes - 1} other nodes; set "
             f"at most {nodes - 1}"
+        )
+    return found
+
+
+def health_problems(cfg: RunConfig) -> list[str]:
+    """Iterations that there are not, and a factor that names every rank."""
+    lists = {
+        "train.iterations_to_skip": cfg.train.iterations_to_skip,
+        "health.drill_nan_gradients": cfg.health.drill_nan_gradients,
+    }
+    found = [
+        f"{key}={iterations}: iterations begin at 1; give numbers from 1 on"
+        for key, iterations in lists.items()
+        if any(iteration < 1 for iteration in iterations)
+    ]
+    if not cfg.health.straggler_factor > 1:
+        found.append(
+            f"health.straggler_factor={cfg.health.straggler_factor}: would name ranks that are as fast as the others; "
+            "give a number above 1, such as 1.5"
         )
     return found
 

@@ -5,6 +5,7 @@ A loss is `(model_output, batch) -> (loss_sum, count, metrics)`; the engine divi
 micro-batches and data- and context-parallel ranks.
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from scale_llm.engine.counted import COUNTED, only_counted
 from scale_llm.engine.moe import load_balancing_losses
 from scale_llm.engine.offload import Offload, Offloaded
 from scale_llm.engine.optimizer import build_optimizer, build_scheduler
-from scale_llm.engine.update import update
+from scale_llm.engine.update import Update, update
 from scale_llm.models.adapters.layers import without_adapters
 from scale_llm.models.gpt import build_gpt
 from scale_llm.models.packing import PackedSequences, packed_sequences
@@ -40,7 +41,8 @@ Loss = Callable[[torch.Tensor, Batch], tuple[torch.Tensor, torch.Tensor, dict]]
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """metrics: name -> mean over the global batch. skipped: an FP16 overflow, nothing was updated."""
+    """metrics: name -> mean over the global batch. skipped: nothing was updated, of an FP16 overflow or a number that
+    is none."""
 
     metrics: dict[str, float]
     grad_norm: float | None
@@ -48,6 +50,8 @@ class StepResult:
     learning_rate: float
     loss_scale: float
     skipped: bool
+    broken: str | None = None
+    """Which loss or gradient is no number. The metrics are left out."""
     tokens: int | None = None
     """That are no padding, over all ranks; None: every place of every sample."""
     remarks: tuple[str, ...] = ()
@@ -83,6 +87,7 @@ class Engine:
         self._rates: list[tuple[dict, float, float]] | None = None  # (where they stand, highest, lowest)
         self._counts: list[torch.Tensor] = []  # of the micro-batches of this step, on the last stage
         self._tokens = 1.0  # that counted in the last global batch
+        self._spoils = False
         self.updates = 0  # optimizer steps that were not skipped
         if trainable:
             self.chunks = self._wrap(cfg)
@@ -137,19 +142,32 @@ class Engine:
                 num_layers=self.config.num_layers,
                 micro_batches=len(micro_batches),
             )
-        result = update(self.optimizer, tokens=self._tokens, clip_grad=self._clip_grad, count_zeros=self._count_zeros)
+        bad = {name: value for name, value in metrics.items() if name.endswith("loss") and not math.isfinite(value)}
+        if bad:  # its gradient is none either, or of numbers that mean nothing
+            result = Update(done=False)
+        else:
+            result = update(
+                self.optimizer, tokens=self._tokens, clip_grad=self._clip_grad, count_zeros=self._count_zeros
+            )
+        if result.grad_norm is not None and not math.isfinite(result.grad_norm):
+            bad["grad norm"] = result.grad_norm
         learning_rate = self.learning_rate
         if result.done:
             self.scheduler.step(increment=samples)
             self.updates += 1
         return StepResult(
-            metrics=metrics,
-            grad_norm=result.grad_norm,
+            metrics={} if bad else metrics,
+            grad_norm=None if bad else result.grad_norm,
             num_zeros=result.num_zeros,
             learning_rate=learning_rate,
             loss_scale=float(self.optimizer.get_loss_scale()),
             skipped=not result.done,
+            broken=", ".join(f"{name} {value}" for name, value in bad.items()) or None,
         )
+
+    def spoil_next_gradient(self) -> None:
+        """A drill: the next step finds NaN in one gradient of this rank."""
+        self._spoils = True
 
     def _finalize_gradients(self, chunks, num_tokens, pg_collection=None, force_all_reduce=False) -> None:
         """Reduces gradients over ranks as megatron-core does, and learns what the update must divide them by."""
@@ -291,6 +309,9 @@ class Engine:
                 batch["tokens"], batch["position_ids"], batch.get("attention_mask"),
                 packed_seq_params=self._packed(batch), loss_mask=batch.get(COUNTED),
             )  # fmt: skip
+            if self._spoils and output.requires_grad:
+                self._spoils = False
+                output.register_hook(_with_nan)
             return output, lambda out, **_: fn(out, batch)
 
         rows, tokens = batches[0]["tokens"].shape
@@ -359,3 +380,10 @@ class Engine:
         if not mean:
             return {name: (values[i][0], values[i][1]) for i, name in enumerate(names)}
         return {name: values[i][0] / (values[i][1] or 1.0) for i, name in enumerate(names)}
+
+
+def _with_nan(gradient: torch.Tensor) -> torch.Tensor:
+    """The same but for its first element."""
+    spoilt = gradient.clone()
+    spoilt.view(-1)[0] = math.nan
+    return spoilt

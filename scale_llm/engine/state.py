@@ -156,6 +156,7 @@ def load_numbers(engine: Engine, plain: dict[str, Any]) -> None:
 
 def load_schedule(engine: Engine, plain: dict[str, Any]) -> None:
     """Position in the learning-rate schedule; its shape is the configuration's."""
+    engine.scheduler.num_steps = 0  # megatron-core adds to where it stands
     engine.scheduler.load_state_dict(plain["opt_param_scheduler"])
 
 

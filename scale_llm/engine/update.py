@@ -5,6 +5,7 @@ divide by `grad_scale` while they read them anyway, so here both are one number 
 (Apex's and Transformer Engine's) get the passes.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,8 @@ from scale_llm.engine.optimizer import parts
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """grad_norm: of the mean gradient, before clipping. done: False where FP16 gradients overflowed."""
+    """grad_norm: of the mean gradient, before clipping. done: False where nothing was changed: FP16 gradients
+    overflowed, or the norm is no number."""
 
     done: bool
     grad_norm: float | None = None
@@ -29,6 +31,8 @@ def update(optimizer: MegatronOptimizer, *, tokens: float, clip_grad: float, cou
     if optimizer.prepare_grads():
         return Update(done=False)
     grad_norm = float(optimizer.get_grad_norm()) / tokens
+    if not math.isfinite(grad_norm):
+        return Update(done=False, grad_norm=grad_norm)
     num_zeros = sum(part.count_zeros() for part in parts(optimizer)) if count_zeros else None
     # Megatron's rule: norms a millionth below the limit are scaled as well.
     divisor = tokens * max(1.0, (grad_norm + 1.0e-6) / clip_grad if clip_grad > 0 else 1.0)

@@ -24,7 +24,8 @@ from scale_llm.config.resolve import ranks_needed
 from scale_llm.config.run import RunConfig
 from scale_llm.config.stage import GenerateConfig
 from scale_llm.launch.environment import Joined
-from scale_llm.launch.local import free_port, set_environment
+from scale_llm.launch.local import set_environment
+from scale_llm.launch.processes import free_port
 from scale_llm.launch.rank import die_with_parent
 
 if TYPE_CHECKING:

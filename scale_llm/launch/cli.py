@@ -13,6 +13,7 @@ FLAGS = {
     "--version": "version",
     "--check": "check",
     "--dry-run": "dry_run",
+    "--prepare": "prepare",
     "-m": "multirun", "--multirun": "multirun",
 }  # fmt: skip
 
@@ -81,6 +82,8 @@ def run_command(arguments: list[str]) -> int:
         return 0
     if "check" in command.flags:
         return runs.check(plan)
+    if "prepare" in command.flags:
+        return runs.prepare(plan)
     return runs.dry_run(plan) if "dry_run" in command.flags else runs.execute(plan)
 
 

@@ -22,6 +22,7 @@ Trains and evaluates language models: composes a configuration, checks it, start
 A rerun with the same run_dir resumes. Under torchrun and srun it joins the ranks that are there.
 
   --check         print the plan (layout, batches, parameters, memory); start nothing
+  --prepare       make the data (tokenizer, tokens, conversations) and start nothing
   --dry-run       print the job script of cluster=slurm; write nothing and submit nothing
   -m, --multirun  one run for each combination of values separated by commas
   --cfg job       print the composed configuration

@@ -1,125 +1,132 @@
-"""Starts the ranks of one run on this machine, under torch.distributed's elastic agent.
+"""The ranks of one run on this machine, started again after a failure that another start may not meet."""
 
-The agent runs in this process: its log dump is replaced by the failing rank's own last lines, and Ctrl-C waits for
-the ranks to save.
-"""
-
-import logging
 import os
-import re
 import signal
 import socket
 import sys
-from dataclasses import fields
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from scale_llm.config import timeline
 from scale_llm.config.cluster import Device
-from scale_llm.config.errors import UserError, numbered
+from scale_llm.config.errors import numbered
+from scale_llm.config.exit_status import HUNG
 from scale_llm.config.run import RunConfig
+from scale_llm.launch import restarts
 from scale_llm.launch.environment import rank_variables
+from scale_llm.launch.failures import first_failure, how_it_ended, is_for_a_person, text_of, user_problems
+from scale_llm.launch.processes import Outcome, run_ranks
 from scale_llm.launch.rank import failure_text
+from scale_llm.launch.reached import iteration
 
-SECONDS_TO_SAVE = 60
+KILLED = "killed with its launcher"
+HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 
 def launch(cfg: RunConfig) -> int:
     """Run all ranks to their end; returns the exit status (130 after Ctrl-C, as shells have it)."""
     set_environment(cfg)
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import elastic_launch
+    from torch.distributed.elastic.multiprocessing import SignalException
 
-    for name in ("torch.distributed.elastic", "torch.distributed.launcher"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    command = ["-u", "-m", "scale_llm.launch.rank", cfg.run_dir]
+    job = f"process {os.getpid()}"
+    _after_kill(cfg)
     try:
-        elastic_launch(_launch_config(cfg), sys.executable)(*command)
-    except ChildFailedError as error:
-        return _report(cfg, error.failures)
+        with _handlers_kept():
+            return _starts(cfg, job)
     except (SignalException, KeyboardInterrupt) as error:
         number = int(getattr(error, "sigval", signal.SIGINT))
-        print(
-            f"stopped by {signal.Signals(number).name}; the same command resumes {cfg.run_dir}",
-            file=sys.stderr,
-        )
+        name = signal.Signals(number).name
+        timeline.append(cfg.run_dir, "end", job=job, status=128 + number, reason=f"stopped by {name}",
+                        iteration=iteration(cfg), action="stop")  # fmt: skip
+        print(f"stopped by {name}; the same command resumes {cfg.run_dir}", file=sys.stderr)
         return 128 + number
-    return 0
 
 
-def set_environment(cfg: RunConfig) -> None:
-    """Variables of the agent and its ranks."""
-    os.environ.update(rank_variables(cfg))
-    # torch 2.13's shared store keeps the addresses of a dead attempt: half of all restarts over gloo then fail
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(SECONDS_TO_SAVE)
-    if cfg.cluster.device is Device.cpu:
-        # gloo else takes the host name's address, which containers and laptops often cannot reach
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+def _starts(cfg: RunConfig, job: str) -> int:
+    """One start after another, until one ends well or another would not help."""
+    for number in range(10**9):
+        begun = iteration(cfg)
+        timeline.append(cfg.run_dir, "start", job=job, restart=number, nodes=socket.gethostname(), iteration=begun)
+        outcome = run_ranks(cfg)
+        if not outcome.failures:
+            timeline.append(cfg.run_dir, "end", job=job, status=0, iteration=iteration(cfg), action="done")
+            return 0
+        rank, failure = first_failure(outcome.failures)
+        facts = end_of(rank, failure, outcome, reached=iteration(cfg), begun=begun)
+        events = [*restarts.history(cfg.run_dir, job), {"event": "end", **facts}]
+        decision = restarts.decide(events, cfg.cluster.max_restarts or 0)
+        delay = restarts.delay_in_place(decision.alike) if decision.again else None
+        action = "restart" if decision.again else "stop"
+        timeline.append(cfg.run_dir, "end", job=job, **facts, action=action, delay_seconds=delay)
+        _report(cfg, rank, failure, outcome)
+        if not decision.again:
+            if decision.alike >= restarts.SAME:
+                print(decision.reason, file=sys.stderr)
+            print("the same command resumes from the last checkpoint", file=sys.stderr)
+            return failure.exitcode if failure.exitcode > 0 else 1
+        wait = f" in {delay} s" if delay else ""
+        of = f"restart {number + 1}, at most {cfg.cluster.max_restarts} (cluster.max_restarts)"
+        print(f"starting again from the last checkpoint{wait}: {of}", file=sys.stderr, flush=True)
+        time.sleep(delay or 0)
+    raise AssertionError("unreachable")
 
 
-def _launch_config(cfg: RunConfig):
-    from torch.distributed.launcher.api import LaunchConfig
-
-    return LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=cfg.cluster.nproc_per_node or 1,
-        run_id=f"scale-llm-{os.getpid()}",
-        role="rank",
-        rdzv_backend="static",
-        rdzv_endpoint=f"127.0.0.1:{free_port()}",
-        rdzv_configs={"rank": 0, "timeout": 900},
-        local_addr="127.0.0.1",
-        max_restarts=0,
-        monitor_interval=0.1,
-        **({"signals_to_handle": "SIGTERM,SIGINT,SIGHUP"} if _has_field(LaunchConfig, "signals_to_handle") else {}),
-    )
+def end_of(rank: int, failure: Any, outcome: Outcome, *, reached: int, begun: int) -> dict[str, Any]:
+    """The facts of a failure, for the timeline. An error that a person has to mend is final, and so is one of the code
+    that comes before anything was done: another start would meet both."""
+    code = failure.exitcode
+    facts: dict[str, Any] = {"status": code if code > 0 else 128 - code, "iteration": reached, "rank": rank}
+    problems = user_problems(failure.message)
+    if problems:
+        return {**facts, "reason": "; ".join(problems), "final": is_for_a_person(failure.message)}
+    if code == HUNG:
+        waited = ", ".join(map(str, outcome.silent))
+        return {**facts, "reason": f"no progress; waited for rank {waited}" if waited else "no progress", "hang": True}
+    if code < 0:
+        return {**facts, "reason": f"rank {rank} {how_it_ended(code)}"}
+    first_line = (text_of(failure.message).splitlines() or [how_it_ended(code)])[0]
+    return {**facts, "reason": first_line, "final": reached <= begun}
 
 
-def _has_field(cls: type, name: str) -> bool:
-    """Fields that newer versions of torch have."""
-    return any(field.name == name for field in fields(cls))  # type: ignore[arg-type]
-
-
-def free_port() -> int:
-    """A loopback port nobody listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def _report(cfg: RunConfig, failures: dict[int, Any]) -> int:
+def _report(cfg: RunConfig, rank: int, failure: Any, outcome: Outcome) -> None:
     """Say what failed first; a UserError as its problems, anything else with the end of that rank's log."""
-    rank, failure = first_failure(failures)
     problems = user_problems(failure.message)
     if problems:
         print(numbered(problems), file=sys.stderr)
-        return 1
+        return
     status = failure.exitcode
-    how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"failed with status {status}"
-    print(f"\nrank {rank} {how}; {failure_text(cfg.run_dir, rank)}", file=sys.stderr)
+    for silent in outcome.silent:
+        print(f"\nrank {silent} did not answer; {failure_text(cfg.run_dir, silent)}", file=sys.stderr)
+    print(f"\nrank {rank} {how_it_ended(status)}; {failure_text(cfg.run_dir, rank)}", file=sys.stderr)
     if status == -signal.SIGKILL:
         print("a SIGKILL from outside is most often the machine running out of memory", file=sys.stderr)
-    print("the same command resumes from the last checkpoint", file=sys.stderr)
-    return status if status > 0 else 1
 
 
-LOST_PEER = re.compile(r"closed by peer|reset by peer|broken pipe|remote process exited|remote worker", re.IGNORECASE)
+def _after_kill(cfg: RunConfig) -> None:
+    """A launcher that was killed could not say so: it is said now."""
+    events = restarts.history(cfg.run_dir)
+    ended = restarts.with_killed(events, iteration(cfg), KILLED)
+    if len(ended) > len(events):
+        facts = {name: value for name, value in ended[-1].items() if name != "event"}
+        timeline.append(cfg.run_dir, "end", **facts, action="stop")
 
 
-def first_failure(failures: dict[int, Any]) -> tuple[int, Any]:
-    """The cause, not its effects: peers lose their connection, and the agent ends the rest with SIGTERM."""
+@contextmanager
+def _handlers_kept() -> Iterator[None]:
+    """torch's elastic package sets handlers of signals and leaves them; a sweep goes on after this run."""
+    before = {number: signal.getsignal(number) for number in HANDLED}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
-    def order(item: tuple[int, Any]) -> tuple[bool, bool, int]:
-        failure = item[1]
-        ended = failure.exitcode == -signal.SIGTERM
-        return ended, bool(LOST_PEER.search(str(failure.message))), failure.timestamp
 
-    return min(failures.items(), key=order)
-
-
-def user_problems(message: Any) -> list[str]:
-    """The problems of a UserError in a rank's error file; none where it failed otherwise."""
-    text = message.get("message", "") if isinstance(message, dict) else str(message)
-    name = f"{UserError.__name__}: "
-    return text[len(name) :].splitlines() if text.startswith(name) else []
+def set_environment(cfg: RunConfig) -> None:
+    """Variables of the ranks."""
+    os.environ.update(rank_variables(cfg))
+    if cfg.cluster.device is Device.cpu:
+        # gloo else takes the host name's address, which containers and laptops often cannot reach
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")

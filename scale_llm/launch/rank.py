@@ -5,6 +5,7 @@ log line and progress bar need, and copies to its log file.
 """
 
 import ctypes
+import faulthandler
 import os
 import re
 import signal
@@ -13,11 +14,14 @@ import time
 import traceback
 import warnings
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 from scale_llm.config.errors import UserError, numbered
-from scale_llm.config.exit_status import REQUEUE
+from scale_llm.config.exit_status import HUNG, REQUEUE
 from scale_llm.config.io import load_config
+
+STACKS = signal.SIGUSR2
+"""Has this rank write what every thread is doing into its log; from C, so that Python need not answer."""
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
 
@@ -83,7 +87,7 @@ def run(run_dir: Path, log: IO[str]) -> int:
         cfg = load_config(run_dir)
         from scale_llm import stages
 
-        stages.run(cfg)
+        stages.run(cfg, log=log, hung=lambda hang: end_hung(errors, hang))
         return REQUEUE if "--job" in sys.argv and stopped_by_signal() else 0
     except UserError as error:
         record(errors, error)
@@ -98,6 +102,12 @@ def run(run_dir: Path, log: IO[str]) -> int:
         record(errors, error)
         traceback.print_exc(file=log)
         return 1
+
+
+def end_hung(errors: Any, hang: Exception) -> NoReturn:
+    """From the thread that has found it: the main one will not answer."""
+    record(errors, hang)
+    os._exit(HUNG)
 
 
 def record(errors: Any, error: BaseException) -> None:
@@ -141,6 +151,7 @@ def main() -> None:
     os.register_at_fork(after_in_child=die_with_parent)
     terminal = os.dup(2)
     log = redirect(run_dir, rank, int(os.environ["WORLD_SIZE"]))
+    faulthandler.register(STACKS, file=log, all_threads=True)
     # Advice to the libraries' own developers would bury what the run prints
     warnings.filterwarnings("ignore", category=UserWarning, module="megatron")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"megatron|torch\.distributed")

@@ -94,6 +94,18 @@ def check(plan: Planned) -> int:
     return 0
 
 
+def prepare(plan: Planned) -> int:
+    """Make the run's data and nothing else: a start of the run finds them. This machine may be unfit for its ranks."""
+    of_ranks = ("cluster.", "parallel.", "layout.", "precision.", "model.backend", "model.compile_ops")
+    if found := [problem for problem in problems(plan) if not problem.startswith(of_ranks)]:
+        raise UserError(found)
+    from scale_llm.launch.preparation import prepare_data
+
+    prepare_data(plan.cfg)
+    print(f"data.cache_dir={plan.cfg.data.cache_dir}: the data of this run are there")
+    return 0
+
+
 def dry_run(plan: Planned) -> int:
     """Print the job script; nothing is written and nothing submitted."""
     from scale_llm.launch.slurm.submit import submit_points

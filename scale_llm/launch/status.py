@@ -11,8 +11,9 @@ from scale_llm.config.checkpoint_files import iteration_dir, latest_checkpoint
 from scale_llm.config.errors import UsageError, UserError
 from scale_llm.config.io import CONFIG_FILE, load_config
 from scale_llm.config.run import RunConfig
-from scale_llm.launch import lock
-from scale_llm.launch.slurm import commands, restarts
+from scale_llm.config.timeline import Event
+from scale_llm.launch import lock, restarts
+from scale_llm.launch.slurm import commands
 from scale_llm.launch.slurm.submit import recorded_job
 from scale_llm.launch.sweep import last_row
 
@@ -94,7 +95,7 @@ def _total(cfg: RunConfig) -> int | None:
     return total_iterations(cfg.train)
 
 
-def _state(run_dir: str, *, finished: bool, events: list[restarts.Event]) -> tuple[str, str]:
+def _state(run_dir: str, *, finished: bool, events: list[Event]) -> tuple[str, str]:
     """Slurm's word for a job that it has, else what the directory says; and why it stopped.
 
     Slurm calls a job that stopped itself FAILED or COMPLETED: the reason is in our own history.
@@ -113,7 +114,7 @@ def _state(run_dir: str, *, finished: bool, events: list[restarts.Event]) -> tup
     return ("done", "") if finished else ("stopped", why)
 
 
-def _last_reason(events: list[restarts.Event]) -> str:
+def _last_reason(events: list[Event]) -> str:
     ends = [event for event in events if event["event"] == "end"]
     return str(ends[-1].get("reason", "")) if ends else ""
 

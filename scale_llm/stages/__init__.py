@@ -1,14 +1,21 @@
 """Layer 4: one loop, and the stages it drives. Here engine, checkpoint, data and losses meet."""
 
+from collections.abc import Callable
+from typing import IO, NoReturn
+
 from scale_llm.config.run import RunConfig
 
 
-def run(cfg: RunConfig) -> None:
-    """Runs the configured stage on this rank; the environment names the rank as torchrun does."""
+def run(cfg: RunConfig, *, log: IO[str] | None = None, hung: Callable[[Exception], NoReturn] | None = None) -> None:
+    """Runs the configured stage on this rank; the environment names the rank as torchrun does.
+
+    log, hung: where the stacks of a run that makes no progress go, and what ends this rank then; None: nothing does.
+    """
     from scale_llm.parallel.device import stop
     from scale_llm.stages.context import start_rank
+    from scale_llm.stages.health.watchdog import watchdog_of
 
-    context = start_rank(cfg)
+    context = start_rank(cfg, watchdog=watchdog_of(cfg, log, hung))
     try:
         if cfg.stage.name == "evaluate":
             from scale_llm.stages.evaluate import evaluate

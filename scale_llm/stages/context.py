@@ -1,6 +1,6 @@
 """What every stage of a run starts from: the configuration, this rank's device and mesh, the prepared data."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch.distributed as dist
@@ -13,6 +13,7 @@ from scale_llm.config.stage import EvaluateConfig, PretrainConfig
 from scale_llm.data.of_stage import prepare_run
 from scale_llm.parallel.device import Device, seed_everything, start
 from scale_llm.parallel.mesh import Mesh, MeshSizes, build_mesh
+from scale_llm.stages.health.watchdog import NoWatchdog
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,7 @@ class RunContext:
     mesh: Mesh
     prepared: Any
     """PreparedData, or PreparedChat of a stage of conversations."""
+    watchdog: NoWatchdog = field(default_factory=NoWatchdog)
 
     @property
     def vocab_size(self) -> int:
@@ -47,8 +49,8 @@ def mesh_sizes(parallel: ParallelConfig, world_size: int) -> MeshSizes:
     )
 
 
-def start_rank(cfg: RunConfig, prepared: Any = None) -> RunContext:
-    """Joins the job: device, mesh, seeds, data. prepared: in place of the stage's data."""
+def start_rank(cfg: RunConfig, prepared: Any = None, watchdog: NoWatchdog | None = None) -> RunContext:
+    """Joins the job: device, mesh, seeds, data. prepared: in place of the stage's data. watchdog: None for none."""
     kind = "cuda" if cfg.cluster.device is DeviceKind.cuda else "cpu"
     device = start(
         kind,
@@ -65,4 +67,5 @@ def start_rank(cfg: RunConfig, prepared: Any = None) -> RunContext:
     seed_everything(
         cfg.train.seed, tp_rank=mesh.tp_rank, pp_rank=mesh.pp_rank, ep_rank=mesh.ep_rank, etp_rank=mesh.etp_rank
     )
-    return RunContext(cfg, device, mesh, prepared or prepare_run(cfg))  # made by the launcher, found here
+    prepared = prepared or prepare_run(cfg)  # made by the launcher, found here
+    return RunContext(cfg, device, mesh, prepared, watchdog or NoWatchdog())

@@ -66,6 +66,11 @@ class LocalState:
         if self._copies is not None:
             self._tell(self._copies.finish())
 
+    def forget(self) -> None:
+        """Removes all copies: the run goes back to before them."""
+        if self._copies is not None:
+            self._tell(self._copies.forget())
+
     def restore(self, stage: Stage, own: Found | None) -> Progress | None:
         """The newest whole copy into the stage, where it is newer than `own`; else None."""
         if self._copies is None:

@@ -1,6 +1,5 @@
 """The one training loop: resume, step, log, evaluate, save, stop."""
 
-import math
 from pathlib import Path
 
 import torch.distributed as dist
@@ -16,6 +15,8 @@ from scale_llm.config.run import RunConfig
 from scale_llm.engine.offload import on_device
 from scale_llm.stages.base import Stage
 from scale_llm.stages.context import RunContext
+from scale_llm.stages.health.health import Health
+from scale_llm.stages.health.steps import GoBack
 from scale_llm.stages.local_state import LocalState
 from scale_llm.stages.progress import Progress, StopRequest
 from scale_llm.stages.report import Reporter
@@ -23,46 +24,92 @@ from scale_llm.stages.run_state import gradients, load_weights, restore, state_t
 
 
 def train(run: RunContext, stage: Stage) -> None:
-    """Trains until the configuration's end, a stop request, or an error; the last state is saved."""
+    """Trains until the configuration's end, a stop request, or an error; the last state is saved. Where its health asks
+    for it, the run goes back to an older checkpoint and on from there."""
     cfg = run.cfg
     checkpointer = Checkpointer(
         cfg.checkpoint.save, run.mesh.host_group, asynchronous=cfg.checkpoint.async_save, retention=retention(cfg)
     )
     copies = LocalState(run)
-    progress = resume(run, stage, copies)
-    reporter = Reporter(run, stage.engine, progress, total_iterations(cfg.train))
     stop = StopRequest(run.mesh.host_group, cfg.train.exit_duration_in_mins)
-    saved = evaluated = progress.iteration
-    reason = None
+    health, said = Health(run, stage), None
+    run.watchdog.start()
     try:
+        while True:
+            try:
+                return train_on(run, stage, checkpointer, copies, stop, health, said)
+            except GoBack as back:
+                run.watchdog.enter("going back", back.until)
+                checkpointer.finish()
+                copies.forget()
+                said = health.go_back(back)
+    finally:
+        run.watchdog.close()
+        stage.close()
+
+
+def train_on(
+    run: RunContext, stage: Stage, checkpointer: Checkpointer, copies: LocalState, stop: StopRequest, health: Health,
+    said: str | None,
+) -> None:  # fmt: skip
+    """From the newest checkpoint to the end. said: why the run has gone back to it.
+
+    Raises:
+        GoBack: it has to be an older one.
+    """
+    cfg, watchdog = run.cfg, run.watchdog
+    progress = resume(run, stage, copies)
+    health.resumed(progress)
+    reporter = Reporter(run, stage.engine, progress, total_iterations(cfg.train), said)
+    saved = evaluated = progress.iteration
+    reason, due = None, False
+    try:
+        watchdog.enter("evaluation", progress.iteration)
         reporter.evaluation(progress, stage.start(fresh=progress.iteration == 0))
         while reason is None and not finished(cfg, progress):
             size = global_batch_size(cfg.train, progress.consumed_samples)
-            reporter.step_started()
-            result = stage.step(progress.consumed_samples, size)
-            count(progress, result, size, cfg)
-            reporter.step_ended(progress, result, size)
-            if result.stop:
-                save(checkpointer, stage, progress, run, reporter)
-                checkpointer.finish()
-                raise UserError(list(result.stop))
+            if health.leaves_out(progress.iteration + 1):
+                count(progress, size)
+                reporter.left_out(progress)
+            else:
+                watchdog.enter("a step", progress.iteration)
+                reporter.step_started()
+                result = health.step(progress, size)
+                count(progress, size, skipped=result.skipped)
+                result, back = health.judged(progress, result)
+                reporter.step_ended(progress, result, size)
+                if back is not None:
+                    raise back
+                if result.stop:
+                    save(checkpointer, stage, progress, run, reporter)
+                    checkpointer.finish()
+                    raise UserError(list(result.stop))
             if every(cfg.train.eval_interval, progress.iteration):
+                watchdog.enter("evaluation", progress.iteration)
                 reporter.evaluation(progress, stage.evaluate())
                 evaluated = progress.iteration
+            watchdog.enter("the end of a step", progress.iteration)
             checkpointer.poll()
-            copies.save_if_due(stage, progress)
+            if health.may_save(progress):
+                copies.save_if_due(stage, progress)
             reason = exit_reason(cfg, progress, stop)
-            if every(cfg.checkpoint.save_interval, progress.iteration):
+            reporter.say(health.check_ranks(progress))
+            due = due or every(cfg.checkpoint.save_interval, progress.iteration)
+            if due and health.may_save(progress):
+                watchdog.enter("a save", progress.iteration)
+                health.check_replicas(progress)
                 save(checkpointer, stage, progress, run, reporter)
-                saved = progress.iteration
+                health.saved()
+                saved, due = progress.iteration, False
+        watchdog.enter("the last save", progress.iteration)
         if saved != progress.iteration:
             save(checkpointer, stage, progress, run, reporter)
         checkpointer.finish()
         copies.finish()
         if finished(cfg, progress) and evaluated != progress.iteration:
+            watchdog.enter("evaluation", progress.iteration)
             reporter.evaluation(progress, stage.evaluate())
     finally:
-        stage.close()
         reporter.close(progress, reason)
 
 
@@ -109,20 +156,11 @@ def finished(cfg: RunConfig, progress: Progress) -> bool:
     return progress.consumed_samples + size > total_samples(cfg.train)
 
 
-def count(progress: Progress, result, size: int, cfg: RunConfig) -> None:
-    """Adds one step to the progress; a loss that is no number ends the run before anything of it is saved."""
+def count(progress: Progress, size: int, *, skipped: bool = False) -> None:
+    """Adds one step to the progress."""
     progress.iteration += 1
     progress.consumed_samples += size
-    progress.skipped_iterations += int(result.skipped)
-    name, loss = next(((name, value) for name, value in result.metrics.items() if name.endswith("loss")), ("loss", 0.0))
-    broken = not math.isfinite(loss) or not math.isfinite(result.grad_norm or 0.0)
-    if broken and not result.skipped:
-        progress.nan_iterations += 1
-        raise UserError(
-            f"iteration {progress.iteration}: {name} {loss}, grad norm {result.grad_norm}; the last checkpoint in "
-            f"{cfg.checkpoint.save} is from before: lower optim.lr={cfg.optim.lr}, set optim.clip_grad, or look at the "
-            f"samples before {progress.consumed_samples}"
-        )
+    progress.skipped_iterations += int(skipped)
 
 
 def every(interval: int | None, iteration: int) -> bool:

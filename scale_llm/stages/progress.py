@@ -18,6 +18,12 @@ class Progress:
     consumed_samples: int = 0
     skipped_iterations: int = 0
     nan_iterations: int = 0
+    bad_steps: int = 0
+    """In a row, up to now, that had a number that is none."""
+    high_losses: int = 0
+    """In a row, up to now; counted where health.loss_spike_sigmas asks for it."""
+    recent_losses: list[float] = field(default_factory=list)
+    """Those that were not high, for the same."""
     unlogged_steps: dict[str, int] = field(default_factory=dict)
     """Of each metric, as not every step has all."""
     unlogged_sums: dict[str, float] = field(default_factory=dict)

@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from scale_llm.config import timeline
 from scale_llm.config.parameters import flops_per_token
 from scale_llm.engine.engine import Engine, StepResult
 from scale_llm.engine.norms import parameter_norm
@@ -39,7 +40,10 @@ TIMES = ("iteration-time", "throughput", "tokens-per-second")
 class Reporter:
     """Collects what happens between two log points and writes it; on all ranks but the last it only keeps time."""
 
-    def __init__(self, run: RunContext, engine: Engine | None, progress: Progress, iterations: int):
+    def __init__(
+        self, run: RunContext, engine: Engine | None, progress: Progress, iterations: int, said: str | None = None
+    ):  # fmt: skip
+        """said: the first line of the log."""
         cfg = run.cfg
         self._engine = engine
         self._run, self._iterations, self._interval = run, iterations, cfg.train.log_interval
@@ -57,6 +61,8 @@ class Reporter:
 
             self._tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=progress.iteration + 1)
         self._bar = ProgressBar(cfg.stage.name, iterations, progress.iteration, cfg.logging.progress)
+        self.say([said] if said else [])
+        self._add_timeline(progress.iteration)
         if progress.iteration:
             self._say(f"resumed at iteration {progress.iteration}, {progress.consumed_samples} samples consumed")
 
@@ -70,14 +76,32 @@ class Reporter:
         everywhere = samples * self._run.cfg.model.seq_length
         self._tokens += everywhere if result.tokens is None else result.tokens
         progress.add_metrics(result.metrics)
-        for remark in result.remarks if self._writes else ():
-            self._say(f" {remark}")
+        self.say(result.remarks)
         if progress.iteration % self._interval and progress.iteration not in (1, self._iterations):
             if self._bar is not None:
                 self._bar.advance(progress.iteration)
             return
         self._log(progress, progress.take_means(), result, samples)
         self._steps, self._seconds, self._tokens = 0, 0.0, 0
+
+    def say(self, remarks: Iterable[str]) -> None:
+        """Lines of the log."""
+        for remark in remarks if self._writes else ():
+            self._say(f" {remark}")
+
+    def left_out(self, progress: Progress) -> None:
+        """An iteration whose samples were counted and nothing else."""
+        self.say([f"iteration {progress.iteration}: its samples are left out"])
+        if self._bar is not None:
+            self._bar.advance(progress.iteration)
+
+    def _add_timeline(self, iteration: int) -> None:
+        """What has happened to the run, as a table in TensorBoard."""
+        events = timeline.read(self._run.cfg.run_dir) if self._tensorboard is not None else []
+        if events:
+            rows = [f"| {event.get('time', '')} | {event['event']} | {timeline.in_words(event)} |" for event in events]
+            table = "\n".join(["| time | event | |", "|---|---|---|", *rows])
+            self._add_texts({"timeline": table}, iteration)
 
     def _log(self, progress: Progress, means: dict[str, float], result: StepResult, samples: int) -> None:
         logging = self._run.cfg.logging
@@ -144,8 +168,7 @@ class Reporter:
         )
         values = " | ".join(f"{name}: {value:.6E}" for name, value in metrics.items())
         self._say(f" validation at iteration {progress.iteration} | {values} |")
-        for remark in found.remarks:
-            self._say(f" {remark}")
+        self.say(found.remarks)
 
     def _add_texts(self, texts: dict[str, str], iteration: int) -> None:
         for tag, text in texts.items() if self._tensorboard is not None else ():
@@ -163,6 +186,7 @@ class Reporter:
     def close(self, progress: Progress, reason: str | None) -> None:
         if not self._writes:
             return
+        self._add_timeline(progress.iteration)
         self._bar.close()
         if reason is not None:
             hint = "" if reason.startswith("signal") else "; run the same command again to go on"

@@ -59,6 +59,7 @@ def test_options_are_listed():
         "peft": ["dora", "lora", "none", "prompt_tuning", "qlora"],
         "optim": ["adam", "adamw", "sgd"],
         "checkpoint": ["default"],
+        "health": ["default"],
         "logging": ["default", "plain"],
         "cluster": ["local", "local_cpu", "slurm"],
         "experiment": [

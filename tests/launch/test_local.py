@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from scale_llm.launch.local import first_failure, user_problems
+from scale_llm.config import timeline
+from scale_llm.launch.failures import first_failure, user_problems
 
 STAND_IN = Path(__file__).parent / "stand_in"
 CLI = ["-m", "scale_llm.launch.cli"]
@@ -75,6 +76,21 @@ def test_a_failing_rank_is_shown_once(words, tmp_path, how, expected_status, mes
     assert message in err
     assert ("RuntimeError: boom" in err) == (how == "error")
     assert "elastic" not in err and "peer" not in err and len(err.splitlines()) < 20, err
+    # An error of the code before anything was done, and what a person has to mend, another start would meet again
+    starts = [event["event"] for event in timeline.read(tmp_path)].count("start")
+    assert starts == (3 if how == "kill" else 1)
+    assert ("3 ends alike at iteration 0, so another start would not help" in err) == (how == "kill")
+
+
+def test_a_rank_that_dies_is_started_again(words, tmp_path):
+    """Once, and the whole run with it; the timeline has both starts."""
+    status, out, err = run(words, tmp_path / "run", "kill_once")
+    assert status == 0, err
+    assert "rank 1 was killed by SIGKILL" in err and "restart 1, at most 3 (cluster.max_restarts)" in err
+    events = timeline.read(tmp_path / "run")
+    assert [event["event"] for event in events] == ["start", "end", "start", "end"]
+    assert (events[1]["reason"], events[1]["action"]) == ("rank 1 was killed by SIGKILL", "restart")
+    assert (events[2]["restart"], events[3]["action"]) == (1, "done")
 
 
 def wait_for(condition) -> None:

@@ -4,13 +4,16 @@ import json
 
 import pytest
 
+from scale_llm.config import timeline
 from scale_llm.config.exit_status import REQUEUE
+from scale_llm.launch import restarts
+from scale_llm.launch.reached import is_done
+from scale_llm.launch.restarts import KILLED, Decision, decide
 from scale_llm.launch.runs import compose_run
-from scale_llm.launch.slurm import restarts
 from scale_llm.launch.slurm.allocation import Allocation
-from scale_llm.launch.slurm.ending import BAD_NODES, clear, end_of, is_done, to_exclude
+from scale_llm.launch.slurm.ending import clear, end_of
 from scale_llm.launch.slurm.job import _after_kill, _why_not
-from scale_llm.launch.slurm.restarts import KILLED, Decision, decide
+from scale_llm.launch.slurm.nodes import BAD_NODES, to_exclude
 
 JOB = Allocation(job="5", restart=0, nodes=2, node_list="n[1-2]", cpus_per_node=4)
 
@@ -46,10 +49,10 @@ def test_decisions(ends, again, delay):
 
 
 def test_history_survives_a_cut_line(tmp_path):
-    restarts.append(tmp_path, "start", "1", iteration=0)
-    with open(tmp_path / restarts.FILE, "a") as file:
+    timeline.append(tmp_path, "start", job="1", iteration=0)
+    with open(tmp_path / timeline.FILE, "a") as file:
         file.write('{"event": "e\n')
-    restarts.append(tmp_path, "start", "2", iteration=4)
+    timeline.append(tmp_path, "start", job="2", iteration=4)
     assert [event["job"] for event in restarts.history(tmp_path)] == ["1", "2"]
     assert restarts.count_restarts(restarts.history(tmp_path)) == 1
     assert restarts.history(tmp_path, "2")[0]["iteration"] == 4
@@ -66,7 +69,7 @@ def cfg(tmp_path):
 def test_a_start_without_an_end_was_killed(tmp_path, cfg, capsys):
     for number in range(3):
         assert _after_kill(cfg, tmp_path, JOB), "nothing to say of a first start, or of one or two that were killed"
-        restarts.append(tmp_path, "start", "5", restart=number, iteration=0)
+        timeline.append(tmp_path, "start", job="5", restart=number, iteration=0)
     assert not _after_kill(cfg, tmp_path, JOB)
     ends = [event for event in restarts.history(tmp_path) if event["event"] == "end"]
     assert [end["reason"] for end in ends] == [KILLED] * 3

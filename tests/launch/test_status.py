@@ -7,11 +7,12 @@ import sys
 
 import pytest
 
+from scale_llm.config import timeline
 from scale_llm.config.errors import UsageError, UserError
 from scale_llm.launch import lock
 from scale_llm.launch.run_directory import prepare_run_dir
 from scale_llm.launch.runs import compose_run
-from scale_llm.launch.slurm import commands, restarts
+from scale_llm.launch.slurm import commands
 from scale_llm.launch.slurm.submit import record_job
 from scale_llm.launch.status import standing, status
 
@@ -49,12 +50,12 @@ def test_a_job(run_dir, monkeypatch):
     monkeypatch.setattr(commands, "present", lambda program: True)
     record_job(run_dir, "17")
     for number in range(3):
-        restarts.append(run_dir, "start", "17", restart=number, iteration=0)
+        timeline.append(run_dir, "start", job="17", restart=number, iteration=0)
     states = {"17": ("RUNNING", "n[1-2]")}
     monkeypatch.setattr(commands, "job_state", states.get)
     assert standing(str(run_dir)).state == "job 17 RUNNING (n[1-2])"
     assert standing(str(run_dir)).restarts == "2"
-    restarts.append(run_dir, "end", "17", reason="RuntimeError: boom", action="stop")
+    timeline.append(run_dir, "end", job="17", reason="RuntimeError: boom", action="stop")
     states["17"] = ("FAILED", "NonZeroExitCode")
     found = standing(str(run_dir))
     assert (found.state, found.why) == ("job 17 FAILED", "RuntimeError: boom")
@@ -81,7 +82,7 @@ def test_bad_words(tmp_path):
 
 
 def test_it_is_light_and_prints_a_table(run_dir):
-    restarts.append(run_dir, "end", "17", reason="[a] reason", action="stop")
+    timeline.append(run_dir, "end", job="17", reason="[a] reason", action="stop")
     script = "import sys; from scale_llm.launch.cli import run_command; s = run_command(sys.argv[1:]); "
     script += "assert not {'torch', 'hydra', 'numpy'} & set(sys.modules); sys.exit(s)"
     result = subprocess.run(

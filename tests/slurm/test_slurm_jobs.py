@@ -5,14 +5,17 @@ Jobs wait more than they compute, so those of one fixture are at work together.
 
 import json
 import os
+import signal
 import stat
+import sys
 from pathlib import Path
 
 import pytest
 from support.runs import losses, rows
 from support.slurm import wait_for
 
-from scale_llm.launch.slurm.restarts import history
+from scale_llm.config.io import load_config
+from scale_llm.launch.restarts import history
 
 pytestmark = pytest.mark.slurm
 
@@ -75,7 +78,7 @@ def submit(cluster, words: list[str], **environment: str) -> str:
 
 
 def assert_finished(cluster, runs, job: str, run_dir: Path, uninterrupted: Path) -> list[dict]:
-    """Ended well, and metrics.jsonl is that of the uninterrupted run; returns restarts.jsonl."""
+    """Ended well, and metrics.jsonl is that of the uninterrupted run; returns its starts and ends."""
     assert cluster.wait_for_end(job) == "COMPLETED", output_of(run_dir)
     assert rows(run_dir) == rows(uninterrupted)
     different = {name: d for name, d in runs.differences(run_dir, uninterrupted).items() if d}
@@ -158,12 +161,57 @@ def test_signal_before_the_time_limit(cluster, runs, jobs, uninterrupted, top):
 
 
 def test_the_same_failure_three_times_is_the_last(cluster, jobs, top):
-    """With back-off: 10 s, then 20 s."""
+    """In one allocation, which is not given back in between."""
     job, run_dir = jobs["failing"], top / "failing"
     assert cluster.wait_for_end(job) == "FAILED", output_of(run_dir)
     found = ends(history(run_dir))
-    assert found == [("RuntimeError: boom", "requeue")] * 2 + [("RuntimeError: boom", "stop")], found
+    assert found == [("RuntimeError: boom", "restart")] * 2 + [("RuntimeError: boom", "stop")], found
     assert "3 ends alike at iteration 3" in output_of(run_dir)
+
+
+@pytest.fixture(scope="module")
+def kept(cluster, runs, uninterrupted, top):
+    """Jobs whose ranks fail and that keep their nodes: rank 1 dies, or stops; those of one node fail, there alone."""
+    how = {
+        "killed": ([*TWO_NODES, "checkpoint.save_interval=3"], {"SECONDS_A_STEP": "0.5"}),
+        "hung": ([*TWO_NODES, "checkpoint.save_interval=3", "health.hang_slack_seconds=4"], {"SECONDS_A_STEP": "0.5"}),
+        "spare": (
+            ["cluster=slurm", "cluster.spare_nodes=1", "cluster.nproc_per_node=2"],
+            {"FAIL_AFTER": "3", "FAIL_ON": "n1", "PREFLIGHT_FREE_GB": "1"},
+        ),
+    }
+    found = {name: submit(cluster, words_of(runs, top / name, *words), **env) for name, (words, env) in how.items()}
+    for name, number in (("killed", signal.SIGKILL), ("hung", signal.SIGSTOP)):
+        at_work(top / name)
+        cluster.signal_tasks(number, "n2", name)
+    return found
+
+
+def test_a_rank_that_dies_is_started_again_in_the_same_job(cluster, runs, kept, uninterrupted, top):
+    run_dir = top / "killed"
+    events = assert_finished(cluster, runs, kept["killed"], run_dir, uninterrupted)
+    assert [action for _, action in ends(events)] == ["restart", "done"], events
+    assert [event["restart"] for event in events if event["event"] == "start"] == [0, 0], "never back in the queue"
+    assert events[1]["reason"] == "the others have lost rank 1" and events[1]["node"] == "n2"
+    assert 3 <= events[2]["iteration"] < 20
+
+
+def test_a_rank_that_hangs_ends_the_others(cluster, runs, kept, uninterrupted, top):
+    """It is found by the ranks that wait for it, whose logs say what they were doing."""
+    run_dir = top / "hung"
+    events = assert_finished(cluster, runs, kept["hung"], run_dir, uninterrupted)
+    assert ends(events) == [("no progress; waited for rank 1", "restart"), DONE], events
+    log = (run_dir / "logs" / "rank_0.log").read_text()
+    assert " step after iteration" in log and "no progress: " in log and "most recent call first" in log
+
+
+def test_a_spare_node_takes_the_place_of_one_that_fails(cluster, runs, kept, uninterrupted, top):
+    """Twice in a row on n1: then it is left out."""
+    run_dir = top / "spare"
+    events = assert_finished(cluster, runs, kept["spare"], run_dir, uninterrupted)
+    found = [(event["reason"], event["node"], event.get("without")) for event in events if "node" in event]
+    assert found == [("RuntimeError: boom", "n1", None), ("RuntimeError: boom", "n1", "n1")], events
+    assert "--no-kill" in (run_dir / "job.sbatch").read_text() and "--nodes=2" in (run_dir / "job.sbatch").read_text()
 
 
 def test_preflight_names_a_bad_node_and_leaves_it_out(cluster, runs, uninterrupted, top):
@@ -228,3 +276,26 @@ def test_a_node_that_dies(cluster, runs, uninterrupted, top):
     events = assert_finished(cluster, runs, job, run_dir, uninterrupted)
     assert len([event for event in events if event["event"] == "start"]) == 2, events
     assert ends(events)[0] != STOPPED and 3 <= events[2]["iteration"] < 20, events
+
+
+def test_data_and_then_a_policy(cluster, uninterrupted, top):
+    """One job makes the data, the next has two nodes on which the roles take turns."""
+    prompts, run_dir = top / "prompts.jsonl", top / "policy"
+    prompts.write_text("".join(json.dumps({"prompt": f"def function_{i}("}) + "\n" for i in range(40)))
+    words = [
+        "stage=grpo", "model=from_checkpoint", f"checkpoint.load={uninterrupted}/checkpoints", f"data.path={prompts}",
+        "reward.function=length", "reward.length_target_tokens=4", "stage.max_new_tokens=8", "train.train_iters=2",
+        "stage.num_generations_per_prompt=2", "train.global_batch_size=4", "train.micro_batch_size=2",
+        "train.eval_iters=0", "precision=fp32", "model.compile_ops=false", "cluster.preflight=false",
+        f"run_dir={run_dir}",
+    ]  # fmt: skip
+    environment = {"SCALE_LLM_SLURM": str(ROOT / "slurm"), "PYTHON": sys.executable, **python_path()}
+    options = ["--parsable", f"--output={top}/policy-%j.out"]
+    data = cluster.run("sbatch", *options, str(ROOT / "slurm/data.sbatch"), *words, **environment).stdout.strip()
+    later = [f"--dependency=afterok:{data}", "--nodes=2", "--ntasks-per-node=1"]
+    done = cluster.run("sbatch", *options, *later, str(ROOT / "slurm/rlhf.sbatch"), *words, **environment)
+    job = done.stdout.strip()
+    assert cluster.wait_for_end(job) == "COMPLETED", [path.read_text() for path in top.glob("policy-*.out")]
+    assert f"data.cache_dir={run_dir}/data: the data of this run are there" in (top / f"policy-{data}.out").read_text()
+    assert load_config(run_dir).layout.actor.offload, "layout=hybrid"
+    assert ends(history(run_dir)) == [DONE] and len(rows(run_dir)) == 2

@@ -144,7 +144,7 @@ class Cluster:
         """Its daemon and the tasks on it die at once; the controller is told, as it else looks every 30 s."""
         self._daemons[node].kill()
         self._daemons[node].wait()
-        self._kill_tasks(node)
+        self.signal_tasks(9, node)
         self.text("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
 
     def revive_node(self, node: str) -> None:
@@ -152,18 +152,21 @@ class Cluster:
         self.text("scontrol", "update", f"NodeName={node}", "State=RESUME")
         self.wait_for_nodes()
 
-    def _kill_tasks(self, node: str | None = None) -> None:
-        """Processes of jobs of this very cluster, on one node or on all."""
+    def signal_tasks(self, number: int, node: str | None = None, run_name: str = "") -> None:
+        """To processes of jobs of this very cluster, on one node or on all."""
         wanted = {f"SLURM_CONF={self.env['SLURM_CONF']}"} | ({f"SLURMD_NODENAME={node}"} if node else set())
         for directory in Path("/proc").glob("[0-9]*"):
             try:
                 environment = set((directory / "environ").read_text(errors="replace").split("\0"))
             except OSError:
                 continue
+            command = (directory / "cmdline").read_text(errors="replace") if run_name else ""
+            if f"/{run_name}\0" not in command and run_name:
+                continue
             in_job = any(name.startswith("SLURMD_NODENAME=") for name in environment)
             if in_job and wanted <= environment and int(directory.name) != os.getpid():
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(directory.name), 9)
+                    os.kill(int(directory.name), number)
 
     def stop(self) -> None:
         if "slurmctld" in self._daemons:
@@ -171,7 +174,7 @@ class Cluster:
                 self.text("scancel", job)
             with contextlib.suppress(AssertionError):
                 wait_for(lambda: not self.text("squeue", "-h"), 25, "the queue to empty")
-            self._kill_tasks()
+            self.signal_tasks(9)
         for daemon in reversed(self._daemons.values()):
             daemon.terminate()
         for daemon in self._daemons.values():

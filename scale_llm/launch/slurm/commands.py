@@ -72,6 +72,23 @@ def is_alive(job: str) -> bool:
     return found is not None and found[0] in ALIVE
 
 
+def down_nodes(names: list[str]) -> list[str]:
+    """Those of these nodes that Slurm has lost."""
+    shown = output_of("scontrol", "-o", "show", "node", ",".join(names)) if names else None
+    found = []
+    for line in (shown or "").splitlines():
+        name, state = re.search(r"NodeName=(\S+)", line), re.search(r"\bState=(\S+)", line)
+        if name is not None and state is not None and re.search(r"DOWN|FAIL|NOT_RESPONDING|\*", state[1]):
+            found.append(name[1])
+    return found
+
+
+def address_of(node: str) -> str:
+    """Where other nodes reach it: Slurm's name of it need not be known to DNS, its address is known to Slurm."""
+    found = re.search(r"\bNodeAddr=(\S+)", output_of("scontrol", "-o", "show", "node", node) or "")
+    return node if found is None else found[1]
+
+
 def requeue(job: str, delay_seconds: int, exclude: str | None = None) -> str | None:
     """Put the running job back into the queue, to start no earlier than the delay; Slurm's words where it refuses.
 

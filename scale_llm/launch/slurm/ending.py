@@ -2,96 +2,62 @@
 
 import json
 import signal
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scale_llm.config.batch import total_iterations
-from scale_llm.config.checkpoint_files import latest_checkpoint
 from scale_llm.config.exit_status import REQUEUE
 from scale_llm.config.run import RunConfig
-from scale_llm.launch.local import first_failure, user_problems
+from scale_llm.launch.failures import (
+    LOST_PEER,
+    Failure,
+    first_failure,
+    is_for_a_person,
+    is_hang,
+    text_of,
+    user_problems,
+)
+from scale_llm.launch.reached import iteration
+from scale_llm.launch.slurm.nodes import BAD_NODES, USED, bad_nodes, node_of
 from scale_llm.launch.slurm.task import ERROR_FILES
-from scale_llm.launch.sweep import last_row
 
 STOPPED = (REQUEUE, 128 + signal.SIGUSR1, 128 + signal.SIGTERM)
 """A task that has not yet begun to listen dies of the signal; it has nothing to save, so that is no failure."""
 
-BAD_NODES = "bad_nodes"
-"""Below a run directory: the nodes that preflight.sh has found bad, separated by commas."""
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """What a rank has written of its failure, as torch's elastic agent knows it."""
-
-    exitcode: int
-    message: Any
-    timestamp: int
-
 
 def end_of(cfg: RunConfig, run_dir: Path, status: int) -> dict[str, Any]:
-    """The facts of an end, for restarts.jsonl."""
+    """The facts of an end, for the timeline."""
     facts: dict[str, Any] = {"status": status, "iteration": iteration(cfg, run_dir)}
     bad = bad_nodes(run_dir)
     if status in STOPPED:
         return {**facts, "reason": "stopped by a signal", "signal": True}
     if bad is not None:
         return {**facts, "reason": f"preflight found bad nodes: {bad}"}
-    message = _message(run_dir)
-    if message is None:
+    failures = _failures(run_dir)
+    if not failures:
         return {**facts, "reason": _of_status(status)}
+    rank, failure = first_failure(failures)
+    message, silent = failure.message, _silent(cfg, failures)
+    if is_hang(message):
+        facts["hang"] = True
+    if silent is not None:
+        what = "no progress; waited for" if is_hang(message) else "the others have lost"
+        return {**facts, "reason": f"{what} rank {silent}", "rank": silent, "node": node_of(silent, cfg, run_dir)}
+    facts |= {"rank": rank, "node": node_of(rank, cfg, run_dir)}
     problems = user_problems(message)
-    if problems:  # for a person to mend: another start would meet it again
-        return {**facts, "reason": "; ".join(problems), "final": True}
-    text = message.get("message", "") if isinstance(message, dict) else str(message)
-    return {**facts, "reason": (text.splitlines() or ["no message"])[0]}
-
-
-def iteration(cfg: RunConfig, run_dir: Path) -> int:
-    """The last iteration that anything was written of."""
-    logged = last_row(str(run_dir)).get("iteration", 0)
-    return max(int(logged), saved_iteration(cfg))
-
-
-def saved_iteration(cfg: RunConfig) -> int:
-    """Of the last checkpoint; 0 where there is none."""
-    try:
-        found = latest_checkpoint(cfg.checkpoint.save or "")
-    except (ValueError, OSError):
-        return 0
-    return 0 if found is None else found[0]
-
-
-def is_done(cfg: RunConfig) -> bool:
-    """Whether the last checkpoint is of the last iteration, so that a start would find nothing to do."""
-    if cfg.train.train_iters is None and cfg.train.train_samples is None:
-        return False  # epochs are counted where the data are
-    return 0 < total_iterations(cfg.train) <= saved_iteration(cfg)
-
-
-def bad_nodes(run_dir: Path) -> str | None:
-    """Their names, separated by commas."""
-    try:
-        return (run_dir / BAD_NODES).read_text(encoding="utf-8").strip() or None
-    except OSError:
-        return None
-
-
-def to_exclude(cfg: RunConfig, run_dir: Path) -> str | None:
-    """The bad nodes, unless several were asked and all are bad: the cause is then something they share, as a disk."""
-    bad, nodes = bad_nodes(run_dir), cfg.cluster.nnodes
-    return None if bad is None or 1 < nodes <= len(bad.split(",")) else bad
+    if problems:  # what a person has to mend another start would meet again
+        final = {"final": True} if is_for_a_person(message) else {}
+        return {**facts, "reason": "; ".join(problems), **final}
+    return {**facts, "reason": (text_of(message).splitlines() or ["no message"])[0]}
 
 
 def clear(run_dir: Path) -> None:
     """Forget how the start before has ended."""
-    for path in [*run_dir.glob(ERROR_FILES.format(rank="*")), run_dir / BAD_NODES]:
+    for path in [*run_dir.glob(ERROR_FILES.format(rank="*")), run_dir / BAD_NODES, run_dir / USED]:
         path.unlink(missing_ok=True)
 
 
-def _message(run_dir: Path) -> Any:
-    """What the rank that failed first has written."""
+def _failures(run_dir: Path) -> dict[int, Failure]:
+    """What ranks have written of their failures."""
     failures = {}
     for path in sorted(run_dir.glob(ERROR_FILES.format(rank="*"))):  # rank 0 first: the others may have waited for it
         try:
@@ -100,7 +66,15 @@ def _message(run_dir: Path) -> Any:
         except (OSError, ValueError, KeyError, TypeError):
             continue
         failures[int(path.stem.rsplit("_", 1)[1])] = Failure(1, message, stamp)
-    return first_failure(failures)[1].message if failures else None
+    return failures
+
+
+def _silent(cfg: RunConfig, failures: dict[int, Failure]) -> int | None:
+    """The one rank that has left no word, where all the others have only waited for it or lost it."""
+    ranks = set(range(cfg.cluster.nnodes * (cfg.cluster.nproc_per_node or 1)))
+    left = ranks - set(failures)
+    effects = all(is_hang(one.message) or LOST_PEER.search(text_of(one.message)) for one in failures.values())
+    return left.pop() if len(left) == 1 and failures and effects else None
 
 
 def _of_status(status: int) -> str:

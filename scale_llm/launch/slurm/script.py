@@ -4,6 +4,7 @@ import importlib.util
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from scale_llm.config.cluster import ClusterConfig
@@ -52,7 +53,7 @@ def options(cfg: RunConfig, run_dir: str) -> list[str]:
         "account": cluster.account,
         "qos": cluster.qos,
         "time": cluster.time,
-        "nodes": cluster.nnodes,
+        "nodes": cluster.nnodes + cluster.spare_nodes,
         "ntasks-per-node": cluster.nproc_per_node,
         "cpus-per-task": cluster.cpus_per_task,
         "gpus-per-node": cluster.gpus_per_node,
@@ -65,6 +66,8 @@ def options(cfg: RunConfig, run_dir: str) -> list[str]:
         "open-mode": "append",  # a requeued job writes on in the same file
     }
     lines = [f"--{name}={_quoted(value)}" for name, value in given.items() if value is not None]
+    if cluster.spare_nodes:
+        lines.append("--no-kill")  # a node that dies leaves the job to the others
     return [*lines, "--requeue" if cluster.requeue else "--no-requeue", *cluster.sbatch_args]
 
 
@@ -74,14 +77,16 @@ def _quoted(value: str | int) -> str:
     return f'"{text}"' if any(letter in text for letter in " &|;'#") else text
 
 
-def srun_arguments(cluster: ClusterConfig) -> list[str]:
-    """Options of the srun that starts one task for each rank."""
+def srun_arguments(cluster: ClusterConfig, nodes: Sequence[str] = ()) -> list[str]:
+    """Options of the srun that starts one task for each rank. nodes: which, where the job has others; none: all."""
     per_node = cluster.nproc_per_node or 1
     arguments = [
         f"--nodes={cluster.nnodes}",
         f"--ntasks={cluster.nnodes * per_node}",
         f"--ntasks-per-node={per_node}",
     ]
+    if nodes:
+        arguments.append(f"--nodelist={','.join(nodes)}")
     if cluster.cpus_per_task is not None:  # since 22.05 srun no longer takes it from sbatch
         arguments.append(f"--cpus-per-task={cluster.cpus_per_task}")
     if cluster.gpus_per_node is not None:

@@ -2,7 +2,6 @@
 
 import torch
 
-from scale_llm.config.errors import UserError
 from scale_llm.config.precision import PrecisionConfig
 from scale_llm.config.run import RunConfig
 from scale_llm.config.stage import StageConfig
@@ -17,20 +16,11 @@ class BrokenInvariant(RuntimeError):
 ROLE_OF = {"old_log_probs": "actor", "reference_log_probs": "reference", "old_values": "critic"}
 
 
-def check_finite(tables: dict[str, torch.Tensor], scores: torch.Tensor) -> None:
-    """Every role has given numbers; on all ranks alike, as the tables are.
-
-    Raises:
-        UserError: with the roles that have not.
-    """
+def without_numbers(tables: dict[str, torch.Tensor], scores: torch.Tensor) -> str | None:
+    """Which roles have given numbers that are none; the same on all ranks, as the tables are."""
     bad = [role for name, role in ROLE_OF.items() if name in tables and not tables[name].isfinite().all()]
     bad += [] if scores.isfinite().all() else ["reward"]
-    if bad:
-        raise UserError([
-            f"{role}: gives numbers that are none (nan or infinite) for answers of this iteration; the last checkpoint "
-            "is from before: lower its learning rate, set optim.clip_grad, or look at the checkpoint that it came from"
-            for role in bad
-        ])  # fmt: skip
+    return f"{' and '.join(bad)}: numbers that are none (nan or infinite) for answers" if bad else None
 
 
 def limit_of(precision: PrecisionConfig) -> float:

@@ -22,7 +22,7 @@ from scale_llm.stages.policy.answers import Answers, shared
 from scale_llm.stages.policy.batches import Batch, fill
 from scale_llm.stages.policy.estimate import estimate, token_weights, with_length
 from scale_llm.stages.policy.experience import Experience
-from scale_llm.stages.policy.invariants import BrokenInvariant, check_finite, check_reference
+from scale_llm.stages.policy.invariants import BrokenInvariant, check_reference, without_numbers
 from scale_llm.stages.policy.metrics import table_metrics
 from scale_llm.stages.policy.prompts import Draws
 from scale_llm.stages.policy.roles import Role, build_roles
@@ -109,7 +109,8 @@ class PolicyStage:
             if role.is_here and name in ("actor", "reference", "critic")
         }
         tables = self._looked_at(answers, parts, timing)
-        check_finite(tables, scores.totals)
+        if no_number := without_numbers(tables, scores.totals):
+            return self._without_update(no_number, remarks)
         with timing.part("adv"):
             totals = with_length(stage, scores.totals, torch.from_numpy(answers.answer_lengths))
             found = estimate(
@@ -145,7 +146,17 @@ class PolicyStage:
         # The actor's loss first: the loop looks at the first loss
         ordered = dict(sorted(metrics.items(), key=lambda item: item[0] != "actor/pg_loss"))
         stop = guard.stops(stage.guard, broken)
-        return replace(results["actor"], metrics=ordered, tokens=tokens, remarks=tuple(remarks), texts=texts, stop=stop)
+        no_number = "; ".join(result.broken for result in results.values() if result.broken) or None
+        return replace(
+            results["actor"], metrics=ordered, tokens=tokens, remarks=tuple(remarks), texts=texts, stop=stop,
+            broken=no_number,
+        )  # fmt: skip
+
+    def _without_update(self, no_number: str, remarks: list[str]) -> StepResult:
+        """Of an iteration that nothing can be learnt from."""
+        self._iteration += 1
+        rate = 0.0 if self.engine is None else self.engine.learning_rate
+        return StepResult({}, None, None, rate, 1.0, skipped=True, broken=no_number, remarks=tuple(remarks))
 
     def _stop_strings(self, answers: Answers) -> list[str]:
         """Said once, of the first answers."""
@@ -228,8 +239,6 @@ class PolicyStage:
         wanted = {name: tables[name] for name in TABLES_OF[role.name] if name in tables}
         try:
             return train(role, parts[role.name], wanted, loss, epochs=self._stage.ppo_epochs, samples=samples)
-        except UserError as error:
-            return error.problems
         except BrokenInvariant as error:
             return [str(error)]
 

@@ -1,13 +1,11 @@
 """The optimizer steps of an iteration: mini-batches of answers, as often as asked, through one role's engine."""
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 import torch
 
-from scale_llm.config.errors import UserError
 from scale_llm.config.policy import PolicyLoss, PolicyStageConfig, PpoConfig
 from scale_llm.data.sequence_loader import Batch
 from scale_llm.engine.engine import Loss, StepResult
@@ -80,43 +78,29 @@ def train(
 ) -> StepResult:
     """One step for each mini-batch and epoch. samples: of the iteration, which the learning rate's schedule counts.
 
-    The result has the means over the steps, under the role's names.
-
-    Raises:
-        UserError: a loss or a gradient is no number.
+    The result has the means over the steps, under the role's names; those whose numbers are none change nothing.
     """
     made = [with_tables(batches, tables) for batches in parts]
     steps, results = epochs * len(made), []
     for number in range(steps):
         counted = (number + 1) * samples // steps - number * samples // steps
         result = role.engine.train_step(made[number % len(made)], loss, samples=counted)
-        _check(role, number, result)
-        if role.name == "actor" and not number:
+        if role.name == "actor" and not number and result.broken is None:
             check_first_ratio(role.cfg, result.metrics)
         results.append(result)
     return _mean(role, results)
 
 
-def _check(role: Role, number: int, result: StepResult) -> None:
-    """Every rank of the role has the same numbers."""
-    values = {**result.metrics, f"{role.name}/grad_norm": result.grad_norm or 0.0}
-    bad = {name: value for name, value in values.items() if not math.isfinite(value)}
-    if bad and not result.skipped:
-        said = ", ".join(f"{name} {value}" for name, value in bad.items())
-        key = "optim.lr" if role.name == "actor" else "stage.critic_lr"
-        raise UserError(
-            f"{role.name}: {said} in optimizer step {number + 1} of the iteration; the last checkpoint is from before: "
-            f"lower {key}={role.cfg.optim.lr}, set optim.clip_grad, or look at the rewards"
-        )
-
-
 def _mean(role: Role, results: list[StepResult]) -> StepResult:
     mean: Callable[[list[float]], float] = lambda values: sum(values) / len(values)  # noqa: E731
-    metrics = {name: mean([result.metrics[name] for result in results]) for name in results[0].metrics}
-    norms = [result.grad_norm for result in results if result.grad_norm is not None]
+    good = [result for result in results if result.broken is None]
+    broken = [result.broken for result in results if result.broken is not None]
+    metrics = {name: mean([result.metrics[name] for result in good]) for name in (good[0].metrics if good else ())}
+    norms = [result.grad_norm for result in good if result.grad_norm is not None]
     metrics[f"{role.name}/grad_norm"] = mean(norms) if norms else 0.0
     metrics[f"{role.name}/lr"] = results[-1].learning_rate
     return replace(
         results[-1], metrics=metrics, grad_norm=metrics[f"{role.name}/grad_norm"],
         skipped=all(result.skipped for result in results),
+        broken=f"{role.name}: {broken[0]} in {len(broken)} of {len(results)} optimizer steps" if broken else None,
     )  # fmt: skip

@@ -8,7 +8,7 @@ import types
 from pathlib import Path
 
 
-def run(cfg) -> None:
+def run(cfg, **_) -> None:
     import torch
     import torch.distributed as dist
 
@@ -21,6 +21,9 @@ def run(cfg) -> None:
         wait_for_signal(cfg)
     if rank == 0:
         fail(how)
+    if rank == 1 and how == "kill_once" and not Path(cfg.run_dir, "killed").exists():
+        Path(cfg.run_dir, "killed").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
     dist.barrier()
     if rank == 0:
         Path(cfg.checkpoint.save, "iter_0000020").mkdir(exist_ok=True)
