@@ -42,7 +42,8 @@ class LocalState:
             directory_of(Path(cfg.local_dir), Path(run.cfg.run_dir), dist.get_rank()),
             group=dist.new_group(backend="gloo"), host_group=run.mesh.host_group,
             run=run_identity(Path(cfg.save or ""), run.mesh.host_group), layout=layout_of(run.cfg, world),
-            ranks_per_node=max(1, world // run.cfg.cluster.nnodes), replicas=cfg.local_replicas,
+            ranks_per_node=run.cfg.cluster.nproc_per_node or max(1, world // run.cfg.cluster.nnodes),
+            replicas=cfg.local_replicas,
         )  # fmt: skip
 
     def save_if_due(self, stage: Stage, progress: Progress) -> None:

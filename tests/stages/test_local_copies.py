@@ -203,6 +203,16 @@ def test_a_copy_that_would_run_code(runs, run, undisturbed, tmp_path):
     runs.assert_same_bits(run / "run", undisturbed, 8)
 
 
+def test_a_run_that_goes_back_leaves_its_copies(runs, run, tmp_path):
+    """Steps 5 and 6 have no numbers: the run goes back to the checkpoint of 3, not to the copies of 4, and copies of
+    what came after are made anew."""
+    words = ["health.drill_nan_gradients=[5,6]", "health.max_nan_steps=2"]
+    said = go_on(runs, run, tmp_path / "log", *words)
+    assert "going on from the local copies of iteration 4" in said, "at the start"
+    assert "going back to iteration 3" in said and said.count("going on from the local copies") == 1
+    assert sorted(path.name for path in shelf(run, 0).iterdir()) == ["iter_0000008"]
+
+
 def test_a_full_disk_ends_no_run(runs, run, undisturbed, tmp_path):
     """It is told, and the checkpoints are as ever."""
     shutil.rmtree(run / "disks")
