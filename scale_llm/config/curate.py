@@ -124,7 +124,7 @@ class QualityConfig:
     """Text that the model is trained on."""
     max_perplexity: float | None = None
     """Of a character; None: that of the model's own text times `tolerance`."""
-    tolerance: float = 2.5
+    tolerance: float = 3.0
     """How many times the median perplexity of held-out training documents a document may have."""
 
 
@@ -151,7 +151,7 @@ class NearConfig:
 class SentencesConfig:
     enabled: bool = True
     span: int = 3
-    """Sentences in a row that are looked for; of all that say the same, the first stays."""
+    """Sentences in a row that are looked for; one of the documents that have them keeps them."""
     min_words: int = 50
     """A document that lost sentences and has fewer words left is removed."""
 
@@ -189,8 +189,8 @@ class ReportConfig:
     examples: int = 3
     """Removed documents that the report shows for each reason."""
     label: str | None = None
-    """Field of the input that says what is wrong with a document (the name of a step, or clean), for recall and
-    precision by kind in the report."""
+    """Field of the input that says what is wrong with a document, for recall and precision by kind in the report: the
+    name of a step (near), of one of its reasons (pii.email), a list of these, or clean."""
 
 
 @dataclass(kw_only=True, slots=True)

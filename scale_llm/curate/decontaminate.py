@@ -39,13 +39,13 @@ class Index(PipelineStep):
 
     def run(self, data=None, rank: int = 0, world_size: int = 1):
         index: dict[int, dict[str, str]] = {}
-        counts = {"texts": 0, "shorter than curate.decontaminate.shortest": 0}
+        counts = {"in all": 0, "too short to look for": 0}
         for file in self.files:
             for text in self._texts(file):
                 words = words_of(text)
-                counts["texts"] += 1
+                counts["in all"] += 1
                 if len(words) < self.cfg.shortest:
-                    counts["shorter than curate.decontaminate.shortest"] += 1
+                    counts["too short to look for"] += 1
                     continue
                 length = min(len(words), self.cfg.n_grams)
                 runs = index.setdefault(length, {})

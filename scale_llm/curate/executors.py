@@ -1,8 +1,10 @@
 """Phases on this machine or through Slurm, by datatrove's executors."""
 
 import contextlib
+import ctypes
 import os
 import shutil
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,14 @@ class Phase:
     name: str
     tasks: int
     steps: list[PipelineStep]
+
+
+def end_with_this_process() -> None:
+    """Has every process that this one forks killed with it (Linux): tasks that outlive a killed run would write into
+    the files of the next."""
+    if sys.platform == "linux":
+        prctl, set_death_signal = ctypes.CDLL(None).prctl, 1
+        os.register_at_fork(after_in_child=lambda: prctl(set_death_signal, int(signal.SIGKILL)))
 
 
 def run_here(phases: list[Phase], logs: Path, tasks: int | None, say: Any) -> None:

@@ -5,7 +5,7 @@ from datatrove.pipeline.extractors import Trafilatura
 from datatrove.pipeline.extractors.base import ExtractorSandbox
 
 from scale_llm.config.curate import ExtractConfig
-from scale_llm.curate.ledger import Ledger
+from scale_llm.curate.ledger import Ledger, length_class
 from scale_llm.curate.words import TokenCounter
 
 WARM_UP_SECONDS = 60.0
@@ -38,6 +38,7 @@ class Extract(PipelineStep):
                 document.text = text
                 tokens = document.metadata["tokens"] = self.counter(text)
                 document.metadata["html"] = False
+                self.ledger.table("length in")[length_class(tokens)] += 1
                 count.documents_out += 1
                 count.tokens_out += tokens
                 yield document

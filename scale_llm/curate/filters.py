@@ -2,6 +2,7 @@
 
 import unicodedata
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from datatrove.data import Document
 from datatrove.pipeline.filters import (
@@ -12,6 +13,7 @@ from datatrove.pipeline.filters import (
     URLFilter,
 )
 from datatrove.utils._import_utils import ASSETS_PATH
+from datatrove.utils.text import split_into_words
 
 from scale_llm.config.curate import C4Config, CurateConfig, FineWebConfig, GopherConfig, RepetitionConfig
 from scale_llm.curate.ledger import Ledger
@@ -27,9 +29,9 @@ def rules(cfg: CurateConfig, ledger: Ledger, counter: TokenCounter) -> list[Judg
     if cfg.repetition.enabled:
         made["repetition"] = Filtered("repetition", ledger, counter, repetition(cfg.repetition))
     if cfg.gopher.enabled:
-        made["gopher"] = Filtered("gopher", ledger, counter, gopher(cfg.gopher))
+        made["gopher"] = Gopher(cfg.gopher, ledger, counter)
     if cfg.c4.enabled:
-        made["c4"] = Filtered("c4", ledger, counter, c4(cfg.c4))
+        made["c4"] = C4("c4", ledger, counter, c4(cfg.c4))
     if cfg.fineweb.enabled:
         made["fineweb"] = Filtered("fineweb", ledger, counter, fineweb(cfg.fineweb))
     if cfg.toxicity.enabled:
@@ -59,10 +61,41 @@ def gopher(cfg: GopherConfig) -> GopherQualityFilter:
         max_bullet_lines_ratio=cfg.max_bullet_lines_ratio,
         max_ellipsis_lines_ratio=cfg.max_ellipsis_lines_ratio,
         max_non_alpha_words_ratio=cfg.min_alphabetic_words_ratio,
-        min_stop_words=cfg.min_stop_words,
-        stop_words=cfg.stop_words,
+        min_stop_words=None,  # see Gopher
         language=WORDS,
     )
+
+
+class Gopher(Filtered):
+    """datatrove's filter, with stop words in any case: its own finds none in a text of capitals."""
+
+    def __init__(self, cfg: GopherConfig, ledger: Ledger, counter: TokenCounter):
+        super().__init__("gopher", ledger, counter, gopher(cfg))
+        self.stop_words, self.least = {word.lower() for word in cfg.stop_words}, cfg.min_stop_words
+
+    def judge(self, document: Document, position: int) -> Verdict:
+        verdict = super().judge(document, position)
+        if verdict is not True or not self.least:
+            return verdict
+        words = set(split_into_words(document.text.lower(), WORDS))
+        return True if len(self.stop_words & words) >= self.least else (False, "gopher_enough_stop_words")
+
+
+class C4(Filtered):
+    """datatrove's filter, which takes lines out of documents; its counts of them are the reasons."""
+
+    def prepare(self, rank: int) -> None:
+        self.inner.stat_update = self._note
+
+    def _note(self, *labels: str, **_: object) -> None:
+        for label in labels:
+            if label.startswith("line-filter-"):
+                self.reasons.append(label.removeprefix("line-filter-"))
+
+    def judge(self, document: Document, position: int) -> Verdict:
+        verdict = super().judge(document, position)
+        self.reasons = sorted(set(self.reasons)) or ["space or citations"]
+        return verdict
 
 
 def c4(cfg: C4Config) -> C4QualityFilter:
@@ -115,6 +148,8 @@ class Url(Judge):
         if not isinstance(url, str) or not url:
             self.ledger.table("notes")["documents without an address"] += 1
             return True
+        if urlsplit(url).hostname in self.cfg.blocked_domains:  # also where no registry knows the domain
+            return False, "domain"
         document.metadata["url"] = url
         return self.inner.filter(document)
 

@@ -35,21 +35,24 @@ class StepCount:
     changes: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     acted: Counter[str] = field(default_factory=Counter)
-    """By label of the document, where there are labels: those that the step removed or changed; "label reason" too."""
+    """By label of the document, where there are labels: those that the step removed or changed; and by reason, "label
+    reason"; the sums over documents under "" and " reason"."""
+    lost: Counter[str] = field(default_factory=Counter)
+    """By label: those that the step removed."""
 
     def to_json(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__slots__}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "StepCount":
-        counters = {name: Counter(values[name]) for name in ("removed", "changes", "acted")}
+        counters = {name: Counter(values[name]) for name in ("removed", "changes", "acted", "lost")}
         return cls(**{**values, **counters})
 
     def add(self, other: "StepCount", examples: int) -> None:
         """Counts of another shard on top; of each reason the first examples stay."""
         for name in ("documents_in", "documents_out", "tokens_in", "tokens_out", "changed", "seconds"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        for name in ("removed", "changes", "acted"):
+        for name in ("removed", "changes", "acted", "lost"):
             getattr(self, name).update(getattr(other, name))
         for reason, rows in other.examples.items():
             self.examples[reason] = (self.examples.get(reason, []) + rows)[:examples]
@@ -82,13 +85,18 @@ class Ledger:
         """A histogram: of languages, lengths, kinds of records, labels."""
         return self._tables.setdefault(name, Counter())
 
-    def label_of(self, document: Document) -> str | None:
-        return document.metadata["fields"].get(self.label) if self.label else None
+    def labels_of(self, document: Document) -> list[str]:
+        """What the input says is wrong with a document: one name or a list of them."""
+        if not self.label:
+            return []
+        value = document.metadata["fields"].get(self.label)
+        return [str(label) for label in (value if isinstance(value, list) else [value])]
 
     def remove(self, step: str, reason: str, document: Document, **more: Any) -> None:
         """Counts a removed document and writes it down; its tokens are in `tokens_in` already."""
         count = self.step(step)
         count.removed[reason] += 1
+        count.lost.update(self.labels_of(document))
         self._act(count, document, [reason])
         row = {"file": document.metadata["file"], "line": document.metadata["line"], **more}
         self._example(count, reason, {**row, "text": document.text[:EXCERPT]})
@@ -131,8 +139,8 @@ class Ledger:
 
     def _act(self, count: StepCount, document: Document, reasons: list[str]) -> None:
         if self.label:
-            label = str(self.label_of(document))
-            count.acted.update([label, *(f"{label} {reason}" for reason in reasons)])
+            for label in ["", *self.labels_of(document)]:
+                count.acted.update([label, *(f"{label} {reason}" for reason in reasons)])
 
     def _example(self, count: StepCount, reason: str, row: dict[str, Any]) -> None:
         rows = count.examples.setdefault(reason, [])
@@ -169,3 +177,8 @@ def _difference(before: str, after: str) -> dict[str, str]:
     )
     begin = max(0, place - 60)
     return {"text": before[begin : begin + EXCERPT // 2], "after": after[begin : begin + EXCERPT // 2]}
+
+
+def length_class(tokens: int) -> str:
+    """The power of two that a number of tokens reaches."""
+    return str(1 << (tokens.bit_length() - 1) if tokens else 0)

@@ -15,7 +15,7 @@ from datatrove.pipeline.readers.base import BaseReader
 from scale_llm.config.curate import CurateConfig
 from scale_llm.config.errors import UserError
 from scale_llm.curate import tabular, warc
-from scale_llm.curate.ledger import Ledger
+from scale_llm.curate.ledger import Ledger, length_class
 from scale_llm.curate.opening import DAMAGED, lines, open_bytes
 from scale_llm.curate.sources import Piece, Shard, kind_of
 from scale_llm.curate.words import TokenCounter
@@ -86,8 +86,9 @@ class Read(BaseReader):
         self.count.tokens_out += tokens
         document = Document(text=text, id=f"{file}:{line}")
         document.metadata = {"file": file, "line": line, "tokens": tokens, "html": html, "fields": fields}
-        if self.ledger.label:
-            self.ledger.table("labels")[str(self.ledger.label_of(document))] += 1
+        if not html:
+            self.ledger.table("length in")[length_class(tokens)] += 1
+        self.ledger.table("labels").update(self.ledger.labels_of(document))
         return document
 
     def too_large(self, file: str, line: int, size: int) -> None:

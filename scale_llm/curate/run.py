@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -13,6 +14,7 @@ from scale_llm.config.cluster import Launcher
 from scale_llm.config.curate import CurationConfig
 from scale_llm.config.errors import UserError
 from scale_llm.curate import executors, inputs, sources
+from scale_llm.curate.ledger import Begin
 from scale_llm.curate.phases import phases_of
 from scale_llm.curate.report import REPORT
 from scale_llm.data.files import write_json
@@ -44,6 +46,23 @@ def curate(cfg: CurationConfig, say: Say = print) -> Path | list[str]:
             return jobs
         executors.run_here(phases, logs, cfg.tasks, lambda *of: say(_progress(*of)))
     return output / REPORT
+
+
+def plan(cfg: CurationConfig) -> list[str]:
+    """What a curation would do, in lines; writes nothing. Raises UserError as `curate` does, but for the output."""
+    found = inputs.find(cfg)
+    inputs.cut(found, cfg)
+    size = sum(os.path.getsize(file) for file in found.files)
+    phases = phases_of(cfg, found, Path(cfg.output).expanduser().resolve())
+    return [
+        f"{len(found.files)} files, {size / 1e6:,.1f} MB, {len(found.shards)} shards",
+        *(f"{phase.name}: {', '.join(_names(phase))}, {phase.tasks} tasks" for phase in phases),
+    ]
+
+
+def _names(phase: executors.Phase) -> list[str]:
+    """Steps as the report calls them."""
+    return [str(step.name) for step in phase.steps if not isinstance(step, Begin)]
 
 
 def _progress(phase: str, left: int, tasks: int) -> str:

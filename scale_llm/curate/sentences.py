@@ -1,4 +1,7 @@
-"""Sentences that several documents share, in spans of three as for C4 (Raffel et al. 2020): the first stays."""
+"""Sentences that several documents share, in spans of three as for C4 (Raffel et al. 2020): one document keeps them.
+
+It is the one with the lowest place in its shard, and of these that of the first shard.
+"""
 
 from pathlib import Path
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import orjson
 
 from scale_llm.config.curate import ReportConfig
@@ -17,6 +18,8 @@ class Totals:
     """In their order; the first is `read`."""
     tables: dict[str, Counter[str]] = field(default_factory=dict)
     bad: list[dict[str, Any]] = field(default_factory=list)
+    found: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What steps found that is no document's: clusters of near copies, the quality score's limit, evaluation texts."""
 
     @classmethod
     def gather(cls, folders: list[Path], shards: int, cfg: ReportConfig) -> "Totals":
@@ -34,6 +37,20 @@ class Totals:
         for name, table in ledger["tables"].items():
             self.tables.setdefault(name, Counter()).update(table)
         self.bad += ledger["bad"]
+
+    def add_found(self, work: Path) -> None:
+        """Reads what single tasks left."""
+        clusters, quality, evaluations = (
+            work / name for name in ("near/clusters/summary.json", "quality.npz", "evaluations.json")
+        )
+        if clusters.is_file():
+            self.found["clusters"] = orjson.loads(clusters.read_bytes())
+        if quality.is_file():
+            with np.load(quality) as arrays:
+                self.found["quality"] = {name: float(arrays[name]) for name in ("median", "limit")}
+        if evaluations.is_file():
+            counts = orjson.loads(evaluations.read_bytes())["counts"]
+            self.found["evaluations"] = {f"evaluation texts, {name}": count for name, count in counts.items()}
 
     @property
     def documents_in(self) -> int:
@@ -58,4 +75,5 @@ class Totals:
             "steps": {name: count.to_json() for name, count in self.steps.items()},
             "tables": {name: dict(table) for name, table in self.tables.items()},
             "bad_rows": self.bad,
+            "found": self.found,
         }

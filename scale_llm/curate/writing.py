@@ -11,7 +11,7 @@ import pyarrow
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
-from scale_llm.curate.ledger import Ledger
+from scale_llm.curate.ledger import Ledger, length_class
 from scale_llm.curate.opening import open_bytes
 from scale_llm.curate.reading import plain
 
@@ -98,8 +98,3 @@ class WriteRows(Write):
         languages[metadata.get("language", "not told")] += 1
         value = {**metadata["fields"], self.text_key: document.text, "source": source}
         return orjson.dumps(value, default=plain, option=orjson.OPT_APPEND_NEWLINE)
-
-
-def length_class(tokens: int) -> str:
-    """The power of two that a number of tokens reaches."""
-    return str(1 << (tokens.bit_length() - 1) if tokens else 0)

@@ -1,0 +1,69 @@
+"""The output depends on the input alone: not on how many tasks run at once, nor on when a run was killed."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+from curate.conftest import command, environment
+
+
+def _content(output: Path) -> dict[str, bytes]:
+    """Files of a curation but for the report, which has seconds in it."""
+    folders = ("documents", "removed")
+    return {
+        str(path.relative_to(output)): path.read_bytes()
+        for folder in folders
+        for path in sorted((output / folder).rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_one_two_and_four_tasks_give_the_same_files(curated: Path, web: list[str], tool, tmp_path: Path) -> None:
+    """Byte for byte; and a finished curation is left as it is."""
+    expected = _content(curated)
+    assert sum(name.startswith("documents/") for name in expected) == 4
+    for tasks in (1, 4):
+        tool(*web, f"output={tmp_path / str(tasks)}", f"tasks={tasks}")
+        assert _content(tmp_path / str(tasks)) == expected
+    assert "done before" in tool(*web, f"output={curated}", "tasks=3").stdout
+    assert sorted(path.name for path in (curated / "work").iterdir()) == ["logs"]
+
+
+def test_a_killed_run_goes_on(curated: Path, web: list[str], tool, tmp_path: Path) -> None:
+    """Killed in three places, with all its processes at once; finished tasks are not done again, and the result is
+    that of a run without interruption."""
+    output = tmp_path / "out"
+    words = [*web, f"output={output}", "tasks=2"]
+    for mark in ("00-rules/completions/*", "03-copies/ledger/*", "08-sentences/documents/*"):
+        base = output / "work" / ("logs" if "completions" in mark else "")
+        _run_until(words, base, mark)
+        assert not (output / "documents").exists() and not (output / "report.md").exists()
+    done = tool(*words)
+    assert "going on in" in done.stdout and "00-rules: 4 tasks, 4 done before" in done.stdout
+    assert _content(output) == _content(curated)
+
+
+def _run_until(words: list[str], base: Path, mark: str) -> None:
+    """Starts a curation and kills it as soon as a file of this name is there."""
+    process = subprocess.Popen(
+        command(*words), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+    )
+    deadline = time.monotonic() + 60
+    while not list(base.glob(mark)) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert process.poll() is None, process.communicate()[1].decode()[-2000:]
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert _gone(process.pid), "processes outlive the run that was killed"
+
+
+def _gone(session: int) -> bool:
+    """Whether the session's processes end in a second or two: nobody has told them but the kernel."""
+    for _ in range(100):
+        left = subprocess.run(["ps", "-o", "stat=", "-s", str(session)], capture_output=True, text=True).stdout.split()
+        if not [state for state in left if not state.startswith("Z")]:
+            return True
+        time.sleep(0.05)
+    return False
