@@ -9,7 +9,7 @@ from scale_llm.curate.ledger import Ledger, length_class
 from scale_llm.curate.words import TokenCounter
 
 WARM_UP_SECONDS = 60.0
-"""For the process to import trafilatura on a machine under load."""
+"""For the process to start on a machine under load; it has trafilatura from the one it was forked from."""
 
 
 class Extract(PipelineStep):
@@ -22,6 +22,8 @@ class Extract(PipelineStep):
         self.cfg, self.ledger, self.counter = cfg, ledger, counter
 
     def run(self, data, rank: int = 0, world_size: int = 1):
+        import trafilatura  # noqa: F401  # here and not in the process of its own, whose errors would look like a page's
+
         # deduplicate would leave out what earlier pages of the same process had: the output would depend on shards
         inner = Trafilatura(favour_precision=self.cfg.favour_precision, deduplicate=False)
         with ExtractorSandbox(timeout=WARM_UP_SECONDS, warmup_text="<p>.</p>") as sandbox:
@@ -44,10 +46,10 @@ class Extract(PipelineStep):
                 yield document
 
     def _text(self, sandbox: ExtractorSandbox, inner: Trafilatura, html: str) -> tuple[str | None, str]:
+        sandbox.timeout = WARM_UP_SECONDS
+        sandbox._ensure_process(inner.extract)
+        sandbox.timeout = self.cfg.timeout_seconds
         try:
-            sandbox.timeout = WARM_UP_SECONDS
-            sandbox._ensure_process(inner.extract)
-            sandbox.timeout = self.cfg.timeout_seconds
             text = sandbox.process_document(html, inner.extract)
         except TimeoutError:
             return None, "time limit"

@@ -42,7 +42,7 @@ def find(cfg: CurationConfig) -> Inputs:
         inputs.references, found = expand(curate.quality.reference, key)
         problems += found + _kinds(inputs.references, key)
         problems += [] if found else _empty(inputs.references, curate.text)
-    problems += _files(curate) + _names(curate)
+    problems += _files(curate) + _names(curate) + _extractor(inputs.files)
     output = Path(cfg.output).resolve()
     problems += [
         f"input={file}: lies in output={cfg.output}; give another output"
@@ -69,6 +69,17 @@ def _empty(files: list[str], text_key: str) -> list[str]:
         problems = Problems()
         if next(read_file(file, text_key, problems), None) is None:
             return problems.found[:1] or [f"curate.quality.reference={file}: holds no text; leave it out"]
+    return []
+
+
+def _extractor(files: list[str]) -> list[str]:
+    """Tasks would find out page by page."""
+    if not any(kind_of(file) == "warc" for file in files):
+        return []
+    try:
+        import trafilatura  # noqa: F401
+    except ImportError as error:
+        return [f"input: has WARC files, and trafilatura cannot be imported ({error}); pip install '.[curate]'"]
     return []
 
 

@@ -1,7 +1,7 @@
 """Pages of WARC files (ISO 28500) and texts of WET files."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any
 
 from warcio.archiveiterator import ArchiveIterator
 from warcio.exceptions import ArchiveLoadFailed
@@ -21,7 +21,7 @@ def pages(file: str, text_key: str, url_key: str, reader: Any) -> Iterator[tuple
     number = 0
     try:
         with open_bytes(file) as stream:  # warcio's own gunzip takes a truncated file for a whole one
-            for number, record in enumerate(ArchiveIterator(stream), start=1):
+            for number, record in enumerate(ArchiveIterator(_Loud(stream)), start=1):
                 other = _other(record)
                 if other:
                     reader.ledger.table("other records")[other] += 1
@@ -33,6 +33,22 @@ def pages(file: str, text_key: str, url_key: str, reader: Any) -> Iterator[tuple
                     yield number, {**fields, url_key: url, "date": date}
     except (*DAMAGED, ArchiveLoadFailed) as error:
         reader.damaged(file, number + 1, error)
+
+
+class _Loud:
+    """A stream whose early end is an error to warcio, too: an EOFError it takes for the end of the archive."""
+
+    def __init__(self, stream: IO[bytes]):
+        self._stream = stream
+
+    def read(self, size: int = -1) -> bytes:
+        try:
+            return self._stream.read(size)
+        except EOFError as error:
+            raise OSError(str(error)) from error
+
+    def tell(self) -> int:
+        return self._stream.tell()
 
 
 def _other(record: Any) -> str | None:
