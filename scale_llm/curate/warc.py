@@ -18,10 +18,11 @@ def pages(file: str, text_key: str, url_key: str, reader: Any) -> Iterator[tuple
 
     Records that are none (requests, images, redirects) are counted in the table "other records".
     """
-    number = 0
+    whole = 0  # the last record that was read to its end
     try:
         with open_bytes(file) as stream:  # warcio's own gunzip takes a truncated file for a whole one
             for number, record in enumerate(ArchiveIterator(_Loud(stream)), start=1):
+                whole = number - 1
                 other = _other(record)
                 if other:
                     reader.ledger.table("other records")[other] += 1
@@ -31,8 +32,9 @@ def pages(file: str, text_key: str, url_key: str, reader: Any) -> Iterator[tuple
                     url = record.rec_headers.get_header("WARC-Target-URI")
                     date = record.rec_headers.get_header("WARC-Date")
                     yield number, {**fields, url_key: url, "date": date}
+                whole = number
     except (*DAMAGED, ArchiveLoadFailed) as error:
-        reader.damaged(file, number + 1, error)
+        reader.damaged(file, whole + 1, error)
 
 
 class _Loud:
@@ -43,7 +45,8 @@ class _Loud:
 
     def read(self, size: int = -1) -> bytes:
         try:
-            return self._stream.read(size)
+            # Not read, which gives nothing of a block that ends in an error
+            return self._stream.read1(size)  # type: ignore[attr-defined]
         except EOFError as error:
             raise OSError(str(error)) from error
 
