@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from scale_llm.config.cluster import ClusterConfig, Launcher
+from scale_llm.config.cluster import ClusterConfig, Device, Launcher
 from scale_llm.config.curate import CurateConfig, CurationConfig
 from scale_llm.config.validate_cluster import seconds_of
 
@@ -98,6 +98,8 @@ def _cluster(cluster: ClusterConfig) -> Iterator[str]:
     read = READ_ON_SLURM if cluster.launcher is Launcher.slurm else {"launcher"}
     for name in ClusterConfig.__slots__:
         value = getattr(cluster, name)
+        if name == "device" and value is not Device.cuda:
+            continue  # cluster=local_cpu is what curation does anyway
         if name not in read and value != getattr(default, name):
             shown = getattr(value, "value", value)
             other = "" if cluster.launcher is Launcher.slurm else " without cluster=slurm"

@@ -1,6 +1,7 @@
 """The report's picture: what each step left, lengths, languages, sizes of clusters."""
 
 import os
+from collections import Counter
 from pathlib import Path
 
 from scale_llm.curate.report_view import lengths
@@ -45,7 +46,7 @@ def _lengths(panel, totals: Totals) -> None:
 
 
 def _languages(panel, totals: Totals) -> None:
-    before, after = totals.tables.get("language in", {}), totals.tables.get("language out", {})
+    before, after = (totals.tables.get(f"language {way}", Counter()) for way in ("in", "out"))
     names = [name for name, _ in before.most_common(12)] if before else ["not told"]
     panel.bar(names, [before.get(name, 0) for name in names], color="C7", alpha=0.6, label="in")
     panel.bar(names, [after.get(name, 0) for name in names], color="C0", width=0.5, label="out")
