@@ -39,7 +39,7 @@ class LanguageConfig:
     """ISO 639-1 codes to keep."""
     min_score: float = 0.4
     """Least probability, as py3langid gives it, of the likeliest language."""
-    characters: int = 2000
+    characters: int = 1000
     """How much of a document is looked at, from its middle."""
 
 

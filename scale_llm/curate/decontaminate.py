@@ -8,24 +8,16 @@ from typing import Any
 
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
-from datatrove.utils.hashing import HashConfig, create_hash_func
-from datatrove.utils.text import ngrams, simplify_text
 
 from scale_llm.config.curate import DecontaminateConfig
 from scale_llm.config.errors import UserError
 from scale_llm.curate.ledger import Ledger
 from scale_llm.curate.opening import open_bytes
+from scale_llm.curate.simplify import shingles, words_of
 from scale_llm.curate.sources import kind_of
 from scale_llm.curate.step import Judge, Verdict
-from scale_llm.curate.words import WORDS, TokenCounter
+from scale_llm.curate.words import TokenCounter
 from scale_llm.data import rows as data_rows
-
-HASH = create_hash_func(HashConfig())
-
-
-def words_of(text: str) -> list[str]:
-    """Words without case, punctuation, accents and the values of numbers."""
-    return WORDS.word_tokenize(simplify_text(text))
 
 
 class Index(PipelineStep):
@@ -49,7 +41,7 @@ class Index(PipelineStep):
                     continue
                 length = min(len(words), self.cfg.n_grams)
                 runs = index.setdefault(length, {})
-                runs.update((str(HASH(" ".join(run))), os.path.basename(file)) for run in ngrams(words, length))
+                runs.update((str(run), os.path.basename(file)) for run in shingles(words, length))
         temporary = self.path.with_name(f".{self.path.name}.tmp")
         temporary.write_text(json.dumps({"index": index, "counts": counts}))
         os.replace(temporary, self.path)
@@ -96,9 +88,7 @@ class Decontaminate(Judge):
     def judge(self, document: Document, position: int) -> Verdict:
         words = words_of(document.text)
         for length, runs in self.index.items():
-            for run in map(" ".join, ngrams(words, length)):
-                file = runs.get(HASH(run))
-                if file is not None:
-                    document.metadata["contaminated"] = run
-                    return False, f"text of {file}"
+            found = runs.keys() & set(shingles(words, length))
+            if found:
+                return False, f"text of {min(runs[run] for run in found)}"
         return True

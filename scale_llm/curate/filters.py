@@ -9,7 +9,6 @@ from datatrove.pipeline.filters import (
     C4QualityFilter,
     FineWebQualityFilter,
     GopherQualityFilter,
-    GopherRepetitionFilter,
     URLFilter,
 )
 from datatrove.utils._import_utils import ASSETS_PATH
@@ -17,6 +16,7 @@ from datatrove.utils.text import split_into_words
 
 from scale_llm.config.curate import C4Config, CurateConfig, FineWebConfig, GopherConfig, RepetitionConfig
 from scale_llm.curate.ledger import Ledger
+from scale_llm.curate.repetition import Repetition
 from scale_llm.curate.step import Filtered, Judge, Verdict
 from scale_llm.curate.words import WORDS, TokenCounter
 
@@ -39,8 +39,8 @@ def rules(cfg: CurateConfig, ledger: Ledger, counter: TokenCounter) -> list[Judg
     return list(made.values())
 
 
-def repetition(cfg: RepetitionConfig) -> GopherRepetitionFilter:
-    return GopherRepetitionFilter(
+def repetition(cfg: RepetitionConfig) -> Repetition:
+    return Repetition(
         dup_line_frac=cfg.duplicate_line_fraction,
         dup_para_frac=cfg.duplicate_paragraph_fraction,
         dup_line_char_frac=cfg.duplicate_line_character_fraction,

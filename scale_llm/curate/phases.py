@@ -116,7 +116,7 @@ def _near(cfg: CurationConfig, build: _Builder) -> None:
         return
     options, folder = cfg.curate.near, build.work / "near"
     build.close(near.Sign(folder, options))
-    build.alone("find-pairs", near.join(folder, options), near.Verify(folder, options), tasks=options.buckets)
+    build.alone("find-pairs", near.Pairs(folder, options), tasks=min(options.buckets, build.shards))
     build.alone("find-clusters", near.Cluster(folder, options))
     build.add(near.Drop(folder, build.open("near"), build.counter))
 

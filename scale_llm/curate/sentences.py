@@ -6,6 +6,7 @@ It is the one with the lowest place in its shard, and of these that of the first
 from pathlib import Path
 
 import numpy as np
+import xxhash
 from datatrove.data import Document
 from datatrove.pipeline.dedup.sentence_dedup import (
     SentDedupConfig,
@@ -17,6 +18,8 @@ from datatrove.utils.typeshelper import ExtensionHelperSD
 
 from scale_llm.config.curate import SentencesConfig
 from scale_llm.curate.ledger import Ledger
+from scale_llm.curate.repetition import n_grams
+from scale_llm.curate.simplify import simplify
 from scale_llm.curate.step import Judge, Verdict
 from scale_llm.curate.words import WORDS, TokenCounter
 
@@ -30,11 +33,15 @@ def config(cfg: SentencesConfig) -> SentDedupConfig:
 
 
 class Sign(SentenceDedupSignature):
+    """datatrove's signatures, of sentences that are simplified faster."""
+
     def __init__(self, folder: Path, cfg: SentencesConfig):
         super().__init__(str(folder), config=config(cfg), language=WORDS)
 
     def get_hashes(self, doc: Document, doc_idx: int):
-        return super().get_hashes(doc, doc_idx)[:_MAX_SPANS]
+        sentences = [simplify(sentence) for sentence in WORDS.sent_tokenize(doc.text)[:_MAX_SPANS]]
+        spans = enumerate(map(" ".join, n_grams(sentences, self.config.n_sentences)))
+        return [(xxhash.xxh64_intdigest(span), doc_idx, place) for place, span in spans if span.strip()]
 
 
 def find(signatures: Path, found: Path, cfg: SentencesConfig) -> SentenceFindDedups:

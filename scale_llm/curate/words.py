@@ -3,6 +3,7 @@
 import re
 from functools import lru_cache
 
+from datatrove.utils.text import split_into_words
 from datatrove.utils.word_tokenizers import WordTokenizer
 
 _SPACELESS = "\u2e80-\u303f\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\uf900-\ufaff"
@@ -58,7 +59,7 @@ class TokenCounter:
 
     def __call__(self, text: str) -> int:
         if self._path is None:
-            return len(WORDS.word_tokenize(text))
+            return len(split_into_words(text, WORDS))  # which the rules, the next to ask, find in its cache
         return len(_tokenizer(self._path).encode(text, add_special_tokens=False).ids)
 
 
