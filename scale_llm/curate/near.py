@@ -80,8 +80,8 @@ _PRIME = np.uint64((1 << 61) - 1)
 
 
 def minima(shingles: np.ndarray, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Smallest (shingle * a + b) mod 2**64 mod (2**61 - 1) of all shingles, for each a and b: datatrove's hashes without
-    the division, which took most of the time.
+    """Smallest (shingle * a + b) mod 2**64 mod (2**61 - 1) of all shingles, for each a and b: datatrove's hashes,
+    without the division, which took most of the time.
 
     Args: uint64 [n, 1]; a, b: uint64 [1, h]. Returns: uint64 [h].
     """

@@ -94,7 +94,7 @@ def _copies_and_quality(cfg: CurationConfig, inputs: Inputs, build: _Builder) ->
     curate, work = cfg.curate, build.work
     if not curate.exact.enabled and not curate.quality.enabled:
         return
-    signatures, found, model = work / "exact" / "signatures", work / "exact" / "found", work / "quality.npz"
+    signatures, found, model = work / "exact" / "signatures", work / "exact" / "found", work / "quality.npy"
     build.close(*([exact.Sign(signatures)] if curate.exact.enabled else []))
     documents = build.folders[-1] / "documents"
     if curate.exact.enabled:

@@ -6,6 +6,7 @@ was in the training text would look better than what was not. CCNet (Wenzek et a
 KenLM; words and a larger model need a download, and bytes tell noise from language as well.
 """
 
+import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from scale_llm.curate.words import TokenCounter
 from scale_llm.curate.writing import read_between
 from scale_llm.data import corpus
 from scale_llm.data import rows as data_rows
+from scale_llm.data.files import write_json
 
 ORDER = 5
 """Bytes of the longest n-gram."""
@@ -51,7 +53,7 @@ def _hashes(text: str) -> list[np.ndarray]:
 class Model:
     """Counts of n-grams, and of what follows each context.
 
-    grams, contexts, kinds: int64 [ORDER, SLOTS]; contexts[n - 1]: how often a context of n - 1 bytes came; kinds: how
+    grams, contexts, kinds: int32 [ORDER, SLOTS]; contexts[n - 1]: how often a context of n - 1 bytes came; kinds: how
     many different bytes followed it.
     """
 
@@ -60,7 +62,7 @@ class Model:
 
     @classmethod
     def empty(cls) -> "Model":
-        return cls(*(np.zeros((ORDER, SLOTS), dtype=np.int64) for _ in range(3)))
+        return cls(*np.zeros((3, ORDER, SLOTS), dtype=np.int32))
 
     def learn(self, text: str) -> None:
         hashes = _hashes(text)
@@ -103,7 +105,8 @@ def train(texts: Iterable[str]) -> tuple[list[Model], float]:
 
 
 class Train(PipelineStep):
-    """Trains on the reference, or on the beginning of each shard's documents so far; writes models and limit."""
+    """Trains on the reference, or on the beginning of each shard's documents so far; writes int32 [2, 3, ORDER, SLOTS],
+    the two models, to `path` (.npy), and the limit beside it (.json)."""
 
     type, name = "QUALITY", "train"
 
@@ -115,12 +118,12 @@ class Train(PipelineStep):
     def run(self, data=None, rank: int = 0, world_size: int = 1):
         models, median = train(self._reference() if self.files else self._own())
         limit = self.cfg.max_perplexity if self.cfg.max_perplexity is not None else median * self.cfg.tolerance
-        arrays = {f"{name}{i}": getattr(model, name) for i, model in enumerate(models) for name in _ARRAYS}
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
-        with open(temporary, "wb") as stream:
-            np.savez(stream, median=median, limit=limit, **arrays)
+        tables = np.stack([np.stack([model.grams, model.contexts, model.kinds]) for model in models])
+        temporary = self.path.with_name(f".{self.path.name}.tmp.npy")
+        np.save(temporary, tables)
         os.replace(temporary, self.path)
+        write_json(self.path.with_suffix(".json"), {"median": median, "limit": limit})
 
     def _own(self) -> Iterator[str]:
         for shard in range(self.shards):
@@ -133,9 +136,6 @@ class Train(PipelineStep):
             texts = corpus.read_file(file, self.text_key, problems)
             yield from _first(self.cfg.train_megabytes / len(self.files), texts)
         problems.raise_any()
-
-
-_ARRAYS = ("grams", "contexts", "kinds")
 
 
 def _first(megabytes: float, texts: Iterable[str]) -> Iterator[str]:
@@ -154,9 +154,9 @@ class Score(Judge):
         self.path = path
 
     def prepare(self, rank: int) -> None:
-        with np.load(self.path) as arrays:
-            self.limit = float(arrays["limit"])
-            self.models = [Model(*(arrays[f"{name}{i}"] for name in _ARRAYS)) for i in range(2)]
+        self.limit = json.loads(self.path.with_suffix(".json").read_text())["limit"]
+        # Mapped, not read: tasks of one machine share the tables, and touch few of their pages
+        self.models = [Model(*tables) for tables in np.load(self.path, mmap_mode="r")]
 
     def judge(self, document: Document, position: int) -> Verdict:
         perplexity = self.models[1 - half_of(document.text)].perplexity(document.text)

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import orjson
 
 from scale_llm.config.curate import ReportConfig
@@ -41,13 +40,12 @@ class Totals:
     def add_found(self, work: Path) -> None:
         """Reads what single tasks left."""
         clusters, quality, evaluations = (
-            work / name for name in ("near/clusters/summary.json", "quality.npz", "evaluations.json")
+            work / name for name in ("near/clusters/summary.json", "quality.json", "evaluations.json")
         )
         if clusters.is_file():
             self.found["clusters"] = orjson.loads(clusters.read_bytes())
         if quality.is_file():
-            with np.load(quality) as arrays:
-                self.found["quality"] = {name: float(arrays[name]) for name in ("median", "limit")}
+            self.found["quality"] = orjson.loads(quality.read_bytes())
         if evaluations.is_file():
             counts = orjson.loads(evaluations.read_bytes())["counts"]
             self.found["evaluations"] = {f"evaluation texts, {name}": count for name, count in counts.items()}
