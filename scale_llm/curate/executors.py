@@ -66,8 +66,7 @@ class _Slurm(SlurmPipelineExecutor):
     def get_sbatch_args(self, max_array: int = 1) -> dict[str, Any]:
         arguments = super().get_sbatch_args(max_array)
         flags = {"requeue", *(name for name, value in self._sbatch_args.items() if value == "")}
-        if "mem" in self._sbatch_args:
-            del arguments["mem-per-cpu"]
+        del arguments["mem-per-cpu"]  # the cluster's own, where cluster.mem is not given
         return {name: value for name, value in arguments.items() if name in flags or value not in (None, "")}
 
     def launch_merge_stats(self) -> None:
@@ -99,6 +98,7 @@ def _options(cluster: ClusterConfig) -> dict[str, str]:
     """Options of sbatch that datatrove has no argument for."""
     given = {name: getattr(cluster, name) for name in ("account", "mem", "constraint", "exclude", "nodelist")}
     options = {name: value for name, value in given.items() if value is not None}
+    options["kill-on-invalid-dep"] = "yes"  # what waits for a phase that has failed leaves the queue
     for argument in cluster.sbatch_args:
         name, _, value = argument.removeprefix("--").partition("=")
         options[name] = value

@@ -24,8 +24,8 @@ def _kinds(output: Path) -> dict[str, list[str]]:
 
 
 def test_every_planted_fault_is_found(curated: Path) -> None:
-    """By its own step where all of the kind were planted; by some step where documents had it themselves, and of letters
-    in disorder, which the language step may have told as no language."""
+    """By its own step where all of the kind were planted; by some step where documents had it themselves, and of
+    letters in disorder, which the language step may have told as no language."""
     kinds = _kinds(curated)
     planted_kinds = {
         "exact", "near", "decontaminate", "pii.card", "pii.ip", "pii.id", "c4.policy", "c4.javascript", "sentences",
