@@ -17,7 +17,8 @@ class UrlConfig:
     column: str = "url"
     """Field of a row that holds the address; documents without one pass."""
     lists: bool = True
-    """Use the lists of domains, addresses and words that datatrove brings along (adult content, malware, phishing)."""
+    """Use the lists of domains, addresses and words that datatrove brings along (adult content, malware, phishing);
+    0.8 GB of memory in each task that meets an address."""
     blocked_domains: list[str] = field(default_factory=list)
     """Registered domains (example.org) or hosts (shop.example.org)."""
     blocked_words: list[str] = field(default_factory=list)

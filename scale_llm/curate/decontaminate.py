@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
@@ -18,21 +19,25 @@ from scale_llm.curate.sources import kind_of
 from scale_llm.curate.step import Judge, Verdict
 from scale_llm.curate.words import TokenCounter
 from scale_llm.data import rows as data_rows
+from scale_llm.data.files import write_json
+
+INDEX = "index.json"
 
 
 class Index(PipelineStep):
-    """Hashes of the evaluation sets' runs of words: {length: {hash: file}} as JSON."""
+    """Hashes of the evaluation sets' runs of words, for each length: uint64 [runs] in order, in <length>.npy, and the
+    numbers of their files, uint32 [runs], in <length>.files.npy; names and counts in index.json, written last."""
 
     type, name = "DECONTAMINATE", "index"
 
-    def __init__(self, files: list[str], cfg: DecontaminateConfig, path: Path):
+    def __init__(self, files: list[str], cfg: DecontaminateConfig, folder: Path):
         super().__init__()
-        self.files, self.cfg, self.path = files, cfg, path
+        self.files, self.cfg, self.folder = files, cfg, folder
 
     def run(self, data=None, rank: int = 0, world_size: int = 1):
-        index: dict[int, dict[str, str]] = {}
+        runs: dict[int, dict[int, int]] = {}
         counts = {"in all": 0, "too short to look for": 0}
-        for file in self.files:
+        for number, file in enumerate(self.files):
             for text in self._texts(file):
                 words = words_of(text)
                 counts["in all"] += 1
@@ -40,11 +45,18 @@ class Index(PipelineStep):
                     counts["too short to look for"] += 1
                     continue
                 length = min(len(words), self.cfg.n_grams)
-                runs = index.setdefault(length, {})
-                runs.update((str(run), os.path.basename(file)) for run in shingles(words, length))
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
-        temporary.write_text(json.dumps({"index": index, "counts": counts}))
-        os.replace(temporary, self.path)
+                found = runs.setdefault(length, {})
+                for value in shingles(words, length):
+                    found.setdefault(value, number)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for length, found in runs.items():
+            hashes = np.array(sorted(found), dtype=np.uint64)
+            np.save(self.folder / f"{length}.npy", hashes)
+            np.save(
+                self.folder / f"{length}.files.npy", np.array([found[value] for value in hashes.tolist()], np.uint32)
+            )
+        names = [os.path.basename(file) for file in self.files]
+        write_json(self.folder / INDEX, {"lengths": sorted(runs), "files": names, "counts": counts})
 
     def _texts(self, file: str) -> Iterator[str]:
         """Fields of rows; lines of text. A row that cannot be read stops all: it would be looked for nowhere."""
@@ -77,18 +89,24 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 class Decontaminate(Judge):
-    def __init__(self, path: Path, ledger: Ledger, counter: TokenCounter):
+    def __init__(self, folder: Path, ledger: Ledger, counter: TokenCounter):
         super().__init__("decontaminate", ledger, counter)
-        self.path = path
+        self.folder = folder
 
     def prepare(self, rank: int) -> None:
-        index = json.loads(self.path.read_text())["index"]
-        self.index = {int(length): {int(value): file for value, file in runs.items()} for length, runs in index.items()}
+        index = json.loads((self.folder / INDEX).read_text())
+        self.files = index["files"]
+        self.runs = {
+            length: [np.load(self.folder / f"{length}{part}.npy", mmap_mode="r") for part in ("", ".files")]
+            for length in index["lengths"]
+        }
 
     def judge(self, document: Document, position: int) -> Verdict:
         words = words_of(document.text)
-        for length, runs in self.index.items():
-            found = runs.keys() & set(shingles(words, length))
-            if found:
-                return False, f"text of {min(runs[run] for run in found)}"
+        for length, (hashes, files) in self.runs.items():
+            own = np.array(shingles(words, length), dtype=np.uint64)
+            places = np.minimum(np.searchsorted(hashes, own), len(hashes) - 1)
+            hits = places[hashes[places] == own]
+            if len(hits):
+                return False, f"text of {self.files[files[hits].min()]}"
         return True

@@ -79,12 +79,12 @@ def phases_of(cfg: CurationConfig, inputs: Inputs, output: Path) -> list[Phase]:
     _near(cfg, build)
     _sentences(cfg, build)
     if inputs.evaluations:
-        build.add(decontaminate.Decontaminate(work / "evaluations.json", build.ledger, build.counter))
+        build.add(decontaminate.Decontaminate(work / "evaluations", build.ledger, build.counter))
     if curate.pii.enabled:
         build.add(pii.Mask(curate.pii, build.ledger, build.counter))
     build.end()
     if inputs.evaluations:
-        index = decontaminate.Index(inputs.evaluations, curate.decontaminate, work / "evaluations.json")
+        index = decontaminate.Index(inputs.evaluations, curate.decontaminate, work / "evaluations")
         build.phases.insert(0, Phase("evaluations", 1, [index]))
     build.alone("report", Report(output, build.folders, inputs, curate))
     return build.phases

@@ -19,6 +19,7 @@ from scale_llm.curate.ledger import Ledger, length_class
 from scale_llm.curate.opening import DAMAGED, lines, open_bytes
 from scale_llm.curate.sources import Piece, Shard, kind_of
 from scale_llm.curate.words import TokenCounter
+from scale_llm.data.rows import MAX_PROBLEMS
 
 TEXT_DOCUMENT_CHARACTERS = 4096
 """A text file is cut at the first blank line after so many, as for training without curation."""
@@ -47,12 +48,15 @@ class Read(BaseReader):
                 if document is not None:
                     yield document
             self.ledger.table("documents of file")[piece.file] += self.count.documents_in - before
-        if self.stop and self.problems:
+        if self.problems:
             raise UserError(self.problems)
 
     def bad(self, file: str, line: int, reason: str, message: str, rows: int = 1) -> None:
-        self.problems.append(f"{file}:{line}: {message}")
         self.ledger.bad(file, line, reason, message, rows)
+        if self.stop:
+            self.problems.append(f"{file}:{line}: {message}")
+            if len(self.problems) >= MAX_PROBLEMS:
+                raise UserError([*self.problems, f"(stopped after {MAX_PROBLEMS} problems)"])
 
     def _rows(self, piece: Piece) -> Iterator[Row]:
         readers = {

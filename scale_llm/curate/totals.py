@@ -40,7 +40,7 @@ class Totals:
     def add_found(self, work: Path) -> None:
         """Reads what single tasks left."""
         clusters, quality, evaluations = (
-            work / name for name in ("near/clusters/summary.json", "quality.json", "evaluations.json")
+            work / name for name in ("near/clusters/summary.json", "quality.json", "evaluations/index.json")
         )
         if clusters.is_file():
             self.found["clusters"] = orjson.loads(clusters.read_bytes())

@@ -144,9 +144,9 @@ def test_contamination_by_runs_of_words(tmp_path: Path, ledger: Ledger) -> None:
     short, tiny = "Which planet has the most moons of all?", "What is 2+2?"
     rows = [{"question": question, "choices": [short, tiny]}]
     (tmp_path / "set.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    cfg, path = DecontaminateConfig(n_grams=10, shortest=8), tmp_path / "index.json"
+    cfg, path = DecontaminateConfig(n_grams=10, shortest=8), tmp_path / "index"
     Index([str(tmp_path / "set.jsonl")], cfg, path).run()
-    assert json.loads(path.read_text())["counts"] == {"in all": 3, "too short to look for": 1}
+    assert json.loads((path / "index.json").read_text())["counts"] == {"in all": 3, "too short to look for": 1}
     step = Decontaminate(path, ledger, TokenCounter(None))
     step.prepare(0)
 

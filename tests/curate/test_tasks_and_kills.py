@@ -43,9 +43,21 @@ def test_a_killed_run_goes_on(curated: Path, web: list[str], tool, tmp_path: Pat
         base = output / "work" / ("logs" if "completions" in mark else "")
         _run_until(words, base, mark)
         assert not (output / "documents").exists() and not (output / "report.md").exists()
+    _kill_a_task(words, output / "work" / "08-sentences")
     done = tool(*words)
     assert "going on in" in done.stdout and "00-rules: 4 tasks, 4 done before" in done.stdout
     assert _content(output) == _content(curated)
+
+
+def _kill_a_task(words: list[str], folder: Path) -> None:
+    """As the kernel does for want of memory: the run ends and says so, where a pool might wait forever."""
+    process = subprocess.Popen(command(*words), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while not folder.exists() and process.poll() is None:
+        time.sleep(0.002)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    error = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 1 and "a task was killed" in error and "Traceback" not in error
 
 
 def _run_until(words: list[str], base: Path, mark: str) -> None:
