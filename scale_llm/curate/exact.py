@@ -1,4 +1,4 @@
-"""Exact copies: of documents whose text is the same but for case, punctuation and space, the first stays."""
+"""Exact copies: of documents whose text is the same but for case and space, the first stays."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -95,13 +95,13 @@ def half_of(text: str) -> int:
     return xxhash.xxh64_intdigest(" ".join(text.lower().split())) & 1
 
 
-def train(texts: Iterable[str]) -> tuple[list[Model], float]:
-    """Two models, and the median perplexity of each text under the model that has not seen it."""
+def train(texts: Iterable[str]) -> tuple[list[Model], float | None]:
+    """Two models, and the median perplexity of texts under the model that has not seen them; None without texts."""
     models, kept = [Model.empty(), Model.empty()], list(texts)
     for text in kept:
         models[half_of(text)].learn(text)
     seen = [models[1 - half_of(text)].perplexity(text) for text in kept]
-    return models, float(np.median(seen)) if seen else float("inf")
+    return models, float(np.median(seen)) if seen else None
 
 
 class Train(PipelineStep):
@@ -117,7 +117,9 @@ class Train(PipelineStep):
 
     def run(self, data=None, rank: int = 0, world_size: int = 1):
         models, median = train(self._reference() if self.files else self._own())
-        limit = self.cfg.max_perplexity if self.cfg.max_perplexity is not None else median * self.cfg.tolerance
+        limit = self.cfg.max_perplexity
+        if limit is None and median is not None:
+            limit = median * self.cfg.tolerance
         self.path.parent.mkdir(parents=True, exist_ok=True)
         tables = np.stack([np.stack([model.grams, model.contexts, model.kinds]) for model in models])
         temporary = self.path.with_name(f".{self.path.name}.tmp.npy")
@@ -162,4 +164,4 @@ class Score(Judge):
         perplexity = self.models[1 - half_of(document.text)].perplexity(document.text)
         document.metadata["perplexity"] = round(perplexity, 3)
         self.ledger.table("perplexity")[f"{perplexity:.1f}"] += 1
-        return True if perplexity <= self.limit else (False, "perplexity")
+        return True if self.limit is None or perplexity <= self.limit else (False, "perplexity")

@@ -90,7 +90,7 @@ def shards_of(files: Iterable[str], megabytes: float) -> list[Shard]:
             shards += [[piece] for piece in _cut(file, size, target)]
             filled = target
             continue
-        if filled + size > target and (filled or not shards):
+        if not shards or (filled and filled + size > target):
             shards.append([])
             filled = 0
         shards[-1].append(Piece(file))

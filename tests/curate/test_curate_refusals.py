@@ -102,6 +102,24 @@ def test_a_check_prints_the_plan_and_writes_nothing(tmp_path: Path, source: Path
     assert any("find-pairs: pairs, 1 tasks" in line for line in lines)
 
 
+def test_input_without_a_document(tmp_path: Path) -> None:
+    """Every step of the web, on an empty file and on rows without text: a report of nothing kept."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "0.jsonl").write_text("")
+    (tmp_path / "in" / "1.jsonl").write_text('{"no": 1}\n' * 3)
+    words = [f"input={tmp_path / 'in'}", f"output={tmp_path / 'out'}", "tasks=1", "curate.shard_megabytes=0.00001"]
+    report = curate(compose_curation(words), lambda _: None).read_text()
+    assert "0 documents were read from 2 files, 0 are kept" in report and "1.jsonl:3: field 'text' is missing" in report
+    assert len(list((tmp_path / "out" / "documents").iterdir())) == 4  # a shard for each line, one for no line
+
+
+def test_the_tool_lists_keys_and_numbers_problems(tool) -> None:
+    shown = tool("--help").stdout
+    assert "curate   duplicates web" in shown and "curate.near.min_similarity=0.6" in shown and "--check" in shown
+    done = tool("tasks=1", "curate.no=1", check=False)
+    assert done.returncode == 2 and done.stderr.startswith("error: curate.no=1: unknown key; did you")
+
+
 def test_every_key_changes_what_is_done(tmp_path: Path, source: Path) -> None:
     """Keys are read by code: none of them is named in its dataclass alone."""
     from scale_llm.config.curate_compose import TREE

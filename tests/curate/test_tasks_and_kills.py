@@ -6,6 +6,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import pytest
 from curate.conftest import command, environment
 
 from scale_llm.config.curate_compose import compose_curation
@@ -23,6 +24,7 @@ def _content(output: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.filterwarnings("ignore:The 'registered_domain' property:DeprecationWarning")
 def test_one_two_and_four_tasks_give_the_same_files(curated: Path, web: list[str], tool, tmp_path: Path) -> None:
     """Byte for byte; and a finished curation is left as it is."""
     expected = _content(curated)
