@@ -102,15 +102,16 @@ class Ledger:
         self._example(count, reason, {**row, "text": document.text[:EXCERPT]})
         self._write({"step": step, "reason": reason, **row, "text": document.text})
 
-    def change(self, step: str, reasons: list[str], document: Document, before: str) -> None:
-        """Counts a document that the step has changed and kept."""
+    def change(self, step: str, reasons: list[str], document: Document, before: str, *, secret: bool) -> None:
+        """Counts a document that the step has changed and kept. secret: examples do not show what was there before."""
         count = self.step(step)
         count.changed += 1
         count.changes.update(reasons)
         self._act(count, document, reasons)
         for reason in reasons:
             place = {"file": document.metadata["file"], "line": document.metadata["line"]}
-            self._example(count, reason, {**place, **_difference(before, document.text)})
+            difference = _difference(before, document.text)
+            self._example(count, reason, {**place, **({"text": difference["after"]} if secret else difference)})
 
     def bad(self, file: str, line: int, reason: str, message: str, rows: int = 1) -> None:
         """Counts rows that cannot be read, with the place of the first."""

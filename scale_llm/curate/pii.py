@@ -44,6 +44,8 @@ _LINE_OF_CARDS = (13, 19)
 class Mask(Judge):
     """Replaces personal data; removes no document. Reasons are the kinds that were found."""
 
+    secret = True
+
     def __init__(self, cfg: PiiConfig, ledger: Ledger, counter: TokenCounter):
         super().__init__("pii", ledger, counter)
         self.cfg = cfg

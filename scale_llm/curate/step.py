@@ -21,6 +21,8 @@ class Judge(PipelineStep):
     """
 
     type = "STEP"
+    secret = False
+    """The report does not show what a change has taken away."""
 
     def __init__(self, name: str, ledger: Ledger, counter: TokenCounter):
         self.name = name
@@ -47,7 +49,7 @@ class Judge(PipelineStep):
             count.tokens_in += tokens
             if keep and document.text is not text and document.text != text:
                 tokens = document.metadata["tokens"] = self.counter(document.text)
-                self.ledger.change(self.name, self.reasons or ["changed"], document, text)
+                self.ledger.change(self.name, self.reasons or ["changed"], document, text, secret=self.secret)
                 keep, reason = (True, None) if document.text.strip() else (False, "nothing left")
             count.seconds += perf_counter() - began
             if keep:

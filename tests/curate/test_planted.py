@@ -85,6 +85,8 @@ def test_personal_data_is_masked_and_the_rest_is_not(curated: Path) -> None:
     assert all("<EMAIL>" in text and "@mail.example" not in text for text in by_fault["pii.email"][-12:])
     assert all("<CARD>" in text and not any(card in text for card in planted.CARDS) for text in by_fault["pii.card"])
     assert all("<IP>" in text for text in by_fault["pii.ip"]) and all("<ID>" in text for text in by_fault["pii.id"])
+    shown = (curated / "report.md").read_text().split("**pii: email**")[1].split("## Languages")[0]
+    assert "<EMAIL>" in shown and "<CARD>" in shown and "mail.example" not in shown and planted.CARDS[0] not in shown
     assert all(is_card(card) for card in planted.CARDS) and not is_card("4111 1111 1111 1112")
 
 
