@@ -4,6 +4,9 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+import torch.distributed as dist
+
 from scale_llm.checkpoint.forked import Forked
 from scale_llm.checkpoint.part_writer import Written
 
@@ -33,6 +36,16 @@ class Publishing:
 
 
 @dataclass(slots=True)
+class Asked:
+    """A question to all ranks that is on its way. totals: of [goes on, has a problem], once `work` is done; problem: of
+    this rank when it asked."""
+
+    work: dist.Work
+    totals: torch.Tensor
+    problem: str | None
+
+
+@dataclass(slots=True)
 class Pending:
     """A save that goes on in the background."""
 
@@ -40,6 +53,7 @@ class Pending:
     write_index: Callable[[list[Written]], None]
     part: Forked[Written]
     publishing: Publishing | None = None
+    asked: Asked | None = None
 
     def is_alive(self) -> bool:
         return (self.publishing or self.part).is_alive()

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from scale_llm import __version__
 from scale_llm.checkpoint import checksums
-from scale_llm.checkpoint.background import Pending, Publishing
+from scale_llm.checkpoint.background import Asked, Pending, Publishing
 from scale_llm.checkpoint.forked import Forked
 from scale_llm.checkpoint.only_data import load_data, read_only_data
 from scale_llm.checkpoint.part_writer import Written, write_part
@@ -106,19 +106,33 @@ class Checkpointer:
             self._removal = None
 
     def _advance(self, pending: Pending) -> None:
-        """One look at a background save, on every rank: it is written by all, then published by rank 0."""
-        alive = pending.is_alive()
-        problem = None if alive else pending.problem()
-        running, failed = self._sums(int(alive), int(problem is not None))
+        """One look at a background save, on every rank: it is written by all, then published by rank 0.
+
+        What a look asks the other ranks is read at the next one, a step later: nobody waits for a rank that is behind.
+        """
+        if pending.asked is None:
+            pending.asked = self._ask(pending)
+            return
+        asked, pending.asked = pending.asked, None
+        asked.work.wait()
+        running, failed = asked.totals.tolist()
         if running:
+            pending.asked = self._ask(pending)
             return
         if failed or pending.publishing is not None:
             self._pending = None
-            self._raise(pending.iteration, problem, failed)
+            self._raise(pending.iteration, asked.problem, failed)
             return
         gathered: list[Any] | None = [None] * dist.get_world_size(self._group) if dist.get_rank() == 0 else None
         dist.gather_object(pending.part.outcome(), gathered, dst=0, group=self._group)
         pending.publishing = Publishing(partial(self._publish, pending, gathered) if gathered else None)
+
+    def _ask(self, pending: Pending) -> Asked:
+        """Begins to ask whether it still goes on anywhere, and whether there is a problem."""
+        alive = pending.is_alive()
+        problem = None if alive else pending.problem()
+        totals = torch.tensor([int(alive), int(problem is not None)])
+        return Asked(dist.all_reduce(totals, group=self._group, async_op=True), totals, problem)
 
     def _publish(self, pending: Pending, parts: list[Written]) -> None:
         """On rank 0. Everything is on the disk before a name says that it is there."""
