@@ -32,7 +32,7 @@ def compose_with_unset(arguments: list[str]) -> tuple[RunConfig, set[str]]:
     swept = [str(override.input_line) for override in parsed if override.is_sweep_override()]
     if swept:
         raise UsageError(f"{' '.join(swept)}: several values need a sweep; add -m, or quote the value")
-    tree = _compose(parsed)
+    tree = compose_tree(parsed, words.run_tree())
     cfg, unset = _typed(tree, parsed), set(_unset(OmegaConf.to_container(tree), ""))
     if isinstance(cfg.stage, GenerateConfig | PolicyStageConfig) and "data.on_too_long" in unset:
         cfg.data.on_too_long = TooLong.drop
@@ -45,15 +45,16 @@ def expand_sweep(arguments: list[str]) -> list[list[str]]:
     return [list(point) for point in batch]
 
 
-def _compose(parsed: list[Override]) -> DictConfig:
+def compose_tree(parsed: list[Override], tree: words.Tree) -> DictConfig:
+    """What Hydra makes of conf/ and these words: values that a file or a word sets, no defaults."""
     register()
     GlobalHydra.instance().clear()
-    arguments = [words.word_of(override) for override in parsed]
+    arguments = [words.word_of(override, tree) for override in parsed]
     try:
         with initialize_config_dir(config_dir=str(conf_dir()), version_base="1.3"):
-            return hydra_compose(config_name="config", overrides=arguments)
+            return hydra_compose(config_name=tree.root, overrides=arguments)
     except (HydraException, OmegaConfBaseException) as error:
-        raise UsageError(_value_problems(parsed) or [_first_cause(error)]) from error
+        raise UsageError(_value_problems(parsed, tree) or [first_cause(error)]) from error
 
 
 def _typed(tree: DictConfig, parsed: list[Override]) -> RunConfig:
@@ -64,7 +65,7 @@ def _typed(tree: DictConfig, parsed: list[Override]) -> RunConfig:
     try:
         cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(defaults), tree))
     except (OmegaConfBaseException, TypeError) as error:
-        raise UsageError(_first_cause(error)) from error
+        raise UsageError(first_cause(error)) from error
     assert isinstance(cfg, RunConfig)
     if any(override.key_or_group in ("precision.bf16", "precision.fp16") for override in parsed):
         cfg.precision.auto = False  # precision.bf16=false asks for FP32, also where auto would choose otherwise
@@ -80,30 +81,27 @@ def _unset(tree: Any, prefix: str) -> Iterator[str]:
             yield f"{prefix}{name}"
 
 
-def _value_problems(parsed: list[Override]) -> list[str]:
+def _value_problems(parsed: list[Override], tree: words.Tree) -> list[str]:
     """Each key=value tried alone against its schema, so that all wrong types are named and not only the first."""
-    keys = words.known_keys()
+    keys = tree.keys
     problems = []
     for override in parsed:
         key = override.key_or_group
         if key not in keys or override.is_delete():
             continue
         try:
-            _try_value(key, override.value())
+            _try_value(key, override.value(), tree)
         except OmegaConfBaseException as error:
             problems.append(f"{override.input_line}: {_expected(keys[key], error)}")
     return problems
 
 
-def _try_value(key: str, value: Any) -> None:
-    from scale_llm.config.store import SCHEMAS, STAGES
-
+def _try_value(key: str, value: Any, tree: words.Tree) -> None:
     group, _, leaf = key.partition(".")
-    schemas = list(STAGES.values()) if group == "stage" else [SCHEMAS[group]] if group in SCHEMAS else []
-    for schema in schemas:
+    for schema in tree.schemas.get(group, ()):
         names = OmegaConf.structured(schema)
         if leaf.split(".")[0] in names:
-            enum = words.enum_of(words.known_keys()[key])
+            enum = words.enum_of(tree.keys[key])
             by_value = {str(member.value): member.name for member in enum} if enum else {}
             OmegaConf.update(names, leaf, by_value.get(str(value), value))
 
@@ -116,7 +114,7 @@ def _expected(kind: Any, error: Exception) -> str:
     return f"{str(error).strip().splitlines()[0]}; give {name}"
 
 
-def _first_cause(error: BaseException) -> str:
+def first_cause(error: BaseException) -> str:
     """Hydra wraps the sentence that helps in others that do not."""
     while error.__cause__ is not None:
         error = error.__cause__

@@ -17,18 +17,53 @@ from scale_llm.config.errors import UsageError
 from scale_llm.config.store import GROUPS, SCHEMAS, STAGES, options
 
 
-def parse(words: list[str]) -> list[Override]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tree:
+    """What the words of one program may set."""
+
+    root: str
+    """File of conf/ that composition begins with, without its extension."""
+    groups: tuple[str, ...]
+    schemas: dict[str, tuple[type, ...]]
+    """The dataclasses of a group's options."""
+    top: dict[str, Any]
+    """Keys outside groups, and their types."""
+    hint: str
+    """Where the keys are listed."""
+
+    @functools.cached_property
+    def keys(self) -> dict[str, Any]:
+        """Every key a user may set, dotted, and its type."""
+        keys = dict(self.top)
+        for group, schemas in self.schemas.items():
+            for schema in schemas:
+                keys.update(_fields(group, schema))
+        return keys
+
+
+@functools.cache
+def run_tree() -> Tree:
+    """Of scale-llm itself."""
+    schemas: dict[str, tuple[type, ...]] = {group: (schema,) for group, schema in SCHEMAS.items()}
+    return Tree(
+        root="config", groups=tuple(GROUPS), schemas={**schemas, "stage": tuple(STAGES.values())},
+        top={"run_dir": str}, hint="scale-llm --help lists the groups, scale-llm --cfg job the keys",
+    )  # fmt: skip
+
+
+def parse(words: list[str], tree: Tree | None = None) -> list[Override]:
     """Overrides of known keys, groups and options; raises UsageError with every problem."""
+    tree = tree or run_tree()
     overrides: list[Override] = []
     problems: list[str] = []
-    keys, parser = known_keys(), OverridesParser.create()
+    parser = OverridesParser.create()
     for word in map(expand_home, words):
         try:
             override = parser.parse_override(word)
         except (OverrideParseException, HydraException) as error:
             problems.append(_syntax(word, error))
             continue
-        problem = _group_problem(override) if _is_group(override) else _key_problem(override, keys)
+        problem = _group_problem(override, tree) if _is_group(override, tree) else _key_problem(override, tree)
         problems.extend([problem] if problem else [])
         overrides.append(override)
     if problems:
@@ -42,15 +77,9 @@ def expand_home(word: str) -> str:
     return f"{key}={os.path.expanduser(value)}" if value.startswith("~/") else word
 
 
-@functools.cache
 def known_keys() -> dict[str, Any]:
-    """Every key a user may set, dotted, and its type."""
-    keys: dict[str, Any] = {"run_dir": str}
-    for group, schema in SCHEMAS.items():
-        keys.update(_fields(group, schema))
-    for stage in STAGES.values():
-        keys.update(_fields("stage", stage))
-    return keys
+    """Every key of a run that a user may set, dotted, and its type."""
+    return run_tree().keys
 
 
 def _fields(prefix: str, schema: type) -> dict[str, Any]:
@@ -69,10 +98,10 @@ def enum_of(kind: Any) -> type[Enum] | None:
     return next((part for part in parts if isinstance(part, type) and issubclass(part, Enum)), None)
 
 
-def word_of(override: Override) -> str:
+def word_of(override: Override, tree: Tree) -> str:
     """The override for Hydra: Megatron's spelling of an enum value (WSD, inverse-square-root) becomes its name."""
     word = str(override.input_line)
-    enum = enum_of(known_keys().get(override.key_or_group))
+    enum = enum_of(tree.keys.get(override.key_or_group))
     if enum is None or override.is_sweep_override() or override.is_delete():
         return word
     key, _, value = word.partition("=")
@@ -80,15 +109,15 @@ def word_of(override: Override) -> str:
     return f"{key}={names[0]}" if names else word
 
 
-def _is_group(override: Override) -> bool:
+def _is_group(override: Override, tree: Tree) -> bool:
     key = override.key_or_group
-    return key in GROUPS or ("." not in key and key != "run_dir")
+    return key in tree.groups or ("." not in key and key not in tree.top)
 
 
-def _group_problem(override: Override) -> str | None:
+def _group_problem(override: Override, tree: Tree) -> str | None:
     group, value = override.key_or_group, override.value()
-    if group not in GROUPS:
-        return _unknown("key or group", str(override.input_line), group, [*GROUPS, *known_keys()])
+    if group not in tree.groups:
+        return _unknown("key or group", str(override.input_line), group, [*tree.groups, *tree.keys], tree.hint)
     if override.is_add():
         return f"{override.input_line}: {group} has an option already; leave out the +: {group}={value}"
     if override.package is not None:
@@ -99,29 +128,29 @@ def _group_problem(override: Override) -> str | None:
         if option is not None and not override.is_sweep_override() and isinstance(option, dict | list):
             return f"{override.input_line}: {group} takes the name of an option; one of {', '.join(options(group))}"
         if option is not None and name not in options(group) and not override.is_delete():
-            return _unknown("option", f"{group}={name}", name, options(group), f"{group}=")
+            return _unknown("option", f"{group}={name}", name, options(group), tree.hint, f"{group}=")
     return None
 
 
-def _key_problem(override: Override, keys: dict[str, Any]) -> str | None:
-    key = override.key_or_group
+def _key_problem(override: Override, tree: Tree) -> str | None:
+    key, keys = override.key_or_group, tree.keys
     if key in keys or any(key.startswith(f"{known}.") for known, kind in keys.items() if kind is Any):
         return None
     if key.startswith("hydra"):
         return f"{override.input_line}: settings of Hydra itself have no effect here; leave it out"
     if any(known.startswith(f"{key}.") for known in keys):
         return None  # a whole table, as in data.fields={text: body}; Hydra checks it
-    return _unknown("key", str(override.input_line), key, list(keys))
+    return _unknown("key", str(override.input_line), key, list(keys), tree.hint)
 
 
-def _unknown(what: str, word: str, given: str, known: list[str], prefix: str = "") -> str:
+def _unknown(what: str, word: str, given: str, known: list[str], otherwise: str, prefix: str = "") -> str:
     near = nearest(given, known)
     if near:
         hint = "did you mean " + " or ".join(prefix + name for name in near) + "?"
     elif len(known) < 30:
         hint = "one of " + ", ".join(known)
     else:
-        hint = "scale-llm --help lists the groups, scale-llm --cfg job the keys"
+        hint = otherwise
     return f"{word}: unknown {what}; {hint}"
 
 

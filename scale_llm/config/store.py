@@ -16,6 +16,7 @@ from omegaconf import MISSING
 
 from scale_llm.config.checkpoint import CheckpointConfig
 from scale_llm.config.cluster import ClusterConfig
+from scale_llm.config.curate import CurateConfig, CurationConfig
 from scale_llm.config.data import DataConfig
 from scale_llm.config.health import HealthConfig
 from scale_llm.config.layout import LayoutConfig
@@ -85,6 +86,14 @@ def register() -> None:
     store.store(group="schema", name="run", node=RunConfig(run_dir=MISSING, stage=MISSING, **groups))
     for name, node in groups.items():
         store.store(group="schema", name=name, node=node)
+    curate = _open(CurateConfig)
+    store.store(group="schema", name="curate", node=curate)
+    store.store(
+        group="schema", name="curation",
+        node=CurationConfig(
+            input=MISSING, output=MISSING, tasks=MISSING, on_bad_row=MISSING, curate=curate, cluster=groups["cluster"]
+        ),
+    )  # fmt: skip
     for name, schema in STAGES.items():
         store.store(group="schema/stage", name=name, node=_open(schema, name=name))
 

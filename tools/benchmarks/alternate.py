@@ -20,8 +20,9 @@ _TOOLS = Path(__file__).resolve().parents[1]
 class Contestant:
     """build: "module:function" of a builder of steps, called with `arguments` in a new process.
 
-    steps: steps of one round. seconds: of each round, for one step. done: what a step returned, in each round. facts:
-    of the steps before the first round, if they return any. peak_gib: the most memory that its process has held.
+    steps: steps of one round. seconds: of each round, for one step; cpu_seconds: of processors. done: what a step
+    returned, in each round. facts: of the steps before the first round, if they return any. peak_gib: the most memory
+    that its process has held.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Contestant:
     environment: dict[str, str] = field(default_factory=dict)
     steps: int = 1
     seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
     done: list[float] = field(default_factory=list)
     facts: list[dict[str, float]] = field(default_factory=list)
     peak_gib: float = 0.0
@@ -42,6 +44,11 @@ class Contestant:
     def median_rate(self) -> float:
         """Done in a second."""
         return median(done / seconds for done, seconds in zip(self.done, self.seconds, strict=True))
+
+    @property
+    def median_cpu_rate(self) -> float:
+        """Done in a second of a processor, whoever else has the machine."""
+        return median(done / seconds for done, seconds in zip(self.done, self.cpu_seconds, strict=True))
 
 
 def common_arguments(
@@ -93,6 +100,7 @@ class _Process:
         self._process.stdin.flush()
         found = self._read()
         self.contestant.seconds.append(found["seconds"] / self.contestant.steps)
+        self.contestant.cpu_seconds.append(found["cpu_seconds"] / self.contestant.steps)
         self.contestant.done.append(found["done"] / self.contestant.steps)
         self.contestant.peak_gib = found["peak_gib"]
 

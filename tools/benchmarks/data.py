@@ -1,0 +1,55 @@
+"""Data on its way to the ranks. curation: documents per second of one core, against a script of datatrove's blocks that
+takes the same steps."""
+
+import argparse
+import importlib.util
+import tempfile
+from pathlib import Path
+
+from benchmarks.alternate import Contestant, alternate
+from benchmarks.data_contestants import write_documents
+from benchmarks.rows import Row, faster
+
+HELP = "documents per second of curation, against a plain datatrove script of the same steps"
+EXAMPLES = """examples:
+  python tools/benchmark.py data --out data.json
+  python tools/benchmark.py data --out data.json --source c4_web.jsonl --documents 5000 --rounds 7
+"""
+SOURCE = Path(__file__).resolve().parents[3] / "shared" / "data" / "c4_web.jsonl"
+PARTS = ("curation",)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure (default: all)")
+    parser.add_argument("--source", type=Path, default=SOURCE, help="web documents as JSONL, field text")
+    parser.add_argument("--documents", type=int, default=2000, help="documents of a round (default: 2000)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of the alternation (default: 5; medians of them)")
+
+
+def run(arguments: argparse.Namespace) -> list[Row]:
+    parts = {"curation": _curation}
+    return [row for part in arguments.parts for row in parts[part](arguments)]
+
+
+def _curation(arguments: argparse.Namespace) -> list[Row]:
+    """A round curates all documents, from the file to the report."""
+    if importlib.util.find_spec("datatrove") is None:
+        raise SystemExit("datatrove is not installed: pip install -c constraints.txt '.[curate]'")
+    with tempfile.TemporaryDirectory() as directory:
+        source = Path(directory) / "documents.jsonl"
+        write_documents(arguments.source, source, arguments.documents)
+        contestants = [
+            Contestant(
+                name=name,
+                build=f"benchmarks.data_contestants:{function}",
+                arguments={"source": str(source), "work": f"{directory}/{function}", "documents": arguments.documents},
+            )
+            for name, function in (("ours", "ours"), ("datatrove", "datatrove_script"))
+        ]
+        alternate(contestants, rounds=max(5, arguments.rounds), threads=1)
+    what, name = f"curation of {arguments.documents:,} documents", "datatrove's blocks in a script"
+    ours, peer = contestants
+    return [
+        faster(f"{what}, a core", ours.median_cpu_rate, peer.median_cpu_rate, name, "documents/CPU s"),
+        faster(f"{what}, one process", ours.median_rate, peer.median_rate, name, "documents/s"),
+    ]
