@@ -14,6 +14,7 @@ from typing import Any
 import numpy
 import torch
 
+from scale_llm.config.errors import UserError
 from scale_llm.data.files import fingerprint, locked, stamp
 from scale_llm.data.megatron import GPTDataset, GPTDatasetConfig, IndexedDataset, Split
 from scale_llm.data.splits import SPLITS, epoch_samples, split_ranges
@@ -96,8 +97,18 @@ def build_mapped(make: Callable[..., Any], arrays: tuple[str, ...], entries: int
                 if not _present(files):
                     _save(make(path_to_cache=""), files)
     for name, file in files.items():  # now, not at the first sample, which loader threads would race for
-        setattr(dataset, name, numpy.load(file, mmap_mode="r"))
+        setattr(dataset, name, _mapped(file))
     return dataset
+
+
+def _mapped(file: Path) -> numpy.ndarray:
+    """Here and not by megatron-core, which would run what is pickled in a file of that name."""
+    try:
+        return numpy.load(file, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise UserError(
+            f"{file}: is no array of numbers ({error}); delete it, and the next start makes it again"
+        ) from error
 
 
 def _present(files: dict[str, Path]) -> bool:

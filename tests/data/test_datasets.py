@@ -1,5 +1,7 @@
 """The stream of samples: what is in one, and that it depends on the data, the seed and the place alone."""
 
+import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -227,3 +229,28 @@ dist.destroy_process_group()
     ]  # fmt: skip
     errors = [rank.communicate(timeout=120)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], errors
+
+
+class Bomb:
+    """Makes a directory when it is unpickled."""
+
+    def __init__(self, marker: Path):
+        self._marker = str(marker)
+
+    def __reduce__(self):
+        return os.mkdir, (self._marker,)
+
+
+def test_a_cached_index_is_read_as_numbers_alone(
+    embedded: PreparedData, embedded_config: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """What is pickled in place of one is not run; the error says what to do, and doing it helps."""
+    monkeypatch.setattr(source_stream, "SMALL", 0)
+    first = build(embedded, embedded_config, tmp_path)[3]
+    index = next(tmp_path.rglob("*document_index.npy"))
+    index.write_bytes(pickle.dumps(Bomb(tmp_path / "run")))
+    with pytest.raises(UserError, match="is no array of numbers.*delete it") as raised:
+        build(embedded, embedded_config, tmp_path)[3]
+    assert str(index) in str(raised.value) and not (tmp_path / "run").exists()
+    index.unlink()
+    assert same(build(embedded, embedded_config, tmp_path)[3], first)
