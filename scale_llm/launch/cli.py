@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 
 from scale_llm.config.errors import UsageError, UserError, numbered
+from scale_llm.launch.environment import quiet_imports
 
 FLAGS = {
     "-h": "help", "--help": "help",
@@ -89,6 +90,7 @@ def run_command(arguments: list[str]) -> int:
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the script scale-llm."""
+    quiet_imports()
     try:
         status = run_command(sys.argv[1:] if arguments is None else arguments)
     except UserError as error:

@@ -3,6 +3,7 @@
 import os
 import re
 import socket
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -37,6 +38,11 @@ class Joined:
             "MASTER_ADDR": self.master_addr,
             "MASTER_PORT": str(self.master_port),
         }
+
+
+def quiet_imports() -> None:
+    """torch says that pynvml, which nvidia-resiliency-ext asks for, has another name now; that is no news for a run."""
+    warnings.filterwarnings("ignore", message="The pynvml package is deprecated", category=FutureWarning)
 
 
 def rank_variables(cfg: RunConfig) -> dict[str, str]:

@@ -19,6 +19,7 @@ from typing import IO, Any, NoReturn
 from scale_llm.config.errors import UserError, numbered
 from scale_llm.config.exit_status import HUNG, REQUEUE
 from scale_llm.config.io import load_config
+from scale_llm.launch.environment import quiet_imports
 
 STACKS = signal.SIGUSR2
 """Has this rank write what every thread is doing into its log; from C, so that Python need not answer."""
@@ -144,6 +145,7 @@ def die_with_parent() -> None:
 
 def main() -> None:
     """Entry point; --joined: no launcher of ours will point to the log; --job: a job script requeues on REQUEUE."""
+    quiet_imports()
     run_dir, rank = Path(sys.argv[1]), int(os.environ["RANK"])
     if "--joined" not in sys.argv:
         die_with_parent()
