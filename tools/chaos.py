@@ -20,6 +20,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -60,6 +61,7 @@ def main() -> int:
         parser.error(f"--kinds {','.join(unknown)}: not known; some of {','.join(faults.KINDS)}")
     if arguments.faults < 1:
         parser.error(f"--faults {arguments.faults}: give at least 1")
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # the runs end with this, as by Ctrl-C
     os.environ["PYTHONPATH"] = os.pathsep.join([str(_TOOLS.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     top = arguments.dir or Path(tempfile.mkdtemp(prefix="scale_llm_chaos_"))
     try:
@@ -74,25 +76,26 @@ def run(arguments: argparse.Namespace, kinds: list[str], top: Path) -> int:
     disturbed = Subject([], top / "disturbed")
     shutil.rmtree(top / "disturbed", ignore_errors=True)
     shutil.rmtree(top / "undisturbed", ignore_errors=True)
-    remarks = []
+    peaceful, remarks = Subject([], top / "undisturbed"), []
     mounted = "fill_disk" in kinds and faults.small_disk(disturbed.checkpoints)
     if "fill_disk" in kinds and not mounted:
         kinds = [kind for kind in kinds if kind != "fill_disk"]
         remarks.append("fill_disk is left out: mounting a small file system needs root")
     try:
         chance = random.Random(arguments.seed)
-        iterations = arguments.faults * ITERATIONS_A_FAULT
-        planned = faults.drawn(arguments.faults, kinds, iterations, chance)
+        iterations = arguments.save_interval + arguments.faults * ITERATIONS_A_FAULT
+        planned = faults.drawn(arguments.faults, kinds, arguments.save_interval + 1, iterations, chance)
         nans = sorted({fault.iteration + 1 for fault in planned if fault.kind == "nan_gradient"})
         words = [
             *WORDS, f"train.train_iters={iterations}", f"checkpoint.save_interval={arguments.save_interval}",
             f"data.cache_dir={top / 'data'}", *arguments.words,
         ]  # fmt: skip
-        peaceful = Subject([*words, f"train.iterations_to_skip=[{','.join(map(str, nans))}]"], top / "undisturbed")
+        peaceful.words = [*words, f"train.iterations_to_skip=[{','.join(map(str, nans))}]"]
         disturbed.words = [*words, f"health.drill_nan_gradients=[{','.join(map(str, nans))}]"]
         results = ordeal(peaceful, disturbed, planned, chance)
         equal, difference = report.compared(peaceful.checkpoints, disturbed.checkpoints, iterations)
     finally:
+        peaceful.end()
         disturbed.end()
         if mounted:
             faults.unmount(disturbed.checkpoints)

@@ -50,12 +50,14 @@ def test_faults_are_spread_over_the_run(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "tools"))
     from chaos_run.faults import KINDS, drawn
 
-    planned = drawn(25, list(KINDS), 300, random.Random(1))
+    planned = drawn(25, list(KINDS), 9, 300, random.Random(1))
     counts = {kind: sum(fault.kind == kind for fault in planned) for kind in KINDS}
     assert set(counts.values()) <= {2, 3} and sum(counts.values()) == 25
     iterations = [fault.iteration for fault in planned]
-    assert iterations == sorted(iterations) and 5 <= iterations[0] and iterations[-1] < 295
-    assert planned == drawn(25, list(KINDS), 300, random.Random(1)) != drawn(25, list(KINDS), 300, random.Random(2))
+    assert iterations == sorted(iterations) and 9 <= iterations[0] and iterations[-1] < 295
+    assert (
+        planned == drawn(25, list(KINDS), 9, 300, random.Random(1)) != drawn(25, list(KINDS), 9, 300, random.Random(2))
+    )
 
 
 @pytest.mark.parametrize("words", [["--kinds", "flood"], ["--faults", "0"]])

@@ -144,9 +144,10 @@ def unmount(path: Path) -> None:
     subprocess.run(["umount", str(path)], capture_output=True)
 
 
-def drawn(faults: int, kinds: list[str], iterations: int, chance: random.Random) -> list[Fault]:
-    """As many faults, of every kind as often as of another to one, spread over the run at random."""
+def drawn(faults: int, kinds: list[str], first: int, iterations: int, chance: random.Random) -> list[Fault]:
+    """As many faults, of every kind as often as of another to one, spread over the run at random. first: iteration from
+    which there is a checkpoint."""
     names = [kinds[number % len(kinds)] for number in range(faults)]
     chance.shuffle(names)
-    span = (iterations - 10) / faults
-    return [Fault(name, 5 + int(span * (number + chance.random()))) for number, name in enumerate(names)]
+    span = (iterations - first - 5) / faults
+    return [Fault(name, first + int(span * (number + chance.random()))) for number, name in enumerate(names)]
