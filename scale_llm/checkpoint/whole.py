@@ -5,10 +5,8 @@ All functions with a group are collectives of it, over gloo, and end alike on ev
 
 import json
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 import torch.distributed as dist
 
@@ -17,8 +15,7 @@ from scale_llm.checkpoint.only_data import load_data
 from scale_llm.checkpoint.torch_dist import TorchDistReader
 from scale_llm.config.checkpoint_files import is_huggingface, iteration_dir, resumable, saved_iterations, write_latest
 from scale_llm.config.errors import UserError
-
-T = TypeVar("T")
+from scale_llm.parallel.first import on_first
 
 SHOWN = 5
 """Damaged files of one checkpoint that are named."""
@@ -42,13 +39,13 @@ def newest_whole(directory: Path | str, group: dist.ProcessGroup, *, hashing: bo
         UserError: there are checkpoints, or a tracker, and none of them is whole. Nothing is touched then.
     """
     directory = Path(directory)
-    candidates, wrong = _on_first(group, lambda: resumable(directory))
+    candidates, wrong = on_first(group, lambda: resumable(directory))
     remarks: list[str] = [wrong] if wrong else []
     damaged: list[Path] = []
     for iteration, path in candidates:
         problems = damage(path, group, hashing=hashing)
         if not problems:
-            remarks += _on_first(group, lambda: _put_right(directory, iteration, damaged, tracker=bool(remarks)))  # noqa: B023
+            remarks += on_first(group, lambda: _put_right(directory, iteration, damaged, tracker=bool(remarks)))  # noqa: B023
             return Found(iteration, path, remarks)
         damaged.append(path)
         remarks += problems
@@ -84,7 +81,7 @@ def refuse_damaged(path: Path, group: dist.ProcessGroup, *, hashing: bool) -> No
     """
     problems = damage(path, group, hashing=hashing)
     if problems:
-        remedy = _on_first(group, lambda: _older(path))
+        remedy = on_first(group, lambda: _older(path))
         raise UserError([f"{problem}; {remedy}" for problem in problems])
 
 
@@ -102,7 +99,7 @@ def damage(path: Path, group: dist.ProcessGroup, *, hashing: bool) -> list[str]:
     lengths that it asks for are looked at. hashing: read the files, else look at lengths alone."""
     if is_huggingface(path):
         return []
-    table, problems = _on_first(group, lambda: _table(path))
+    table, problems = on_first(group, lambda: _table(path))
     if table is not None:
         mine = checksums.share(table, dist.get_rank(group), dist.get_world_size(group))
         problems = checksums.problems(path, mine, hashing=hashing)
@@ -141,17 +138,3 @@ def _check_format(path: Path) -> None:
         json.loads((path / "metadata.json").read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(f"{path / 'metadata.json'}: cannot be read ({error})") from error
-
-
-def _on_first(group: dist.ProcessGroup, action: Callable[[], T]) -> T:
-    """What the action gives on rank 0, on every rank; what it raises, on every rank too."""
-    told: list = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            told = [action(), None]
-        except (UserError, OSError) as error:
-            told = [None, error.problems if isinstance(error, UserError) else [str(error)]]
-    dist.broadcast_object_list(told, src=0, group=group)
-    if told[1] is not None:
-        raise UserError(told[1])
-    return told[0]

@@ -53,8 +53,9 @@ class Health:
         self._resumed_at, self._is_good = progress.iteration, False
 
     def may_save(self, progress: Progress) -> bool:
-        """Whether weights are known to be good: a step since the run went on from here, the last one, had numbers."""
-        return self._is_good and not progress.bad_steps
+        """Whether weights are known to be good: a step since the run went on from here, the last one, had numbers, and
+        the loss is not high."""
+        return self._is_good and not progress.bad_steps and not progress.high_losses
 
     def leaves_out(self, iteration: int) -> bool:
         """Whether the samples of an iteration are counted and nothing else."""
