@@ -103,6 +103,7 @@ def train_on(
                 saved, due = progress.iteration, False
         watchdog.enter("the last save", progress.iteration)
         if saved != progress.iteration:
+            health.check_replicas(progress)
             save(checkpointer, stage, progress, run, reporter)
         checkpointer.finish()
         copies.finish()

@@ -149,7 +149,7 @@ def end(words: list[str]) -> int:
     timeline.append(run_dir, "end", job=job.job, **facts, action=action, **delay)
     if why_not is not None:
         print(f"not requeued: {why_not}\nsubmitting {run_dir} again resumes it", file=sys.stderr)
-        return status
+        return 1 if status == AGAIN_HERE else status  # a rank's own status must not start it again for ever
     return _requeue(cfg, run_dir, job.job, decision, status)
 
 
