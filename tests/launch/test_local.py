@@ -93,6 +93,27 @@ def test_a_rank_that_dies_is_started_again(words, tmp_path):
     assert (events[2]["restart"], events[3]["action"]) == (1, "done")
 
 
+def test_a_rank_that_does_not_answer_is_named(words, tmp_path):
+    """It is stopped: what it was doing is in its log all the same, and it is started again with the others."""
+    status, out, err = run(words, tmp_path, "hang_once")
+    assert status == 0, err
+    assert f"rank 1 did not answer; the log of rank 1 is {tmp_path}/logs/rank_1.log" in err
+    end = timeline.read(tmp_path)[1]
+    assert (end["reason"], end["action"]) == ("no progress; waited for rank 1", "restart")
+    stacks = (tmp_path / "logs" / "rank_1.log").read_text().split("=== started")[1]
+    assert "most recent call first" in stacks and "sitecustomize.py" in stacks
+
+
+def test_prepare_makes_the_data_alone(words, tmp_path):
+    """Also for ranks that this machine could not start."""
+    more = ["--prepare", f"data.cache_dir={tmp_path}/cache", "cluster.nnodes=4"]
+    own = [word for word in words if not word.startswith("data.cache_dir")]
+    status, out, err = run([*more, *own], tmp_path / "run")
+    assert status == 0, err
+    assert f"data.cache_dir={tmp_path}/cache: the data of this run are there" in out
+    assert list((tmp_path / "cache").rglob("*.bin")) and not (tmp_path / "run").exists()
+
+
 def wait_for(condition) -> None:
     deadline = time.monotonic() + 100
     while not condition():

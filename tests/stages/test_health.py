@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from support.runs import PP2, RANKS2, TP2, latest, rows
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from scale_llm.config import timeline
 from scale_llm.config.health import HealthConfig
@@ -22,6 +23,12 @@ LAYOUTS = {"dp2_overlapped": [RANKS2, *DISTOPT], "tp2": [TP2], "pp2_bf16": [PP2,
 
 def events(run_dir: Path, *kinds: str) -> list[dict]:
     return [event for event in timeline.read(run_dir) if event["event"] in kinds]
+
+
+def tensorboard_tags(run_dir: Path) -> list[str]:
+    events = EventAccumulator(str(run_dir / "tensorboard"))
+    events.Reload()
+    return events.Tags()["tensors"]
 
 
 def assert_same_weights(runs, run_dir: Path, other: Path) -> None:
@@ -45,6 +52,7 @@ def test_a_gradient_that_is_no_number(runs, tmp_path, layout):
     (rewind,) = events(drill, "rewind")
     assert (rewind["to"], rewind["leave_out"], rewind["kind"]) == (4, [5, 9], "nan")
     assert "grad norm nan" in rewind["reason"]
+    assert "timeline/text_summary" in tensorboard_tags(drill), "the same in TensorBoard"
     found = [row for row in rows(drill) if "lm loss" in row]
     assert [row["iteration"] for row in found] == [1, 3, 4, 10, 11, 12], "rows of what was given up are dropped"
     assert found[-1]["nan-iterations"] == 1 and all(map(math.isfinite, (row["grad-norm"] for row in found)))

@@ -21,6 +21,13 @@ def run(cfg, **_) -> None:
         wait_for_signal(cfg)
     if rank == 0:
         fail(how)
+    if how == "hang_once" and not Path(cfg.run_dir, "hung").exists():
+        dist.barrier()
+        if rank == 1:
+            Path(cfg.run_dir, "hung").touch()
+            os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(1.0)
+        os._exit(76)  # HUNG: what a watchdog does
     if rank == 1 and how == "kill_once" and not Path(cfg.run_dir, "killed").exists():
         Path(cfg.run_dir, "killed").touch()
         os.kill(os.getpid(), signal.SIGKILL)
