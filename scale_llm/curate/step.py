@@ -1,5 +1,6 @@
 """A step that judges documents one by one, and accounts for each."""
 
+from abc import abstractmethod
 from time import perf_counter
 
 from datatrove.data import Document
@@ -34,9 +35,9 @@ class Judge(PipelineStep):
     def prepare(self, rank: int) -> None:
         """Loads what a shard needs."""
 
+    @abstractmethod
     def judge(self, document: Document, position: int) -> Verdict:
         """Whether the document, the shard's `position`-th here, stays; may change its text."""
-        raise NotImplementedError
 
     def run(self, data, rank: int = 0, world_size: int = 1):
         self.prepare(rank)

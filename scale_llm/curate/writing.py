@@ -2,6 +2,7 @@
 
 import gzip
 import os
+from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -37,11 +38,13 @@ class Write(PipelineStep):
         os.replace(temporary, path)
         self.ledger.finish()
 
+    @abstractmethod
     def compressed(self, raw: IO[bytes]) -> IO[bytes]:
-        raise NotImplementedError
+        """The stream that rows are written to."""
 
+    @abstractmethod
     def row(self, document: Document) -> bytes:
-        raise NotImplementedError
+        """One document, with what ends it."""
 
 
 class WriteBetween(Write):
