@@ -10,9 +10,9 @@ from pathlib import Path
 TOOL = str(Path(__file__).resolve().parents[2] / "tools" / "convert_checkpoint.py")
 
 
-def run(program: str, words: list[str]) -> list:
-    """[exit status, what it prints], as a process of its own without a job around it."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+def run(program: str, words: list[str], joined: bool = False) -> list:
+    """[exit status, what it prints]. joined: as one of a job's ranks, with the variables that torchrun sets."""
+    for name in () if joined else ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         del os.environ[name]
     sys.argv = [program, *words]
     sys.path.insert(0, str(Path(program).parent))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support import families
 from support.parity import SP
-from support.ranks import environment, free_port
+from support.ranks import environment
 from support.tool import TOOL
 
 from scale_llm.checkpoint.resharding import Layout, cut, local_name, reshard
@@ -51,15 +51,13 @@ def test_inspect(models, tool):
     assert "MixtralForCausalLM" in theirs
 
 
-def test_ranks_of_torchrun_share_the_work(models, tmp_path):
+def test_ranks_of_torchrun_share_the_work(models, ranks, tmp_path):
     """Two ranks write one checkpoint, and one model of several shards: the same tensors as one process."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1",
-                "--master-port", str(free_port()), TOOL]  # fmt: skip
     shared, exported = str(tmp_path / "shared"), str(tmp_path / "exported")
     for words in (["import", str(models.original("qwen3")), shared],
                   ["export", shared, exported, "--max-shard-size", "60KB"]):  # fmt: skip
-        done = subprocess.run([*torchrun, *words], capture_output=True, text=True, env=environment())
-        assert done.returncode == 0, done.stderr
+        ends = ranks.fresh(2, "support.tool:run", program=TOOL, words=words, joined=True)
+        assert [status for status, _ in ends] == [0, 0], ends
     files = [path for path in (tmp_path / "shared" / "iter_0000000").glob("*.distcp") if path.stat().st_size > 1000]
     assert len(files) == 2, "each rank wrote a part"
     one, two = (TorchDistReader(path / "iter_0000000") for path in (models.imported("qwen3"), tmp_path / "shared"))
