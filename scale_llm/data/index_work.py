@@ -32,8 +32,8 @@ class IndexSettings:
 
     tokenizer: str
     """Path of a tokenizer.json."""
-    eod_token: str
-    append_eod: bool = True
+    eod_token: str | None
+    """Ends every document; None: nothing does."""
     dtype: str
     """numpy's name for what a token takes in the .bin file."""
     embedded: bool = False
@@ -137,7 +137,7 @@ class UnitIndexer:
         self.settings, self.directory = settings, directory
         self.tokenizer = Tokenizer.load(settings.tokenizer, settings.eod_token)
         self.encoder = DocumentEncoder(self.tokenizer, settings.dtype)
-        ending = [self.tokenizer.eod] if settings.append_eod else []
+        ending = [self.tokenizer.eod] if settings.eod_token is not None else []
         self.ending = np.array(ending, dtype=settings.dtype).tobytes()
 
     def __call__(self, number: int, unit: Unit, on_bytes: OnBytes) -> None:
