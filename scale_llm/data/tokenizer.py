@@ -72,7 +72,7 @@ class Tokenizer:
 
         With it the bits per byte of any stretch of tokens are exact.
         """
-        if (json.loads(self.backend.to_str()).get("decoder") or {}).get("type") != "ByteLevel":
+        if not isinstance(self.backend.decoder, tokenizers.decoders.ByteLevel):
             return None
         lengths = [0] * self.vocab_size
         for token, number in self.backend.get_vocab(with_added_tokens=False).items():

@@ -65,15 +65,14 @@ _KEEP_ENDS_PIECES = _piece_pattern(_SPACES, _DOUBTFUL + _ENDS)
 
 def cutter_of(backend: tokenizers.Tokenizer) -> re.Pattern[str] | None:
     """The pieces of texts for a tokenizer; None where its shape is not one that the proof above covers."""
-    shape = json.loads(backend.to_str())
-    model, alphabet = shape["model"], tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    if model["type"] != "BPE" or model.get("dropout") or not model["vocab"].keys() >= set(alphabet):
+    model, alphabet = backend.model, tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    if not isinstance(model, tokenizers.models.BPE) or model.dropout or None in map(model.token_to_id, alphabet):
         return None
-    if shape["normalizer"] not in (None, {"type": "NFC"}):
+    if backend.normalizer is not None and not isinstance(backend.normalizer, tokenizers.normalizers.NFC):
         return None
-    if any(not token["special"] for token in shape["added_tokens"]):
+    if not all(token.special for token in backend.get_added_tokens_decoder().values()):
         return None  # the library finds these in the text before anything else
-    parts = shape["pre_tokenizer"] or {}
+    parts = json.loads(backend.pre_tokenizer.__getstate__()) if backend.pre_tokenizer is not None else {}
     steps = parts["pretokenizers"] if parts.get("type") == "Sequence" else [parts]
     *splits, last = steps
     if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
