@@ -126,22 +126,19 @@ def _tokenizer(
     data: DataConfig, config: TokenizerConfig, sources: list[Source], cache: Path, show_progress: bool
 ) -> str:
     """Path of the user's tokenizer.json, or of one trained on the sources."""
-    from scale_llm.data.tokenizer import Tokenizer, tokenizer_file, train_tokenizer
+    from scale_llm.data.tokenizer import Tokenizer, tokenizer_file
+    from scale_llm.data.tokenizer_files import chat_template, train_directory
 
     if config.path is not None:
         Tokenizer.load(config.path, config.eod_token)  # complains about a missing end-of-document token
         return tokenizer_file(config.path)
-    settings = [FORMAT, TOKENIZER_BYTES, config.vocab_size, config.eod_token, _reading(data)]
+    special = [config.eod_token, *config.special_tokens]
+    settings = [FORMAT, TOKENIZER_BYTES, config.vocab_size, special, chat_template(config), _reading(data)]
     keys = [source_key(source, data) for source in sources]
 
     def train(directory: Path) -> None:
         with byte_progress("train tokenizer", tokenizer_sample_bytes(sources), show_progress) as on_bytes:
-            train_tokenizer(
-                tokenizer_sample(sources, data, on_bytes),
-                vocab_size=config.vocab_size,
-                eod_token=config.eod_token,
-                path=directory / "tokenizer.json",
-            )
+            train_directory(tokenizer_sample(sources, data, on_bytes), config, directory)
 
     return str(build_once(cache / "tokenizers" / fingerprint([settings, keys]), train) / "tokenizer.json")
 

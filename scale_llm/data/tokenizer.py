@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import tokenizers
@@ -120,27 +120,43 @@ class TextStream:
         return new
 
 
-def train_tokenizer(texts: Iterable[str], *, vocab_size: int, eod_token: str, path: Path) -> None:
+def train_tokenizer(
+    texts: Iterable[str], *, vocab_size: int, eod_token: str, path: Path, special_tokens: Sequence[str] = ()
+) -> None:
     """Trains a byte-level BPE, for which no text is unknown, and writes it to `path`, a
     tokenizer.json.
 
-    The end-of-document token has id 0. A small corpus may give fewer than `vocab_size` tokens.
+    The end-of-document token has id 0, the other special tokens those after it. A small corpus may give fewer than
+    `vocab_size` tokens.
     """
-    if vocab_size < SMALLEST_VOCABULARY:
-        raise UserError(
-            f"tokenizer.vocab_size={vocab_size}: a byte-level one needs at least {SMALLEST_VOCABULARY} tokens"
+    problems = _special_token_problems(eod_token, special_tokens)
+    if vocab_size < (smallest := SMALLEST_VOCABULARY + len(special_tokens)):
+        with_special = f", {1 + len(special_tokens)} of them special" if special_tokens else ""
+        problems.append(
+            f"tokenizer.vocab_size={vocab_size}: a byte-level one needs at least {smallest} tokens{with_special}"
         )
+    if problems:
+        raise UserError(problems)
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[eod_token],
+        special_tokens=[eod_token, *special_tokens],
         initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
     _save(backend, path)
+
+
+def _special_token_problems(eod_token: str, special_tokens: Sequence[str]) -> list[str]:
+    known = [eod_token, *special_tokens]
+    twice = dict.fromkeys(token for token in special_tokens if known.count(token) > 1 or not token)
+    return [
+        f"tokenizer.special_tokens: {token!r} is empty, there twice or the end of documents; remove it"
+        for token in twice
+    ]
 
 
 def gpt2_tokenizer(vocab_file: str, merge_file: str, path: Path) -> None:
