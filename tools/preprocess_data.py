@@ -101,7 +101,7 @@ def index(arguments: argparse.Namespace) -> None:
             )
         state = "" if any_work else "nothing to do; "
         print(f"{prefix}: {state}{counts.num_documents:,} documents, {counts.num_tokens:,} tokens ({settings.dtype})")
-        print("".join(f"  {line}\n" for line in left_out_lines(counts.left_out())), end="")
+        print("".join(f"  {in_flags(line)}\n" for line in left_out_lines(counts.left_out())), end="")
 
 
 def merge(arguments: argparse.Namespace) -> None:

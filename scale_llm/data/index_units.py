@@ -12,7 +12,7 @@ from typing import NamedTuple
 from scale_llm.data.corpus import MAX_TEXT_DOCUMENT_CHARACTERS
 from scale_llm.data.rows import Part
 
-UNIT_BYTES = 1 << 25
+UNIT_BYTES = 1 << 24
 """Of input: a few seconds of one core, lost at most when a process is killed."""
 _BLOCK = 1 << 20
 

@@ -216,9 +216,11 @@ class _Worker:
             yield message
             if "bytes" not in message:
                 return
+        status = self._process.wait()
+        why = "killed, most likely for want of memory" if status < 0 else "its own words are above"
         raise WorkerKilled(
-            f"data.index_workers: a process ended with status {self._process.wait()} while it indexed "
-            f"{unit[0].file}, most likely for want of memory; the same command with fewer goes on from here"
+            f"data.index_workers: a process ended with status {status} at {unit[0].file} ({why}); the same command "
+            "goes on from here, with fewer of them if memory is short"
         )
 
 
