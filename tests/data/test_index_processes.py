@@ -10,9 +10,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from scale_llm.data.index_processes import WorkerKilled
 from scale_llm.data.index_units import Span, units_of
 from scale_llm.data.index_work import IndexSettings
-from scale_llm.data.indexing import WorkerKilled, index_files
+from scale_llm.data.indexing import index_files
 from scale_llm.data.megatron import DType, IndexedDataset, IndexedDatasetBuilder
 from scale_llm.data.prepare import PreparedData
 from scale_llm.data.tokenizer import Tokenizer

@@ -85,6 +85,14 @@ def test_text_comes_back(encoders, text: str):
     assert tokenizer.decode(array("H", encoder.encode([text])[0])) == text
 
 
+def test_the_expressions_are_those_in_use():
+    """Letter for letter: a tokenizer.json with another one is left to the library."""
+    from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+    assert word_cache._QWEN2 == PRETOKENIZE_REGEX
+    assert word_cache._LLAMA3 == PRETOKENIZE_REGEX.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+
+
 def test_little_is_asked_twice(trained: Tokenizer, monkeypatch: pytest.MonkeyPatch):
     """The library sees a word once; long pieces are not kept, and a full cache begins anew."""
     asked: list[str] = []
