@@ -9,21 +9,23 @@ So another weight costs nothing, and another source costs that source alone.
 
 import json
 import os
+import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
-from scale_llm.config.data import DataConfig
+from scale_llm.config.data import BadRow, DataConfig
 from scale_llm.config.errors import UserError
 from scale_llm.config.tokenizer import TokenizerConfig
-from scale_llm.data.corpus import Problems
 from scale_llm.data.files import build_once, fingerprint, write_json
+from scale_llm.data.index_work import IndexSettings, UnitCounts
 from scale_llm.data.indexed_check import check_indexed, sequence_lengths
 from scale_llm.data.progress import byte_progress
 from scale_llm.data.source_text import (
     TOKENIZER_BYTES,
     checked_sources,
-    documents_of,
+    max_document_bytes,
     source_key,
     tokenizer_sample,
     tokenizer_sample_bytes,
@@ -31,7 +33,7 @@ from scale_llm.data.source_text import (
 from scale_llm.data.sources import Source
 from scale_llm.data.splits import SPLITS, splits_too_small
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the same input would give other files, so that old cache entries are left alone."""
 
 
@@ -54,6 +56,8 @@ class PreparedData:
     """Ends of documents included."""
     num_bytes: int | None
     """UTF-8 bytes of the text, for bits per byte; None where an indexed prefix is among the sources."""
+    left_out: dict[str, Any] = field(default_factory=dict)
+    """Rows, documents and files of the text of which nothing was indexed: see `left_out_lines`."""
 
 
 def load_prepared(path: str | Path) -> PreparedData:
@@ -80,7 +84,7 @@ def prepare(
     from scale_llm.data.tokenizer import Tokenizer, file_digest
 
     digest = file_digest(tokenizer_path)
-    keys = [[source.weight, source_key(source, data)] for source in sources]
+    keys = [[source.weight, source_key(source, data), *_reading(data)] for source in sources]
     entry = cache / "prepared" / fingerprint([FORMAT, tokenizer.eod_token, digest, tokenizer_path, keys])
 
     def write(directory: Path) -> None:
@@ -109,31 +113,32 @@ class _Indexed:
     """One source as indexed files."""
 
     prefixes: list[str]
-    num_documents: int
-    num_tokens: int
-    num_bytes: int | None
+    counts: UnitCounts
+    is_text: bool = True
+
+
+def _reading(data: DataConfig) -> list[Any]:
+    """How rows are read, as far as it changes what is indexed."""
+    return [data.on_bad_row.value, max_document_bytes(data)]
 
 
 def _tokenizer(
     data: DataConfig, config: TokenizerConfig, sources: list[Source], cache: Path, show_progress: bool
 ) -> str:
     """Path of the user's tokenizer.json, or of one trained on the sources."""
-    from scale_llm.data.tokenizer import Tokenizer, tokenizer_file, train_tokenizer
+    from scale_llm.data.tokenizer import Tokenizer, tokenizer_file
+    from scale_llm.data.tokenizer_files import chat_template, train_directory
 
     if config.path is not None:
         Tokenizer.load(config.path, config.eod_token)  # complains about a missing end-of-document token
         return tokenizer_file(config.path)
-    settings = [FORMAT, TOKENIZER_BYTES, config.vocab_size, config.eod_token]
+    special = [config.eod_token, *config.special_tokens]
+    settings = [FORMAT, TOKENIZER_BYTES, config.vocab_size, special, chat_template(config), _reading(data)]
     keys = [source_key(source, data) for source in sources]
 
     def train(directory: Path) -> None:
         with byte_progress("train tokenizer", tokenizer_sample_bytes(sources), show_progress) as on_bytes:
-            train_tokenizer(
-                tokenizer_sample(sources, data, on_bytes),
-                vocab_size=config.vocab_size,
-                eod_token=config.eod_token,
-                path=directory / "tokenizer.json",
-            )
+            train_directory(tokenizer_sample(sources, data, on_bytes), config, directory)
 
     return str(build_once(cache / "tokenizers" / fingerprint([settings, keys]), train) / "tokenizer.json")
 
@@ -145,29 +150,39 @@ def _index(
         lengths = [sequence_lengths(prefix) for prefix in source.files]
         return _Indexed(
             prefixes=list(source.files),
-            num_documents=sum(len(each) for each in lengths),
-            num_tokens=sum(int(each.sum(dtype="int64")) for each in lengths),
-            num_bytes=None,
+            counts=UnitCounts(
+                num_documents=sum(len(each) for each in lengths),
+                num_tokens=sum(int(each.sum(dtype="int64")) for each in lengths),
+            ),
+            is_text=False,
         )
-    key = [FORMAT, tokenizer_digest, tokenizer.eod, source_key(source, data)]
+    key = [FORMAT, tokenizer_digest, tokenizer.eod, source_key(source, data), *_reading(data)]
     name = f"{_name(source)}_{data.fields.text}_document"
 
-    def build(directory: Path) -> None:
-        from scale_llm.data.indexing import index_documents
+    entry = cache / "tokens" / fingerprint(key)
+    parts = entry.with_name(f"{entry.name}.parts")
 
-        problems = Problems()
+    def build(directory: Path) -> None:
+        from scale_llm.data.indexing import index_files, token_dtype
+
+        settings = IndexSettings(
+            tokenizer=tokenizer.path, eod_token=tokenizer.backend.id_to_token(tokenizer.eod),
+            dtype=token_dtype(tokenizer.vocab_size), embedded=source.kind == "embedded", text_field=data.fields.text,
+            max_document_bytes=max_document_bytes(data), drop_bad_rows=data.on_bad_row is BadRow.drop,
+        )  # fmt: skip
         total = sum(os.path.getsize(file) for file in source.files)
         with byte_progress(f"index {_name(source)}", total, show_progress) as on_bytes:
-            documents = documents_of(source, data, problems, on_bytes)
-            counts = index_documents(documents, tokenizer, str(directory / name))
+            counts = index_files(
+                source.files, settings, str(directory / name), parts, workers=data.index_workers, on_bytes=on_bytes
+            )
         if not counts.num_documents:
-            problems.found.append(f"data.path={source.files[0]}: holds no text; give files with documents in them")
-        problems.raise_any()
+            raise UserError(f"data.path={source.files[0]}: holds no text; give files with documents in them")
         write_json(directory / "counts.json", asdict(counts))
 
-    directory = build_once(cache / "tokens" / fingerprint(key), build)
+    directory = build_once(entry, build)
+    shutil.rmtree(parts, ignore_errors=True)
     counts = json.loads((directory / "counts.json").read_text(encoding="utf-8"))
-    return _Indexed(prefixes=[str(directory / name)], **counts)
+    return _Indexed(prefixes=[str(directory / name)], counts=UnitCounts(**counts))
 
 
 def _name(source: Source) -> str:
@@ -186,7 +201,9 @@ def _check_vocabulary(indexed: list[_Indexed], vocab_size: int) -> None:
 
 
 def _collect(sources: list[Source], indexed: list[_Indexed], tokenizer, path: str) -> PreparedData:
-    num_bytes = [each.num_bytes for each in indexed if each.num_bytes is not None]
+    total = UnitCounts()
+    for each in indexed:
+        total.add(each.counts)
     return PreparedData(
         path=path,
         tokenizer_path=tokenizer.path,
@@ -194,9 +211,10 @@ def _collect(sources: list[Source], indexed: list[_Indexed], tokenizer, path: st
         eod=tokenizer.eod,
         prefixes=[prefix for each in indexed for prefix in each.prefixes],
         weights=_weights(sources, indexed),
-        num_documents=sum(each.num_documents for each in indexed),
-        num_tokens=sum(each.num_tokens for each in indexed),
-        num_bytes=sum(num_bytes) if len(num_bytes) == len(indexed) else None,
+        num_documents=total.num_documents,
+        num_tokens=total.num_tokens,
+        num_bytes=total.num_bytes if all(each.is_text for each in indexed) else None,
+        left_out=total.left_out(),
     )
 
 

@@ -10,9 +10,16 @@ from typing import Any
 from scale_llm.config.errors import UserError
 from scale_llm.data.indexed_check import check_indexed
 
-RAW_EXTENSIONS = (".txt", ".jsonl", ".json", ".parquet", ".txt.gz", ".jsonl.gz", ".json.gz")
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+RAW_EXTENSIONS = (
+    ".parquet",
+    *(kind + compression for kind in (".txt", ".jsonl", ".json") for compression in ("", *COMPRESSIONS)),
+)
 INDEXED_EXTENSIONS = (".bin", ".idx")
-_REMEDY = f"give files that end in {', '.join(RAW_EXTENSIONS)}, or the prefix of a .bin and .idx pair"
+_REMEDY = (
+    "give files that end in .txt, .jsonl or .json (also .gz, .bz2, .xz, .zst) or .parquet, or the prefix of a .bin and "
+    ".idx pair"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -63,6 +70,11 @@ def path_problems(path: Any, vocab_size: int | None = None) -> list[str]:
         return error.problems
     prefixes = [prefix for source in sources if source.kind == "indexed" for prefix in source.files]
     return [problem for prefix in prefixes for problem in check_indexed(prefix, vocab_size)]
+
+
+def uncompressed_name(file: str) -> str:
+    """A file's name without the extension of its compression."""
+    return next((file.removesuffix(end) for end in COMPRESSIONS if file.endswith(end)), file)
 
 
 def _as_weight(entry: Any) -> float | None:
