@@ -80,8 +80,12 @@ class FieldsConfig:
 class DataConfig:
     path: Any = None
     """A file, glob, directory or indexed prefix; or a list of them, with weights before each by choice
-    (`[0.7, a.jsonl, 0.3, b.parquet]`). Text, JSONL, Parquet, or Megatron .bin/.idx. None: the standard
-    library of the running Python."""
+    (`[0.7, a.jsonl, 0.3, b.parquet]`); or sources by name, each a path or {path, weight} or {path, epochs}
+    (`{web: a.jsonl, wiki: {path: b/, epochs: 2}}`). Text, JSONL, Parquet, or Megatron .bin/.idx. Weights are shares of
+    the samples, normalised. None: the standard library of the running Python."""
+    temperature: float = 1.0
+    """T of shares proportional to tokens^(1/T), in place of weights: above 1 small sources are taken more often than
+    they hold. 1: each source as much as it holds."""
     embedded_megabytes: float | None = None
     """How much of the running Python's standard library, when `path` is None; None: all of it."""
     fields: FieldsConfig = field(default_factory=FieldsConfig)

@@ -278,7 +278,7 @@ RULES = (
         "remove it, or set stage.overlong_buffer_tokens",
     ),
     Rule(
-        "data.fields.text data.reset_position_ids data.reset_attention_mask data.eod_mask_loss",
+        "data.fields.text data.temperature data.reset_position_ids data.reset_attention_mask data.eod_mask_loss",
         _documents,
         "is for documents, which stage={cfg.stage.name} does not read",
         "remove it, or choose {stages}",

@@ -2,7 +2,7 @@
 
     cache_dir/tokenizers/<fingerprint>/tokenizer.json            of the sources and the tokenizer settings
     cache_dir/tokens/<fingerprint>/NAME_FIELD_document.{bin,idx} of one source and the tokenizer's content
-    cache_dir/prepared/<fingerprint>/prepared.json               of all of these and the weights
+    cache_dir/prepared/<fingerprint>/prepared.json               of all of these and the mixture
 
 So another weight costs nothing, and another source costs that source alone.
 """
@@ -12,6 +12,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from scale_llm.config.data import DataConfig
 from scale_llm.config.errors import UserError
@@ -19,6 +20,7 @@ from scale_llm.config.tokenizer import TokenizerConfig
 from scale_llm.data.corpus import Problems
 from scale_llm.data.files import build_once, fingerprint, write_json
 from scale_llm.data.indexed_check import check_indexed, sequence_lengths
+from scale_llm.data.mixture import shares
 from scale_llm.data.progress import byte_progress
 from scale_llm.data.source_text import (
     TOKENIZER_BYTES,
@@ -29,7 +31,8 @@ from scale_llm.data.source_text import (
     tokenizer_sample_bytes,
 )
 from scale_llm.data.sources import Source
-from scale_llm.data.splits import SPLITS, splits_too_small
+from scale_llm.data.splits import SPLITS, split_tokens, splits_too_small
+from scale_llm.data.tokenizer_file import file_digest, tokenizer_file
 
 FORMAT = 1
 """Raised when the same input would give other files, so that old cache entries are left alone."""
@@ -77,17 +80,19 @@ def prepare(
     sources = checked_sources(data, tokenizer)
     tokenizer_path = _tokenizer(data, tokenizer, sources, cache, show_progress)
 
-    from scale_llm.data.tokenizer import Tokenizer, file_digest
+    from scale_llm.data.tokenizer import Tokenizer
 
     digest = file_digest(tokenizer_path)
     keys = [[source.weight, source_key(source, data)] for source in sources]
+    mixed = mixture_key(sources, data)
+    keys += [mixed] if mixed else []
     entry = cache / "prepared" / fingerprint([FORMAT, tokenizer.eod_token, digest, tokenizer_path, keys])
 
     def write(directory: Path) -> None:
         loaded = Tokenizer.load(tokenizer_path, tokenizer.eod_token)
         indexed = [_index(source, data, loaded, digest, cache, show_progress) for source in sources]
         _check_vocabulary(indexed, loaded.vocab_size)
-        prepared = _collect(sources, indexed, loaded, str(entry / "prepared.json"))
+        prepared = _collect(sources, indexed, data, loaded, str(entry / "prepared.json"))
         write_json(directory / "prepared.json", asdict(prepared))
 
     prepared = load_prepared(build_once(entry, write))
@@ -118,13 +123,12 @@ def _tokenizer(
     data: DataConfig, config: TokenizerConfig, sources: list[Source], cache: Path, show_progress: bool
 ) -> str:
     """Path of the user's tokenizer.json, or of one trained on the sources."""
-    from scale_llm.data.tokenizer import Tokenizer, tokenizer_file, train_tokenizer
+    from scale_llm.data.tokenizer import Tokenizer, train_tokenizer
 
     if config.path is not None:
         Tokenizer.load(config.path, config.eod_token)  # complains about a missing end-of-document token
         return tokenizer_file(config.path)
-    settings = [FORMAT, TOKENIZER_BYTES, config.vocab_size, config.eod_token]
-    keys = [source_key(source, data) for source in sources]
+    entry = tokenizer_entry(sources, data, config, cache)
 
     def train(directory: Path) -> None:
         with byte_progress("train tokenizer", tokenizer_sample_bytes(sources), show_progress) as on_bytes:
@@ -135,7 +139,20 @@ def _tokenizer(
                 path=directory / "tokenizer.json",
             )
 
-    return str(build_once(cache / "tokenizers" / fingerprint([settings, keys]), train) / "tokenizer.json")
+    return str(build_once(entry, train) / "tokenizer.json")
+
+
+def tokenizer_entry(sources: list[Source], data: DataConfig, config: TokenizerConfig, cache: Path) -> Path:
+    """Directory of the tokenizer that is trained on these sources."""
+    settings = [FORMAT, TOKENIZER_BYTES, config.vocab_size, config.eod_token]
+    keys = [source_key(source, data) for source in sources]
+    return cache / "tokenizers" / fingerprint([settings, keys])
+
+
+def tokens_entry(source: Source, data: DataConfig, tokenizer_digest: str, eod: int, cache: Path) -> tuple[Path, str]:
+    """(directory, name without extension) of the tokens of a source of text."""
+    key = [FORMAT, tokenizer_digest, eod, source_key(source, data)]
+    return cache / "tokens" / fingerprint(key), f"{_name(source)}_{data.fields.text}_document"
 
 
 def _index(
@@ -149,8 +166,7 @@ def _index(
             num_tokens=sum(int(each.sum(dtype="int64")) for each in lengths),
             num_bytes=None,
         )
-    key = [FORMAT, tokenizer_digest, tokenizer.eod, source_key(source, data)]
-    name = f"{_name(source)}_{data.fields.text}_document"
+    entry, name = tokens_entry(source, data, tokenizer_digest, tokenizer.eod, cache)
 
     def build(directory: Path) -> None:
         from scale_llm.data.indexing import index_documents
@@ -165,7 +181,7 @@ def _index(
         problems.raise_any()
         write_json(directory / "counts.json", asdict(counts))
 
-    directory = build_once(cache / "tokens" / fingerprint(key), build)
+    directory = build_once(entry, build)
     counts = json.loads((directory / "counts.json").read_text(encoding="utf-8"))
     return _Indexed(prefixes=[str(directory / name)], **counts)
 
@@ -185,7 +201,7 @@ def _check_vocabulary(indexed: list[_Indexed], vocab_size: int) -> None:
         raise UserError(problems)
 
 
-def _collect(sources: list[Source], indexed: list[_Indexed], tokenizer, path: str) -> PreparedData:
+def _collect(sources: list[Source], indexed: list[_Indexed], data: DataConfig, tokenizer, path: str) -> PreparedData:
     num_bytes = [each.num_bytes for each in indexed if each.num_bytes is not None]
     return PreparedData(
         path=path,
@@ -193,20 +209,28 @@ def _collect(sources: list[Source], indexed: list[_Indexed], tokenizer, path: st
         vocab_size=tokenizer.vocab_size,
         eod=tokenizer.eod,
         prefixes=[prefix for each in indexed for prefix in each.prefixes],
-        weights=_weights(sources, indexed),
+        weights=_weights(sources, indexed, data),
         num_documents=sum(each.num_documents for each in indexed),
         num_tokens=sum(each.num_tokens for each in indexed),
         num_bytes=sum(num_bytes) if len(num_bytes) == len(indexed) else None,
     )
 
 
-def _weights(sources: list[Source], indexed: list[_Indexed]) -> list[float] | None:
+def _weights(sources: list[Source], indexed: list[_Indexed], data: DataConfig) -> list[float] | None:
     """Weights of the prefixes; a source of several shares its weight by their tokens."""
-    given = [source.weight for source in sources if source.weight is not None]
-    if not given:
+    held = [sum(split_tokens(prefix, data.split, "train") for prefix in each.prefixes) for each in indexed]
+    given = shares(sources, held, data.temperature)
+    if given is None:
         return None
     weights: list[float] = []
-    for weight, each in zip(given, indexed, strict=True):
+    for share, each in zip(given, indexed, strict=True):
         tokens = [int(sequence_lengths(prefix).sum(dtype="int64")) for prefix in each.prefixes]
-        weights += [weight / sum(given) * count / sum(tokens) for count in tokens]
+        weights += [share * count / sum(tokens) for count in tokens]
     return weights
+
+
+def mixture_key(sources: list[Source], data: DataConfig) -> list[Any]:
+    """What the shares of sources depend on beside their content and weights; empty where nothing is said of it."""
+    epochs = [source.epochs for source in sources]
+    said = data.temperature != 1 or any(each is not None for each in epochs)
+    return ["mixture", epochs, data.temperature, data.split] if said else []

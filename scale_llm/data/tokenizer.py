@@ -1,6 +1,5 @@
 """Text to tokens: a byte-level BPE trained here, or a tokenizer.json of the user's own."""
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -9,6 +8,7 @@ from pathlib import Path
 import tokenizers
 
 from scale_llm.config.errors import UserError
+from scale_llm.data.tokenizer_file import file_digest, tokenizer_file
 
 SMALLEST_VOCABULARY = 257
 """256 bytes and the end-of-document token."""
@@ -139,19 +139,6 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, eod_token: str, pa
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     backend.save(str(temporary))
     os.replace(temporary, path)
-
-
-def tokenizer_file(path: str) -> str:
-    """Absolute path of the tokenizer.json that `tokenizer.path` names."""
-    full = os.path.abspath(os.path.expanduser(path))
-    file = os.path.join(full, "tokenizer.json") if os.path.isdir(full) else full
-    if not os.path.isfile(file):
-        raise UserError(f"tokenizer.path={path}: no such file ({file}); give a tokenizer.json or a directory with one")
-    return file
-
-
-def file_digest(path: str) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def _no_eod(backend: tokenizers.Tokenizer, path: str, eod_token: str) -> str:

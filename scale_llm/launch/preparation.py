@@ -3,6 +3,7 @@
 from scale_llm.config.errors import UserError
 from scale_llm.config.run import RunConfig
 from scale_llm.config.stage import EvaluateConfig, SftConfig
+from scale_llm.launch.mixture_table import print_mixture
 
 
 def prepare_data(cfg: RunConfig) -> None:
@@ -33,6 +34,7 @@ def prepare_data(cfg: RunConfig) -> None:
         )
     if problems:
         raise UserError(problems)
+    print_mixture(cfg)
 
 
 def packing_lines(cfg: RunConfig, prepared) -> list[str]:

@@ -26,8 +26,8 @@ TRAINING_KEYS = ("data.split='1,1,1'", "data.embedded_megabytes=2.0", "data.num_
                  "train.global_batch_size=64", "train.recompute_granularity=full", "optim.lr=0.1",
                  "optim.clip_grad=2.0", "optim.lr_decay_style=linear", "checkpoint.save_interval=5",
                  "logging.log_params_norm=true")  # fmt: skip
-DOCUMENT_KEYS = ("data.fields.text=body", "data.reset_position_ids=true", "data.reset_attention_mask=true",
-                 "data.eod_mask_loss=true")  # fmt: skip
+DOCUMENT_KEYS = ("data.fields.text=body", "data.temperature=2.0", "data.reset_position_ids=true",
+                 "data.reset_attention_mask=true", "data.eod_mask_loss=true")  # fmt: skip
 LOW_RANK_KEYS = ("peft.rank=8", "peft.alpha=1.0", "peft.use_rslora=true", "peft.dropout=0.1",
                  "peft.target_modules=[linear_qkv]", "peft.quantize_base=nf4")  # fmt: skip
 PROMPT_KEYS = ("peft.num_virtual_tokens=5", "peft.prompt_init_text=hello")
