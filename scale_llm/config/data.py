@@ -24,6 +24,12 @@ class TooLong(Enum):
     fail = "fail"
 
 
+class LoaderKind(Enum):
+    torch = "torch"
+    dali = "dali"
+    auto = "auto"
+
+
 @dataclass(kw_only=True, slots=True)
 class FieldsConfig:
     """Names of the fields of JSONL and Parquet rows."""
@@ -99,6 +105,9 @@ class DataConfig:
     """No attention across an end of document."""
     eod_mask_loss: bool = False
     """No loss where the input is the end-of-document token, as what follows is another document."""
+    loader: LoaderKind = LoaderKind.auto
+    """Who makes training batches of documents: torch; NVIDIA DALI, which copies the next ones to the GPU while this one
+    is used; auto: DALI where it is installed and there is a GPU. The batches are the same."""
     num_workers: int = 0
     """Threads that make micro-batches ahead; 0: each is made when it is asked for."""
     format: ChatFormat = ChatFormat.auto

@@ -326,6 +326,12 @@ RULES = (
         "remove it, or set health.straggler_interval",
     ),
     Rule(
+        "data.loader",
+        lambda cfg: isinstance(cfg.stage, PretrainConfig),
+        "is for training on documents, which stage={cfg.stage.name} does not",
+        "remove it, or choose {stages}",
+    ),
+    Rule(
         "data.num_workers",
         lambda cfg: _not_of_rows(cfg) and not _policy(cfg),
         "stage={cfg.stage.name} reads its rows once, at the start",

@@ -40,7 +40,8 @@ UNREAD = {
         f"stage={stage}": (*COMPARISON_KEYS, *DOCUMENT_KEYS, *TRAINING_KEYS, "train.train_epochs=1.0", *more)
         for stage, more in {"score": (), "generate": ("data.fields.weight=w", "data.fields.output=o")}.items()
     },
-    "stage=sft": (*COMPARISON_KEYS, *DOCUMENT_KEYS, *REWARD_KEYS, BUDGET),
+    "stage=evaluate data.split='1,1'": ("data.loader=torch",),
+    "stage=sft": ("data.loader=torch", *COMPARISON_KEYS, *DOCUMENT_KEYS, *REWARD_KEYS, BUDGET),
     "stage=grpo": (
         *DOCUMENT_KEYS,
         *COMPARISON_KEYS[:2],
