@@ -105,6 +105,15 @@ class DataConfig:
     """No attention across an end of document."""
     eod_mask_loss: bool = False
     """No loss where the input is the end-of-document token, as what follows is another document."""
+    fim_rate: float = 0.0
+    """Share of the training documents whose middle is to be filled in: cut in three and put in another order, see
+    data/fim.py."""
+    fim_spm_rate: float = 0.5
+    """Share of these that are in the order suffix, prefix, middle; the others are prefix, suffix, middle."""
+    fim_prefix_token: str = "<fim_prefix>"
+    """Marks the three parts; the tokenizer must have it."""
+    fim_middle_token: str = "<fim_middle>"
+    fim_suffix_token: str = "<fim_suffix>"
     loader: LoaderKind = LoaderKind.auto
     """Who makes training batches of documents: torch; NVIDIA DALI, which copies the next ones to the GPU while this one
     is used; auto: DALI where it is installed and there is a GPU. The batches are the same."""

@@ -326,7 +326,13 @@ RULES = (
         "remove it, or set health.straggler_interval",
     ),
     Rule(
-        "data.loader",
+        "data.fim_spm_rate data.fim_prefix_token data.fim_middle_token data.fim_suffix_token",
+        lambda cfg: cfg.data.fim_rate > 0,
+        "data.fim_rate=0 puts no document in another order",
+        "remove it, or set data.fim_rate",
+    ),
+    Rule(
+        "data.loader data.fim_rate",
         lambda cfg: isinstance(cfg.stage, PretrainConfig),
         "is for training on documents, which stage={cfg.stage.name} does not",
         "remove it, or choose {stages}",

@@ -66,6 +66,7 @@ def value_problems(cfg: RunConfig) -> list[str]:
         *optim_problems(cfg.optim),
         *split_problems(cfg.data),
         *loader_problems(cfg.data),
+        *fim_rate_problems(cfg.data),
         *retention_problems(cfg.checkpoint),
         *local_copy_problems(cfg.checkpoint, cfg.cluster.nnodes),
         *health_problems(cfg),
@@ -102,6 +103,16 @@ def _shares(cfg: RunConfig) -> list[str]:
             limits = "above 0 and at most 1" if with_one else "at least 0 and below 1"
             found.append(f"{key}={value}: is a share; give a number {limits}")
     return found
+
+
+def fim_rate_problems(data: DataConfig) -> list[str]:
+    """Shares of documents that are none."""
+    values = {"data.fim_rate": data.fim_rate, "data.fim_spm_rate": data.fim_spm_rate}
+    return [
+        f"{key}={value:g}: is a share of documents; give a number from 0 to 1"
+        for key, value in values.items()
+        if not 0 <= value <= 1
+    ]
 
 
 def loader_problems(data: DataConfig) -> list[str]:

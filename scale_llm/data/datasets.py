@@ -22,6 +22,7 @@ import torch
 from scale_llm.config.data import DataConfig
 from scale_llm.config.errors import UserError
 from scale_llm.data.batches import Batch, BatchMaker
+from scale_llm.data.fim import FillInTheMiddle
 from scale_llm.data.megatron import BlendedDataset, GPTDatasetConfig
 from scale_llm.data.prepare import PreparedData, check_splits
 from scale_llm.data.source_stream import SourceStream, build_mapped
@@ -54,8 +55,10 @@ class SampleStream(torch.utils.data.Dataset):
         weights: list[float] | None,
         num_samples: int | None,
         config: GPTDatasetConfig,
+        fim: FillInTheMiddle | None = None,
     ):
         self.streams = streams
+        self._fim = fim
         self._places = config.sequence_length + 1
         self.batch_of = BatchMaker(
             eod=config.tokenizer.eod,
@@ -101,6 +104,8 @@ class SampleStream(torch.utils.data.Dataset):
         for index, row in enumerate(out, start):
             stream, within = self._find(index)
             stream.read(within, row)
+            if self._fim is not None:
+                self._fim(row, index)
         return out
 
     def _find(self, index: int) -> tuple[SourceStream, int]:
@@ -149,4 +154,7 @@ def build_dataset(
     # Only an unweighted source may be empty in a split; check_splits refuses a weighted one.
     prefixes = [p for p in prepared.prefixes if epoch_samples(split_tokens(p, data.split, split), seq_length)]
     streams = [SourceStream(prefix, split, config) for prefix in prefixes]
-    return SampleStream(streams, prepared.weights, num_samples, config)
+    fim = None
+    if split == "train" and data.fim_rate > 0:
+        fim = FillInTheMiddle(data, prepared.tokenizer_path, eod=prepared.eod, seed=seed)
+    return SampleStream(streams, prepared.weights, num_samples, config, fim)

@@ -5,7 +5,9 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import Any
 
+from scale_llm.config.data import DataConfig
 from scale_llm.config.errors import UserError
 
 
@@ -25,7 +27,7 @@ def file_digest(path: str) -> str:
 def token_id(tokenizer_json: str, token: str) -> int | None:
     """The number of a token in a tokenizer.json; None where it has none. Reads the file alone: building the tokenizer
     takes a second for large vocabularies."""
-    values = json.loads(Path(tokenizer_json).read_text(encoding="utf-8"))
+    values = _read(tokenizer_json)
     for added in values.get("added_tokens", []):
         if added["content"] == token:
             return int(added["id"])
@@ -34,3 +36,26 @@ def token_id(tokenizer_json: str, token: str) -> int | None:
         return next((number for number, (text, _) in enumerate(vocabulary) if text == token), None)
     found = vocabulary.get(token)
     return None if found is None else int(found)
+
+
+def _read(tokenizer_json: str) -> dict[str, Any]:
+    return json.loads(Path(tokenizer_json).read_text(encoding="utf-8"))
+
+
+def fim_problems(data: DataConfig, tokenizer_path: str | None) -> list[str]:
+    """Tokens of `data.fim_*` that a tokenizer has not. tokenizer_path: None for one that is trained here."""
+    if data.fim_rate <= 0:
+        return []
+    if tokenizer_path is None:
+        return [
+            f"data.fim_rate={data.fim_rate:g}: a tokenizer trained here has no tokens that mark prefix, middle and "
+            "suffix; set tokenizer.path to one that has, or data.fim_rate=0"
+        ]
+    file = tokenizer_file(tokenizer_path)
+    keys = ("fim_prefix_token", "fim_middle_token", "fim_suffix_token")
+    missing = {key: getattr(data, key) for key in keys if token_id(file, getattr(data, key)) is None}
+    added = [token["content"] for token in _read(file).get("added_tokens", [])]
+    near = [token for token in added if any(part in token.lower() for part in ("fim", "prefix", "middle", "suffix"))]
+    remedy = f"name one of {', '.join(near[:12])}" if near else "add it to the tokenizer, or set data.fim_rate=0"
+    where = f"not in the vocabulary of {tokenizer_path}"
+    return [f"data.{key}={token}: {where}; {remedy}" for key, token in missing.items()]

@@ -3,6 +3,7 @@
 from scale_llm.config.errors import UserError
 from scale_llm.config.run import RunConfig
 from scale_llm.config.stage import EvaluateConfig, SftConfig
+from scale_llm.data.tokenizer_file import fim_problems
 from scale_llm.launch.mixture_table import print_mixture
 
 
@@ -27,6 +28,7 @@ def prepare_data(cfg: RunConfig) -> None:
         print("\n".join(preference_lines(prepared.report)), flush=True)
     else:
         problems = check_splits(prepared, cfg.data, seq_length=cfg.model.seq_length, splits=splits_used(cfg))
+        problems += fim_problems(cfg.data, prepared.tokenizer_path)
     if cfg.model.vocab_size is not None and prepared.vocab_size > cfg.model.vocab_size:
         problems.append(
             f"model.vocab_size={cfg.model.vocab_size}: smaller than the {prepared.vocab_size} tokens of "

@@ -76,6 +76,13 @@ def problems(plan: Planned) -> list[str]:
         from scale_llm.data.sources import path_problems
 
         found.extend(path_problems(plan.cfg.data.path, temperature=plan.cfg.data.temperature))
+    if plan.cfg.data.fim_rate > 0:
+        from scale_llm.data.tokenizer_file import fim_problems
+
+        try:
+            found.extend(fim_problems(plan.cfg.data, plan.cfg.tokenizer.path))
+        except UserError as error:  # no such file
+            found.extend(error.problems)
     return found
 
 

@@ -40,8 +40,9 @@ UNREAD = {
         f"stage={stage}": (*COMPARISON_KEYS, *DOCUMENT_KEYS, *TRAINING_KEYS, "train.train_epochs=1.0", *more)
         for stage, more in {"score": (), "generate": ("data.fields.weight=w", "data.fields.output=o")}.items()
     },
-    "stage=evaluate data.split='1,1'": ("data.loader=torch",),
-    "stage=sft": ("data.loader=torch", *COMPARISON_KEYS, *DOCUMENT_KEYS, *REWARD_KEYS, BUDGET),
+    "stage=evaluate data.eod_mask_loss=true": ("data.loader=torch", "data.fim_rate=0.5"),
+    "stage=pretrain data.fim_rate=0": ("data.fim_spm_rate=0.1", "data.fim_middle_token=m"),
+    "stage=sft": ("data.loader=torch", "data.fim_rate=0.5", *COMPARISON_KEYS, *DOCUMENT_KEYS, *REWARD_KEYS, BUDGET),
     "stage=grpo": (
         *DOCUMENT_KEYS,
         *COMPARISON_KEYS[:2],
@@ -91,6 +92,7 @@ READ = {
     **{f"stage={stage} stage.batching=token_budget": (BUDGET,) for stage in SEQUENCES},
     **{f"peft={method}": LOW_RANK_KEYS for method in ("lora", "dora")},
     "peft=prompt_tuning": PROMPT_KEYS,
+    "stage=pretrain data.fim_rate=0.5": ("data.fim_spm_rate=0.1", "data.fim_suffix_token=s", "data.loader=torch"),
 }
 
 

@@ -1,5 +1,6 @@
 """Data on its way to the ranks. curation: documents per second of one core, against a script of datatrove's blocks that
-takes the same steps."""
+takes the same steps. loading: tokens per second made ready for a step, against megatron-core's GPTDataset under a torch
+DataLoader."""
 
 import argparse
 import importlib.util
@@ -8,6 +9,7 @@ from pathlib import Path
 
 from benchmarks.alternate import Contestant, alternate
 from benchmarks.data_contestants import write_documents
+from benchmarks.data_loading import loading
 from benchmarks.rows import Row, faster
 
 HELP = "documents per second of curation, against a plain datatrove script of the same steps"
@@ -16,18 +18,21 @@ EXAMPLES = """examples:
   python tools/benchmark.py data --out data.json --source c4_web.jsonl --documents 5000 --rounds 7
 """
 SOURCE = Path(__file__).resolve().parents[3] / "shared" / "data" / "c4_web.jsonl"
-PARTS = ("curation",)
+PARTS = ("curation", "loading")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure (default: all)")
     parser.add_argument("--source", type=Path, default=SOURCE, help="web documents as JSONL, field text")
     parser.add_argument("--documents", type=int, default=2000, help="documents of a round (default: 2000)")
+    parser.add_argument(
+        "--million-tokens", type=int, default=100, help="tokens of the made corpus of loading (default: 100)"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="rounds of the alternation (default: 5; medians of them)")
 
 
 def run(arguments: argparse.Namespace) -> list[Row]:
-    parts = {"curation": _curation}
+    parts = {"curation": _curation, "loading": loading}
     return [row for part in arguments.parts for row in parts[part](arguments)]
 
 
