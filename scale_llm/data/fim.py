@@ -68,10 +68,10 @@ class FillInTheMiddle:
         if HALF in text:
             return numpy.split(tokens, _two_places(draw, len(tokens)))
         first, last = _two_places(draw, len(text))
-        return [self._encode(part) for part in (text[:first], text[first:last], text[last:])]
-
-    def _encode(self, text: str) -> numpy.ndarray:
-        return numpy.array(self._tokenizer.encode(text, add_special_tokens=False).ids, dtype=numpy.int64)
+        # "fast": without the places of tokens in the text, which took a third of the time
+        texts = [text[:first], text[first:last], text[last:]]
+        parts = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [numpy.array(part.ids, dtype=numpy.int64) for part in parts]
 
 
 def _two_places(draw: numpy.random.RandomState, size: int) -> list[int]:

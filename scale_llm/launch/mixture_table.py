@@ -2,6 +2,7 @@
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from scale_llm.config.parameters import count_parameters
 from scale_llm.config.plan import make_batches, make_layout
@@ -20,7 +21,7 @@ def print_mixture(cfg: RunConfig) -> None:
     sources, tokens, estimated = zip(*tokens_at_hand(cfg.data, cfg.tokenizer), strict=True)
     parts = parts_of_run(sources, tokens, estimated, cfg.data.temperature, run_tokens)
     parameters = count_parameters(cfg.model, layout.tp).active
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     console.print(_table(parts))
     for name, text in amounts(parameters, parts, run_tokens):
         console.print(f"{name}: {text}")
@@ -40,5 +41,5 @@ def _table(parts: list[Part]) -> Table:
         about = "~" if part.estimated else ""
         tokens = f"{about}{short(part.tokens)}" if part.estimated else f"{part.tokens:,}"
         epochs = "" if part.epochs is None else f"{about}{part.epochs:.3g}"
-        table.add_row(part.name, part.given, tokens, f"{part.share:.1%}", epochs)
+        table.add_row(Text(part.name), part.given, tokens, f"{part.share:.1%}", epochs)
     return table

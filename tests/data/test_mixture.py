@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy
 import pytest
+from support.configs import config_of
 
 from scale_llm.config.data import DataConfig
 from scale_llm.config.tokenizer import TokenizerConfig
@@ -17,6 +18,7 @@ from scale_llm.data.sources import Source
 from scale_llm.data.splits import split_tokens
 from scale_llm.data.tokenizer import Tokenizer
 from scale_llm.data.tokenizer_file import token_id
+from scale_llm.launch.mixture_table import print_mixture
 
 SEQ = 16
 
@@ -114,6 +116,13 @@ def test_temperature_and_seed_alone_decide(parts: dict[str, str], embedded: Prep
     assert plain.weights is None and plain.prefixes == warm.prefixes == hot.prefixes
     assert plain.num_tokens and hot.weights == pytest.approx([0.5, 0.5], abs=1e-5)
     assert 0.5 < warm.weights[0] < 0.8 and sum(warm.weights) == pytest.approx(1)
+
+
+def test_a_glob_is_shown_as_it_is(capsys: pytest.CaptureFixture[str], parts: dict[str, str], tmp_path: Path):
+    """Brackets are markup to the library that draws the table."""
+    pattern = parts["large"].replace("large", "[l]arge")
+    print_mixture(config_of(f"data.path='{pattern}'", f"data.cache_dir={tmp_path}", "train.train_iters=1"))
+    assert "[l]arge.jsonl" in capsys.readouterr().out
 
 
 def test_check_prints_the_mixture_without_torch(parts: dict[str, str], tmp_path: Path):

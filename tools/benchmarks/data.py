@@ -12,7 +12,7 @@ from benchmarks.data_contestants import write_documents
 from benchmarks.data_loading import loading
 from benchmarks.rows import Row, faster
 
-HELP = "documents per second of curation, against a plain datatrove script of the same steps"
+HELP = "curation against a plain datatrove script of the same steps; loading against GPTDataset in a DataLoader"
 EXAMPLES = """examples:
   python tools/benchmark.py data --out data.json
   python tools/benchmark.py data --out data.json --source c4_web.jsonl --documents 5000 --rounds 7
