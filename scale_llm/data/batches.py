@@ -28,25 +28,23 @@ class BatchMaker:
         tokens, labels = (torch.empty_like(rows[:, 1:], memory_format=torch.contiguous_format) for _ in range(2))
         tokens.copy_(rows[:, :-1])
         labels.copy_(rows[:, 1:])
-        starts = self._starts(tokens)
         batch = {"tokens": tokens, "labels": labels}
         if self.reset_attention_mask:
-            document = starts.cumsum(1)
+            document = self._starts(tokens).cumsum(1)
             other = document[:, :, None] != document[:, None, :]
             later = torch.ones(tokens.size(1), tokens.size(1), dtype=torch.bool, device=rows.device).triu(1)
             batch["attention_mask"] = (other | later)[:, None]
         batch["loss_mask"] = (tokens != self.eod).float() if self.eod_mask_loss else self._constant("ones", tokens)
         places = self._constant("places", tokens)
         if self.reset_position_ids:
-            places = places - (places * starts).cummax(1).values
+            places = places - (places * self._starts(tokens)).cummax(1).values
         batch["position_ids"] = places
         return batch
 
     def _starts(self, tokens: torch.Tensor) -> torch.Tensor:
         """int64 [b, s]: 1 where a document begins after another in the row, else 0."""
         starts = torch.zeros_like(tokens)
-        if self.reset_position_ids or self.reset_attention_mask:
-            starts[:, 1:] = tokens[:, :-1] == self.eod
+        starts[:, 1:] = tokens[:, :-1] == self.eod
         return starts
 
     def _constant(self, name: str, tokens: torch.Tensor) -> torch.Tensor:

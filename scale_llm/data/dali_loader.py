@@ -39,6 +39,7 @@ class DaliLoader(Loader):
         self._device = torch.device("cpu") if device is None else device
         self._rows = Ahead(self._read, stride=self.stride, end=self._end, num_workers=num_workers)
         self._fed = self._due = -1  # samples at which the next batch begins: that is fed to DALI, that is asked for
+        self._copied: torch.cuda.Event | None = None  # the last batch has left DALI's memory
         self._pipeline: Any = None
 
     def close(self) -> None:
@@ -56,6 +57,8 @@ class DaliLoader(Loader):
         if self._pipeline is None:
             self._pipeline = self._build()
         for _ in range(DEPTH + 2):  # those of before a jump are at most so many
+            if self._copied is not None:
+                self._copied.synchronize()  # DALI is about to use its memory again
             rows, position = self._pipeline.run()
             if int(numpy.asarray(position.as_tensor())[0, 0]) == start:
                 self._due = start + self.stride
@@ -67,7 +70,11 @@ class DaliLoader(Loader):
         from nvidia.dali.plugin.pytorch import feed_ndarray
 
         out = torch.empty(rows.shape(), dtype=torch.int64, device=self._device)
-        feed_ndarray(rows, out)
+        if self._device.type != "cuda":
+            return feed_ndarray(rows, out)
+        stream = torch.cuda.current_stream(self._device)  # on another one it could overtake the last user of `out`
+        feed_ndarray(rows, out, cuda_stream=stream)
+        self._copied = stream.record_event()
         return out
 
     def _feed(self) -> tuple[numpy.ndarray, numpy.ndarray]:

@@ -43,7 +43,7 @@ class SourceStream:
         self.unique_identifiers = {"prefix": prefix, "content": content, "documents": [begin, end]}
         index = self.tokens.index
         # Not by IndexedDataset.get, whose share of the time of a row of many documents was two thirds
-        self._flat = numpy.memmap(prefix + ".bin", dtype=index.dtype, mode="r")
+        self._flat = numpy.asarray(numpy.memmap(prefix + ".bin", dtype=index.dtype, mode="r"))  # plain: slices faster
         self._begins = index.sequence_pointers[begin:end] // numpy.dtype(index.dtype).itemsize
         self._lengths = self.tokens.sequence_lengths[begin:end]
         self._first = begin
