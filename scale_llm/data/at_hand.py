@@ -10,7 +10,7 @@ from scale_llm.data.prepare import tokenizer_entry, tokens_entry
 from scale_llm.data.source_text import with_embedded_files
 from scale_llm.data.sources import Source, parse_path
 from scale_llm.data.splits import split_tokens
-from scale_llm.data.tokenizer_file import file_digest, token_id, tokenizer_file
+from scale_llm.data.tokenizer_json import file_digest, token_id, tokenizer_file
 
 BYTES_PER_TOKEN = 4.0
 """A guess: of English under a vocabulary of 32 thousand tokens or more."""

@@ -36,7 +36,7 @@ class FillInTheMiddle:
         self._tokenizer.encode_special_tokens = True  # special tokens spelt out in a text are text
         names = (data.fim_prefix_token, data.fim_middle_token, data.fim_suffix_token)
         found = [self._tokenizer.token_to_id(name) for name in names]
-        assert all(token is not None for token in found), "checked before ranks start: tokenizer_file.fim_problems"
+        assert all(token is not None for token in found), "checked before ranks start: tokenizer_json.fim_problems"
         self._prefix, self._middle, self._suffix = found
         self.by_characters = tokens_join(self._tokenizer)
 

@@ -32,7 +32,7 @@ from scale_llm.data.source_text import (
 )
 from scale_llm.data.sources import Source
 from scale_llm.data.splits import SPLITS, split_tokens, splits_too_small
-from scale_llm.data.tokenizer_file import file_digest, tokenizer_file
+from scale_llm.data.tokenizer_json import file_digest, tokenizer_file
 
 FORMAT = 1
 """Raised when the same input would give other files, so that old cache entries are left alone."""

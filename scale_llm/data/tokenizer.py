@@ -8,7 +8,7 @@ from pathlib import Path
 import tokenizers
 
 from scale_llm.config.errors import UserError
-from scale_llm.data.tokenizer_file import file_digest, tokenizer_file
+from scale_llm.data.tokenizer_json import file_digest, tokenizer_file
 
 SMALLEST_VOCABULARY = 257
 """256 bytes and the end-of-document token."""

@@ -3,7 +3,7 @@
 from scale_llm.config.errors import UserError
 from scale_llm.config.run import RunConfig
 from scale_llm.config.stage import EvaluateConfig, SftConfig
-from scale_llm.data.tokenizer_file import fim_problems
+from scale_llm.data.tokenizer_json import fim_problems
 from scale_llm.launch.mixture_table import print_mixture
 
 

@@ -77,7 +77,7 @@ def problems(plan: Planned) -> list[str]:
 
         found.extend(path_problems(plan.cfg.data.path, temperature=plan.cfg.data.temperature))
     if plan.cfg.data.fim_rate > 0:
-        from scale_llm.data.tokenizer_file import fim_problems
+        from scale_llm.data.tokenizer_json import fim_problems
 
         try:
             found.extend(fim_problems(plan.cfg.data, plan.cfg.tokenizer.path))

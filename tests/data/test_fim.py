@@ -17,7 +17,7 @@ from scale_llm.data.datasets import SampleStream, build_dataset
 from scale_llm.data.fim import FillInTheMiddle, tokens_join
 from scale_llm.data.loader_choice import build_loader, dali_is_installed
 from scale_llm.data.prepare import PreparedData, prepare
-from scale_llm.data.tokenizer_file import fim_problems
+from scale_llm.data.tokenizer_json import fim_problems
 
 SEQ = 255
 MARKS = ["<fim_prefix>", "<fim_middle>", "<fim_suffix>"]

@@ -17,7 +17,7 @@ from scale_llm.data.prepare import PreparedData, prepare
 from scale_llm.data.sources import Source
 from scale_llm.data.splits import split_tokens
 from scale_llm.data.tokenizer import Tokenizer
-from scale_llm.data.tokenizer_file import token_id
+from scale_llm.data.tokenizer_json import token_id
 from scale_llm.launch.mixture_table import print_mixture
 
 SEQ = 16

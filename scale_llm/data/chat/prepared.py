@@ -89,7 +89,7 @@ def load_prepared(kind: type[Prepared], path: str | Path) -> Prepared:
 
 def _input_facts(data: DataConfig, files: list[str], template: "ChatTemplate") -> list[Any]:
     """All that the tokens of conversations depend on, but what a stage asks for: for a fingerprint."""
-    from scale_llm.data.tokenizer_file import file_digest
+    from scale_llm.data.tokenizer_json import file_digest
 
     loaded = template.tokenizer
     contents = [[stamp(file) for file in files], loaded.path, file_digest(loaded.path), loaded.eod, template.digest]
