@@ -17,13 +17,13 @@ from typing import Any
 from scale_llm.config.data import DataConfig
 from scale_llm.config.errors import UserError
 from scale_llm.config.tokenizer import TokenizerConfig
+from scale_llm.data.cache_entries import FORMAT, source_name, tokenizer_entry, tokens_entry
 from scale_llm.data.corpus import Problems
 from scale_llm.data.files import build_once, fingerprint, write_json
 from scale_llm.data.indexed_check import check_indexed, sequence_lengths
 from scale_llm.data.mixture import shares
 from scale_llm.data.progress import byte_progress
 from scale_llm.data.source_text import (
-    TOKENIZER_BYTES,
     checked_sources,
     documents_of,
     source_key,
@@ -33,9 +33,6 @@ from scale_llm.data.source_text import (
 from scale_llm.data.sources import Source
 from scale_llm.data.splits import SPLITS, split_tokens, splits_too_small
 from scale_llm.data.tokenizer_json import file_digest, tokenizer_file
-
-FORMAT = 1
-"""Raised when the same input would give other files, so that old cache entries are left alone."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,19 +139,6 @@ def _tokenizer(
     return str(build_once(entry, train) / "tokenizer.json")
 
 
-def tokenizer_entry(sources: list[Source], data: DataConfig, config: TokenizerConfig, cache: Path) -> Path:
-    """Directory of the tokenizer that is trained on these sources."""
-    settings = [FORMAT, TOKENIZER_BYTES, config.vocab_size, config.eod_token]
-    keys = [source_key(source, data) for source in sources]
-    return cache / "tokenizers" / fingerprint([settings, keys])
-
-
-def tokens_entry(source: Source, data: DataConfig, tokenizer_digest: str, eod: int, cache: Path) -> tuple[Path, str]:
-    """(directory, name without extension) of the tokens of a source of text."""
-    key = [FORMAT, tokenizer_digest, eod, source_key(source, data)]
-    return cache / "tokens" / fingerprint(key), f"{_name(source)}_{data.fields.text}_document"
-
-
 def _index(
     source: Source, data: DataConfig, tokenizer, tokenizer_digest: str, cache: Path, show_progress: bool
 ) -> _Indexed:
@@ -173,7 +157,7 @@ def _index(
 
         problems = Problems()
         total = sum(os.path.getsize(file) for file in source.files)
-        with byte_progress(f"index {_name(source)}", total, show_progress) as on_bytes:
+        with byte_progress(f"index {source_name(source)}", total, show_progress) as on_bytes:
             documents = documents_of(source, data, problems, on_bytes)
             counts = index_documents(documents, tokenizer, str(directory / name))
         if not counts.num_documents:
@@ -184,14 +168,6 @@ def _index(
     directory = build_once(entry, build)
     counts = json.loads((directory / "counts.json").read_text(encoding="utf-8"))
     return _Indexed(prefixes=[str(directory / name)], **counts)
-
-
-def _name(source: Source) -> str:
-    """Readable start of an indexed file's name."""
-    if source.kind == "embedded":
-        return "stdlib"
-    first = Path(source.files[0])
-    return first.name.split(".")[0] if len(source.files) == 1 else first.parent.name or "files"
 
 
 def _check_vocabulary(indexed: list[_Indexed], vocab_size: int) -> None:
