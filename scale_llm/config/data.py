@@ -24,6 +24,12 @@ class TooLong(Enum):
     fail = "fail"
 
 
+class LoaderKind(Enum):
+    torch = "torch"
+    dali = "dali"
+    auto = "auto"
+
+
 @dataclass(kw_only=True, slots=True)
 class FieldsConfig:
     """Names of the fields of JSONL and Parquet rows."""
@@ -80,8 +86,12 @@ class FieldsConfig:
 class DataConfig:
     path: Any = None
     """A file, glob, directory or indexed prefix; or a list of them, with weights before each by choice
-    (`[0.7, a.jsonl, 0.3, b.parquet]`). Text, JSONL, Parquet, or Megatron .bin/.idx. None: the standard
-    library of the running Python."""
+    (`[0.7, a.jsonl, 0.3, b.parquet]`); or sources by name, each a path or {path, weight} or {path, epochs}
+    (`{web: a.jsonl, wiki: {path: b/, epochs: 2}}`). Text, JSONL, Parquet, or Megatron .bin/.idx. Weights are shares of
+    the samples, normalised. None: the standard library of the running Python."""
+    temperature: float = 1.0
+    """T of shares proportional to tokens^(1/T), in place of weights: above 1 small sources are taken more often than
+    they hold. 1: each source as much as it holds."""
     embedded_megabytes: float | None = None
     """How much of the running Python's standard library, when `path` is None; None: all of it."""
     fields: FieldsConfig = field(default_factory=FieldsConfig)
@@ -99,6 +109,18 @@ class DataConfig:
     """Processes that turn text into tokens; None: one for each core. The tokens do not depend on it."""
     max_document_megabytes: float = 16.0
     """Larger documents are bad rows."""
+    fim_rate: float = 0.0
+    """Share of the training documents whose middle is to be filled in: cut in three and put in another order, see
+    data/fim.py."""
+    fim_spm_rate: float = 0.5
+    """Share of these that are in the order suffix, prefix, middle; the others are prefix, suffix, middle."""
+    fim_prefix_token: str = "<fim_prefix>"
+    """Marks the three parts; the tokenizer must have it."""
+    fim_middle_token: str = "<fim_middle>"
+    fim_suffix_token: str = "<fim_suffix>"
+    loader: LoaderKind = LoaderKind.auto
+    """Who makes training batches of documents: torch; NVIDIA DALI, which copies the next ones to the GPU while this one
+    is used; auto: DALI where it is installed and there is a GPU. The batches are the same."""
     num_workers: int = 0
     """Threads that make micro-batches ahead; 0: each is made when it is asked for."""
     format: ChatFormat = ChatFormat.auto

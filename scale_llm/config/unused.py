@@ -290,7 +290,7 @@ RULES = (
         "remove it, or set stage.overlong_buffer_tokens",
     ),
     Rule(
-        "data.fields.text data.index_workers data.max_document_megabytes data.reset_position_ids "
+        "data.fields.text data.index_workers data.max_document_megabytes data.temperature data.reset_position_ids "
         "data.reset_attention_mask data.eod_mask_loss",
         _documents,
         "is for documents, which stage={cfg.stage.name} does not read",
@@ -337,6 +337,18 @@ RULES = (
         lambda cfg: cfg.health.straggler_interval is not None,
         "health.straggler_interval=null times no rank",
         "remove it, or set health.straggler_interval",
+    ),
+    Rule(
+        "data.fim_spm_rate data.fim_prefix_token data.fim_middle_token data.fim_suffix_token",
+        lambda cfg: cfg.data.fim_rate > 0,
+        "data.fim_rate=0 puts no document in another order",
+        "remove it, or set data.fim_rate",
+    ),
+    Rule(
+        "data.loader data.fim_rate",
+        lambda cfg: isinstance(cfg.stage, PretrainConfig),
+        "is for training on documents, which stage={cfg.stage.name} does not",
+        "remove it, or choose {stages}",
     ),
     Rule(
         "data.num_workers",

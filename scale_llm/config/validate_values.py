@@ -1,10 +1,11 @@
 """Values that are wrong alone: signs, ranges, choices that exclude each other."""
 
+import importlib.util
 import math
 from typing import Any
 
 from scale_llm.config.checkpoint import CheckpointConfig
-from scale_llm.config.data import DataConfig
+from scale_llm.config.data import DataConfig, LoaderKind
 from scale_llm.config.model import Head
 from scale_llm.config.optim import OptimConfig
 from scale_llm.config.policy import PolicyStageConfig
@@ -64,6 +65,8 @@ def value_problems(cfg: RunConfig) -> list[str]:
         *precision_problems(cfg.precision),
         *optim_problems(cfg.optim),
         *split_problems(cfg.data),
+        *loader_problems(cfg.data),
+        *fim_rate_problems(cfg.data),
         *retention_problems(cfg.checkpoint),
         *local_copy_problems(cfg.checkpoint, cfg.cluster.nnodes),
         *health_problems(cfg),
@@ -100,6 +103,31 @@ def _shares(cfg: RunConfig) -> list[str]:
             limits = "above 0 and at most 1" if with_one else "at least 0 and below 1"
             found.append(f"{key}={value}: is a share; give a number {limits}")
     return found
+
+
+def fim_rate_problems(data: DataConfig) -> list[str]:
+    """Shares of documents that are none."""
+    values = {"data.fim_rate": data.fim_rate, "data.fim_spm_rate": data.fim_spm_rate}
+    return [
+        f"{key}={value:g}: is a share of documents; give a number from 0 to 1"
+        for key, value in values.items()
+        if not 0 <= value <= 1
+    ]
+
+
+def loader_problems(data: DataConfig) -> list[str]:
+    """A loader whose package is not there."""
+    if data.loader is not LoaderKind.dali:
+        return []
+    try:
+        found = importlib.util.find_spec("nvidia.dali") is not None
+    except ModuleNotFoundError:  # no package of NVIDIA's at all
+        found = False
+    problem = (
+        "data.loader=dali: needs the package nvidia-dali-cuda130, which is not installed; pip install -c "
+        "constraints.txt '.[dali]', or set data.loader=auto"
+    )
+    return [] if found else [problem]
 
 
 def precision_problems(precision: PrecisionConfig) -> list[str]:

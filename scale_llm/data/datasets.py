@@ -21,9 +21,11 @@ import torch
 
 from scale_llm.config.data import DataConfig
 from scale_llm.config.errors import UserError
+from scale_llm.data.batches import Batch, BatchMaker
+from scale_llm.data.fim import FillInTheMiddle
 from scale_llm.data.megatron import BlendedDataset, GPTDatasetConfig
 from scale_llm.data.prepare import PreparedData, check_splits
-from scale_llm.data.source_stream import Sample, SourceStream, build_mapped
+from scale_llm.data.source_stream import SourceStream, build_mapped
 from scale_llm.data.splits import epoch_samples, split_tokens
 
 
@@ -44,7 +46,7 @@ class SampleStream(torch.utils.data.Dataset):
 
     A sample: tokens, labels, position_ids int64 [s], loss_mask float32 [s], and with
     `data.reset_attention_mask` attention_mask bool [1, s, s], True where attention is forbidden. Labels are
-    the tokens one place on.
+    the tokens one place on. `rows` and `batch_of` make many at once.
     """
 
     def __init__(
@@ -53,8 +55,17 @@ class SampleStream(torch.utils.data.Dataset):
         weights: list[float] | None,
         num_samples: int | None,
         config: GPTDatasetConfig,
+        fim: FillInTheMiddle | None = None,
     ):
         self.streams = streams
+        self._fim = fim
+        self._places = config.sequence_length + 1
+        self.batch_of = BatchMaker(
+            eod=config.tokenizer.eod,
+            reset_position_ids=config.reset_position_ids,
+            reset_attention_mask=config.reset_attention_mask,
+            eod_mask_loss=config.eod_mask_loss,
+        )
         self.samples_per_epoch = sum(stream.samples_per_epoch for stream in streams)
         """Samples in one pass over all sources; a weighted blend repeats the light and skips of the heavy."""
         self.num_samples = self.samples_per_epoch if num_samples is None else num_samples
@@ -81,14 +92,29 @@ class SampleStream(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return self.num_samples
 
-    def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < self.num_samples:
-            raise IndexError(f"sample {index} of {self.num_samples}")
+    def __getitem__(self, index: int) -> Batch:
+        batch = self.batch_of(torch.from_numpy(self.rows(index, 1)))
+        return {name: value[0] for name, value in batch.items()}
+
+    def rows(self, start: int, count: int) -> numpy.ndarray:
+        """Tokens int64 [count, s + 1] of samples `start` and after; the last of each is the label of the one before."""
+        if not 0 <= start <= self.num_samples - count:
+            raise IndexError(f"samples {start} to {start + count - 1} of {self.num_samples}")
+        out = numpy.empty((count, self._places), dtype=numpy.int64)
+        for index, row in enumerate(out, start):
+            stream, within = self._find(index)
+            stream.read(within, row)
+            if self._fim is not None:
+                self._fim(row, index)
+        return out
+
+    def _find(self, index: int) -> tuple[SourceStream, int]:
+        """(the source of a sample, its number within all epochs of that source)."""
         if len(self.streams) == 1:
-            return self.streams[0][index]
+            return self.streams[0], index
         epoch, place = (0, index) if self.weighted else divmod(index, self.samples_per_epoch)
         stream = self.streams[self._which[place]]
-        return stream[epoch * stream.samples_per_epoch + int(self._within[place])]
+        return stream, epoch * stream.samples_per_epoch + int(self._within[place])
 
 
 def build_dataset(
@@ -128,4 +154,7 @@ def build_dataset(
     # Only an unweighted source may be empty in a split; check_splits refuses a weighted one.
     prefixes = [p for p in prepared.prefixes if epoch_samples(split_tokens(p, data.split, split), seq_length)]
     streams = [SourceStream(prefix, split, config) for prefix in prefixes]
-    return SampleStream(streams, prepared.weights, num_samples, config)
+    fim = None
+    if split == "train" and data.fim_rate > 0:
+        fim = FillInTheMiddle(data, prepared.tokenizer_path, eod=prepared.eod, seed=seed)
+    return SampleStream(streams, prepared.weights, num_samples, config, fim)

@@ -2,7 +2,7 @@
 
     cache_dir/tokenizers/<fingerprint>/tokenizer.json            of the sources and the tokenizer settings
     cache_dir/tokens/<fingerprint>/NAME_FIELD_document.{bin,idx} of one source and the tokenizer's content
-    cache_dir/prepared/<fingerprint>/prepared.json               of all of these and the weights
+    cache_dir/prepared/<fingerprint>/prepared.json               of all of these and the mixture
 
 So another weight costs nothing, and another source costs that source alone.
 """
@@ -18,12 +18,13 @@ from typing import Any
 from scale_llm.config.data import BadRow, DataConfig
 from scale_llm.config.errors import UserError
 from scale_llm.config.tokenizer import TokenizerConfig
+from scale_llm.data.cache_entries import FORMAT, reading, source_name, tokenizer_entry, tokens_entry
 from scale_llm.data.files import build_once, fingerprint, write_json
 from scale_llm.data.index_work import IndexSettings, UnitCounts
 from scale_llm.data.indexed_check import check_indexed, sequence_lengths
+from scale_llm.data.mixture import shares
 from scale_llm.data.progress import byte_progress
 from scale_llm.data.source_text import (
-    TOKENIZER_BYTES,
     checked_sources,
     max_document_bytes,
     source_key,
@@ -31,10 +32,8 @@ from scale_llm.data.source_text import (
     tokenizer_sample_bytes,
 )
 from scale_llm.data.sources import Source
-from scale_llm.data.splits import SPLITS, splits_too_small
-
-FORMAT = 2
-"""Raised when the same input would give other files, so that old cache entries are left alone."""
+from scale_llm.data.splits import SPLITS, split_tokens, splits_too_small
+from scale_llm.data.tokenizer_json import file_digest, tokenizer_file
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,17 +80,19 @@ def prepare(
     sources = checked_sources(data, tokenizer)
     tokenizer_path = _tokenizer(data, tokenizer, sources, cache, show_progress)
 
-    from scale_llm.data.tokenizer import Tokenizer, file_digest
+    from scale_llm.data.tokenizer import Tokenizer
 
     digest = file_digest(tokenizer_path)
-    keys = [[source.weight, source_key(source, data), *_reading(data)] for source in sources]
+    keys = [[source.weight, source_key(source, data), *reading(data)] for source in sources]
+    mixed = mixture_key(sources, data)
+    keys += [mixed] if mixed else []
     entry = cache / "prepared" / fingerprint([FORMAT, tokenizer.eod_token, digest, tokenizer_path, keys])
 
     def write(directory: Path) -> None:
         loaded = Tokenizer.load(tokenizer_path, tokenizer.eod_token)
         indexed = [_index(source, data, loaded, digest, cache, show_progress) for source in sources]
         _check_vocabulary(indexed, loaded.vocab_size)
-        prepared = _collect(sources, indexed, loaded, str(entry / "prepared.json"))
+        prepared = _collect(sources, indexed, data, loaded, str(entry / "prepared.json"))
         write_json(directory / "prepared.json", asdict(prepared))
 
     prepared = load_prepared(build_once(entry, write))
@@ -117,30 +118,23 @@ class _Indexed:
     is_text: bool = True
 
 
-def _reading(data: DataConfig) -> list[Any]:
-    """How rows are read, as far as it changes what is indexed."""
-    return [data.on_bad_row.value, max_document_bytes(data)]
-
-
 def _tokenizer(
     data: DataConfig, config: TokenizerConfig, sources: list[Source], cache: Path, show_progress: bool
 ) -> str:
     """Path of the user's tokenizer.json, or of one trained on the sources."""
-    from scale_llm.data.tokenizer import Tokenizer, tokenizer_file
-    from scale_llm.data.tokenizer_files import chat_template, train_directory
+    from scale_llm.data.tokenizer import Tokenizer
+    from scale_llm.data.tokenizer_files import train_directory
 
     if config.path is not None:
         Tokenizer.load(config.path, config.eod_token)  # complains about a missing end-of-document token
         return tokenizer_file(config.path)
-    special = [config.eod_token, *config.special_tokens]
-    settings = [FORMAT, TOKENIZER_BYTES, config.vocab_size, special, chat_template(config), _reading(data)]
-    keys = [source_key(source, data) for source in sources]
+    entry = tokenizer_entry(sources, data, config, cache)
 
     def train(directory: Path) -> None:
         with byte_progress("train tokenizer", tokenizer_sample_bytes(sources), show_progress) as on_bytes:
             train_directory(tokenizer_sample(sources, data, on_bytes), config, directory)
 
-    return str(build_once(cache / "tokenizers" / fingerprint([settings, keys]), train) / "tokenizer.json")
+    return str(build_once(entry, train) / "tokenizer.json")
 
 
 def _index(
@@ -156,10 +150,7 @@ def _index(
             ),
             is_text=False,
         )
-    key = [FORMAT, tokenizer_digest, tokenizer.eod, source_key(source, data), *_reading(data)]
-    name = f"{_name(source)}_{data.fields.text}_document"
-
-    entry = cache / "tokens" / fingerprint(key)
+    entry, name = tokens_entry(source, data, tokenizer_digest, tokenizer.eod, cache)
     parts = entry.with_name(f"{entry.name}.parts")
 
     def build(directory: Path) -> None:
@@ -171,7 +162,7 @@ def _index(
             max_document_bytes=max_document_bytes(data), drop_bad_rows=data.on_bad_row is BadRow.drop,
         )  # fmt: skip
         total = sum(os.path.getsize(file) for file in source.files)
-        with byte_progress(f"index {_name(source)}", total, show_progress) as on_bytes:
+        with byte_progress(f"index {source_name(source)}", total, show_progress) as on_bytes:
             counts = index_files(
                 source.files, settings, str(directory / name), parts, workers=data.index_workers, on_bytes=on_bytes
             )
@@ -185,14 +176,6 @@ def _index(
     return _Indexed(prefixes=[str(directory / name)], counts=UnitCounts(**counts))
 
 
-def _name(source: Source) -> str:
-    """Readable start of an indexed file's name."""
-    if source.kind == "embedded":
-        return "stdlib"
-    first = Path(source.files[0])
-    return first.name.split(".")[0] if len(source.files) == 1 else first.parent.name or "files"
-
-
 def _check_vocabulary(indexed: list[_Indexed], vocab_size: int) -> None:
     prefixes = [prefix for each in indexed for prefix in each.prefixes]
     problems = [problem for prefix in prefixes for problem in check_indexed(prefix, vocab_size)]
@@ -200,7 +183,7 @@ def _check_vocabulary(indexed: list[_Indexed], vocab_size: int) -> None:
         raise UserError(problems)
 
 
-def _collect(sources: list[Source], indexed: list[_Indexed], tokenizer, path: str) -> PreparedData:
+def _collect(sources: list[Source], indexed: list[_Indexed], data: DataConfig, tokenizer, path: str) -> PreparedData:
     total = UnitCounts()
     for each in indexed:
         total.add(each.counts)
@@ -210,7 +193,7 @@ def _collect(sources: list[Source], indexed: list[_Indexed], tokenizer, path: st
         vocab_size=tokenizer.vocab_size,
         eod=tokenizer.eod,
         prefixes=[prefix for each in indexed for prefix in each.prefixes],
-        weights=_weights(sources, indexed),
+        weights=_weights(sources, indexed, data),
         num_documents=total.num_documents,
         num_tokens=total.num_tokens,
         num_bytes=total.num_bytes if all(each.is_text for each in indexed) else None,
@@ -218,13 +201,21 @@ def _collect(sources: list[Source], indexed: list[_Indexed], tokenizer, path: st
     )
 
 
-def _weights(sources: list[Source], indexed: list[_Indexed]) -> list[float] | None:
+def _weights(sources: list[Source], indexed: list[_Indexed], data: DataConfig) -> list[float] | None:
     """Weights of the prefixes; a source of several shares its weight by their tokens."""
-    given = [source.weight for source in sources if source.weight is not None]
-    if not given:
+    held = [sum(split_tokens(prefix, data.split, "train") for prefix in each.prefixes) for each in indexed]
+    given = shares(sources, held, data.temperature)
+    if given is None:
         return None
     weights: list[float] = []
-    for weight, each in zip(given, indexed, strict=True):
+    for share, each in zip(given, indexed, strict=True):
         tokens = [int(sequence_lengths(prefix).sum(dtype="int64")) for prefix in each.prefixes]
-        weights += [weight / sum(given) * count / sum(tokens) for count in tokens]
+        weights += [share * count / sum(tokens) for count in tokens]
     return weights
+
+
+def mixture_key(sources: list[Source], data: DataConfig) -> list[Any]:
+    """What the shares of sources depend on beside their content and weights; empty where nothing is said of it."""
+    epochs = [source.epochs for source in sources]
+    said = data.temperature != 1 or any(each is not None for each in epochs)
+    return ["mixture", epochs, data.temperature, data.split] if said else []

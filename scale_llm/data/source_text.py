@@ -29,7 +29,7 @@ def checked_sources(data: DataConfig, tokenizer: TokenizerConfig) -> list[Source
     problems = split_problems(data.split)
     sources: list[Source] = []
     try:
-        sources = parse_path(data.path)
+        sources = parse_path(data.path, data.temperature)
     except UserError as error:
         problems += error.problems
     for source in sources:
@@ -42,10 +42,11 @@ def checked_sources(data: DataConfig, tokenizer: TokenizerConfig) -> list[Source
                 )
     if problems:
         raise UserError(problems)
-    return [_with_embedded_files(source, data) for source in sources]
+    return [with_embedded_files(source, data) for source in sources]
 
 
-def _with_embedded_files(source: Source, data: DataConfig) -> Source:
+def with_embedded_files(source: Source, data: DataConfig) -> Source:
+    """The embedded source with its files named; any other as it is."""
     if source.kind != "embedded":
         return source
     return dataclasses.replace(source, files=tuple(corpus.embedded_files(data.embedded_megabytes)))

@@ -1,14 +1,13 @@
 """From `data.path` to files on disk. Imports neither torch nor megatron: `scale-llm --check` runs it."""
 
 import glob
-import math
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from scale_llm.config.errors import UserError
 from scale_llm.data.indexed_check import check_indexed
+from scale_llm.data.path_entries import Entry, read_entries, temperature_problems
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 RAW_EXTENSIONS = (
@@ -20,6 +19,7 @@ _REMEDY = (
     "give files that end in .txt, .jsonl or .json (also .gz, .bz2, .xz, .zst) or .parquet, or the prefix of a .bin and "
     ".idx pair"
 )
+EMBEDDED_NAME = "the standard library of Python"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,41 +31,48 @@ class Source:
     files: tuple[str, ...] = ()
     """Absolute paths, sorted; for indexed sources the prefixes without .bin and .idx; none for embedded."""
     weight: float | None = None
-    """Share of the samples, not normalised; None: as much as the source holds."""
+    """Share of the samples, not normalised; None: as `epochs` or `data.temperature` say, else as much as it holds."""
+    epochs: float | None = None
+    """Passes over it for one pass over a source that says nothing."""
+    name: str = ""
+    """As `data.path` has it."""
 
 
-def parse_path(path: Any) -> list[Source]:
+def parse_path(path: Any, temperature: float = 1.0) -> list[Source]:
     """Sources that `data.path` names, in the given order.
 
-    Takes None (the embedded corpus), a string (file, directory, glob or indexed prefix), a list of strings,
-    or a list with a weight before every string (`[0.7, a.jsonl, 0.3, b]`). Either all entries have a weight
-    or none.
+    Takes None (the embedded corpus) and the forms of path_entries.py.
 
     Raises:
-        UserError: with every problem of the whole list.
+        UserError: with every problem of the whole list, and of `data.temperature` with it.
     """
     if path is None:
-        return [Source(kind="embedded")]
-    entries = [path] if isinstance(path, str | os.PathLike) else path
-    if not isinstance(entries, Sequence) or not entries:
-        raise UserError(f"data.path={path!r}: must be a path or a list of paths; {_REMEDY}")
-    weighted, problems = _split_weights(list(entries))
+        embedded = Entry(name=EMBEDDED_NAME, paths=())
+        if problems := temperature_problems([embedded], temperature):
+            raise UserError(problems)
+        return [Source(kind="embedded", name=EMBEDDED_NAME)]
+    entries, problems = read_entries(path, temperature, _REMEDY)
     sources = []
-    for weight, entry in weighted:
-        found = _expand(entry)
-        if isinstance(found, str):
-            problems.append(found)
-        else:
-            sources.append(Source(kind=found[0], files=found[1], weight=weight))
+    for entry in entries:
+        parts = [_expand(each) for each in entry.paths]
+        wrong = [part for part in parts if isinstance(part, str)]
+        found = [part for part in parts if not isinstance(part, str)]
+        problems += wrong
+        if len({kind for kind, _ in found}) > 1:
+            problems.append(f"data.path.{entry.name}: mixes indexed files with text; make them two sources")
+        elif not wrong:
+            files = tuple(dict.fromkeys(file for _, files in found for file in files))
+            kind = found[0][0]
+            sources.append(Source(kind=kind, files=files, weight=entry.weight, epochs=entry.epochs, name=entry.name))
     if problems:
         raise UserError(problems)
     return sources
 
 
-def path_problems(path: Any, vocab_size: int | None = None) -> list[str]:
-    """Everything that is wrong with `data.path`, indexed files looked into; empty when all is well."""
+def path_problems(path: Any, vocab_size: int | None = None, temperature: float = 1.0) -> list[str]:
+    """Everything wrong with `data.path` and `data.temperature`, indexed files looked into; empty when all is well."""
     try:
-        sources = parse_path(path)
+        sources = parse_path(path, temperature)
     except UserError as error:
         return error.problems
     prefixes = [prefix for source in sources if source.kind == "indexed" for prefix in source.files]
@@ -75,49 +82,6 @@ def path_problems(path: Any, vocab_size: int | None = None) -> list[str]:
 def uncompressed_name(file: str) -> str:
     """A file's name without the extension of its compression."""
     return next((file.removesuffix(end) for end in COMPRESSIONS if file.endswith(end)), file)
-
-
-def _as_weight(entry: Any) -> float | None:
-    """The number an entry is, or None; a file whose name is a number stays a file."""
-    if isinstance(entry, bool) or not isinstance(entry, int | float | str):
-        return None
-    if isinstance(entry, str) and os.path.exists(entry):
-        return None
-    try:
-        return float(entry)
-    except ValueError:
-        return None
-
-
-def _split_weights(entries: list[Any]) -> tuple[list[tuple[float | None, str]], list[str]]:
-    """Pairs of (weight or None, path), and problems."""
-    weights = [_as_weight(entry) for entry in entries]
-    if all(weight is None for weight in weights):
-        return [(None, os.fspath(entry)) for entry in entries if _is_path(entry)], _not_paths(entries)
-    alternate = len(entries) % 2 == 0 and all(
-        (weight is not None) == (place % 2 == 0) for place, weight in enumerate(weights)
-    )
-    if not alternate:
-        return [], [
-            f"data.path={entries}: weights and paths do not alternate; give a weight before every path "
-            "([0.7, a.jsonl, 0.3, b.jsonl]) or no weight at all"
-        ]
-    problems = [
-        f"data.path={entries}: weight {weight} must be a finite number above 0; remove the entry or raise it"
-        for weight in weights[::2]
-        if weight is None or not math.isfinite(weight) or weight <= 0
-    ]
-    problems += _not_paths(entries[1::2])
-    pairs = zip(weights[::2], entries[1::2], strict=True)
-    return [(weight, os.fspath(entry)) for weight, entry in pairs if _is_path(entry)], problems
-
-
-def _is_path(entry: Any) -> bool:
-    return isinstance(entry, str | os.PathLike) and bool(os.fspath(entry))
-
-
-def _not_paths(entries: list[Any]) -> list[str]:
-    return [f"data.path: {entry!r} is not a path; {_REMEDY}" for entry in entries if not _is_path(entry)]
 
 
 def _expand(entry: str) -> tuple[str, tuple[str, ...]] | str:

@@ -1,6 +1,5 @@
 """Text to tokens: a byte-level BPE trained here, or a tokenizer.json of the user's own."""
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -10,6 +9,7 @@ import tokenizers
 
 from scale_llm.config.errors import UserError
 from scale_llm.config.tokenizer import TokenizerConfig
+from scale_llm.data.tokenizer_json import file_digest, tokenizer_file
 
 DEFAULT_EOD = TokenizerConfig().eod_token
 SMALLEST_VOCABULARY = 257
@@ -187,19 +187,6 @@ def _save(backend: tokenizers.Tokenizer, path: Path) -> None:
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     backend.save(str(temporary))
     os.replace(temporary, path)
-
-
-def tokenizer_file(path: str) -> str:
-    """Absolute path of the tokenizer.json that `tokenizer.path` names."""
-    full = os.path.abspath(os.path.expanduser(path))
-    file = os.path.join(full, "tokenizer.json") if os.path.isdir(full) else full
-    if not os.path.isfile(file):
-        raise UserError(f"tokenizer.path={path}: no such file ({file}); give a tokenizer.json or a directory with one")
-    return file
-
-
-def file_digest(path: str) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def _no_eod(backend: tokenizers.Tokenizer, path: str, eod_token: str) -> str:

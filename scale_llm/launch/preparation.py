@@ -3,6 +3,8 @@
 from scale_llm.config.errors import UserError
 from scale_llm.config.run import RunConfig
 from scale_llm.config.stage import EvaluateConfig, SftConfig
+from scale_llm.data.tokenizer_json import fim_problems
+from scale_llm.launch.mixture_table import print_mixture
 
 
 def prepare_data(cfg: RunConfig) -> None:
@@ -28,6 +30,7 @@ def prepare_data(cfg: RunConfig) -> None:
     else:
         print("".join(f"{line}\n" for line in left_out_lines(prepared.left_out)), end="", flush=True)
         problems = check_splits(prepared, cfg.data, seq_length=cfg.model.seq_length, splits=splits_used(cfg))
+        problems += fim_problems(cfg.data, prepared.tokenizer_path)
     if cfg.model.vocab_size is not None and prepared.vocab_size > cfg.model.vocab_size:
         problems.append(
             f"model.vocab_size={cfg.model.vocab_size}: smaller than the {prepared.vocab_size} tokens of "
@@ -35,6 +38,7 @@ def prepare_data(cfg: RunConfig) -> None:
         )
     if problems:
         raise UserError(problems)
+    print_mixture(cfg)
 
 
 def packing_lines(cfg: RunConfig, prepared) -> list[str]:

@@ -72,10 +72,17 @@ def problems(plan: Planned) -> list[str]:
             f"cluster.nnodes={plan.cfg.cluster.nnodes}: ranks are started on this machine alone; "
             "start the command on every node with srun or torchrun, take cluster=slurm, or set cluster.nnodes=1"
         )
-    if plan.cfg.data.path is not None:
+    if plan.cfg.data.path is not None or plan.cfg.data.temperature != 1:
         from scale_llm.data.sources import path_problems
 
-        found.extend(path_problems(plan.cfg.data.path))
+        found.extend(path_problems(plan.cfg.data.path, temperature=plan.cfg.data.temperature))
+    if plan.cfg.data.fim_rate > 0:
+        from scale_llm.data.tokenizer_json import fim_problems
+
+        try:
+            found.extend(fim_problems(plan.cfg.data, plan.cfg.tokenizer.path))
+        except UserError as error:  # no such file
+            found.extend(error.problems)
     return found
 
 
@@ -87,10 +94,12 @@ def validate(plan: Planned) -> None:
 
 def check(plan: Planned) -> int:
     """Print the plan; nothing is written and nothing started."""
+    from scale_llm.launch.mixture_table import print_mixture
     from scale_llm.launch.plan_table import print_plan
 
     validate(plan)
     print_plan(plan.cfg)
+    print_mixture(plan.cfg)
     return 0
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from scale_llm.config.batch import total_samples
 from scale_llm.data.datasets import build_dataset
-from scale_llm.data.loader import Loader
+from scale_llm.data.loader_choice import build_loader
 from scale_llm.engine.engine import Engine, StepResult
 from scale_llm.losses.language_model import language_model_loss
 from scale_llm.stages.base import Evaluation
@@ -30,12 +30,14 @@ class Pretrain:
             num_samples=total_samples(cfg.train),
             cache_dir=cfg.data.cache_dir,
         )
-        self._loader = Loader(
+        self._loader = build_loader(
+            cfg.data.loader,
             dataset,
             micro_batch_size=cfg.train.micro_batch_size,
             data_parallel_rank=mesh.dp_rank,
             data_parallel_size=mesh.sizes.dp,
             num_workers=cfg.data.num_workers,
+            device=run.device.device,
         )
         self._evaluation = LanguageModelEvaluation(run, "validation", self._loss)
 

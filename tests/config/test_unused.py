@@ -26,7 +26,7 @@ TRAINING_KEYS = ("data.split='1,1,1'", "data.embedded_megabytes=2.0", "data.num_
                  "optim.clip_grad=2.0", "optim.lr_decay_style=linear", "checkpoint.save_interval=5",
                  "logging.log_params_norm=true")  # fmt: skip
 DOCUMENT_KEYS = ("data.fields.text=body", "data.index_workers=2", "data.max_document_megabytes=1.0",
-                 "data.reset_position_ids=true", "data.reset_attention_mask=true",
+                 "data.temperature=2.0", "data.reset_position_ids=true", "data.reset_attention_mask=true",
                  "data.eod_mask_loss=true")  # fmt: skip
 LOW_RANK_KEYS = ("peft.rank=8", "peft.alpha=1.0", "peft.use_rslora=true", "peft.dropout=0.1",
                  "peft.target_modules=[linear_qkv]", "peft.quantize_base=nf4")  # fmt: skip
@@ -42,7 +42,9 @@ UNREAD = {
         f"stage={stage}": (*COMPARISON_KEYS, *DOCUMENT_KEYS, *TRAINING_KEYS, "train.train_epochs=1.0", *more)
         for stage, more in {"score": (), "generate": ("data.fields.weight=w", "data.fields.output=o")}.items()
     },
-    "stage=sft": (*COMPARISON_KEYS, *DOCUMENT_KEYS, *REWARD_KEYS, BUDGET),
+    "stage=evaluate data.eod_mask_loss=true": ("data.loader=torch", "data.fim_rate=0.5"),
+    "stage=pretrain data.fim_rate=0": ("data.fim_spm_rate=0.1", "data.fim_middle_token=m"),
+    "stage=sft": ("data.loader=torch", "data.fim_rate=0.5", *COMPARISON_KEYS, *DOCUMENT_KEYS, *REWARD_KEYS, BUDGET),
     "stage=grpo": (
         *DOCUMENT_KEYS,
         *COMPARISON_KEYS[:2],
@@ -94,6 +96,7 @@ READ = {
     **{f"stage={stage} stage.batching=token_budget": (BUDGET,) for stage in SEQUENCES},
     **{f"peft={method}": LOW_RANK_KEYS for method in ("lora", "dora")},
     "peft=prompt_tuning": PROMPT_KEYS,
+    "stage=pretrain data.fim_rate=0.5": ("data.fim_spm_rate=0.1", "data.fim_suffix_token=s", "data.loader=torch"),
 }
 
 

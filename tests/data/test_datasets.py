@@ -94,25 +94,16 @@ def test_each_epoch_holds_every_sample_once_in_its_own_order(kind, blends, embed
     config, prepared = blends.get(kind, (embedded_config, embedded))
     epoch = build(prepared, config, cache, split="validation").samples_per_epoch
     stream = build(prepared, config, cache, split="validation", num_samples=2 * epoch)
-    asked: list[list[tuple[str, int, int]]] = [[], []]
-    for source in stream.streams:  # which (epoch, place) of which source is asked for
-        source.epoch = lambda number, prefix=source.prefix: _Spy(asked, number, prefix)
+    asked: list[list[tuple[str, int]]] = [[], []]
     for index in range(2 * epoch):
-        stream[index]
+        source, within = stream._find(index)
+        number, place = divmod(within, source.samples_per_epoch)
+        asked[number].append((source.prefix, int(source.epoch(number).shuffle_index[place])))
     assert len(asked[0]) == len(asked[1]) == epoch
     assert len(set(asked[0])) == len(set(asked[1])) == epoch
     plain = build(prepared, config, cache, split="validation", num_samples=2 * epoch)
     first, second = ([plain[e * epoch + i]["tokens"].tolist() for i in range(epoch)] for e in range(2))
     assert first != second
-
-
-class _Spy:
-    def __init__(self, asked, number, prefix):
-        self.asked, self.number, self.prefix = asked, number, prefix
-
-    def __getitem__(self, place):
-        self.asked[self.number].append((self.prefix, place))
-        return {}
 
 
 def test_first_epoch_is_megatrons_own_order(embedded: PreparedData, embedded_config: DataConfig, cache: Path, tmp_path):

@@ -6,6 +6,8 @@ import re
 import pytest
 from support.runs import latest, losses, rows
 
+from scale_llm.data.loader_choice import dali_is_installed
+
 KEYS = {"iteration", "consumed_samples", "lm loss", "learning-rate", "batch-size", "loss-scale", "grad-norm",
         "params-norm",
         "skipped-iterations", "nan-iterations", "iteration-time", "throughput",
@@ -124,3 +126,14 @@ def test_loss_that_is_no_number_stops_the_run(runs, tmp_path):
     assert "iteration 7: " in problem and "nan" in problem and "optim.lr=1e+30" in problem, problem
     assert "no checkpoint from before" in problem
     assert latest(tmp_path) == 1
+
+
+def test_dali_makes_the_same_run(runs, tmp_path):
+    """Bit for bit, on two ranks."""
+    if not dali_is_installed():
+        pytest.skip("NVIDIA DALI is not installed: pip install '.[dali]'")
+    words = ["train.train_iters=4", "train.eval_interval=4", "cluster.nproc_per_node=2"]
+    torch, dali = tmp_path / "torch", tmp_path / "dali"
+    assert runs(torch, *words, "data.loader=torch", "data.num_workers=1") == []
+    assert runs(dali, *words, "data.loader=dali", "data.num_workers=1") == []
+    runs.assert_same_bits(torch, dali, 4)

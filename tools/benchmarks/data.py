@@ -1,6 +1,7 @@
 """Data on its way to the ranks. curation: documents per second of one core, against a script of datatrove's blocks that
 takes the same steps. indexing: MB of text per second of one core, against a loop over `tokenizers` and datatrove's
-Megatron tokenizer, which write the same files."""
+Megatron tokenizer, which write the same files. loading: tokens per second made ready for a step, against GPTDataset of
+megatron-core under a torch DataLoader."""
 
 import argparse
 import functools
@@ -11,15 +12,16 @@ from pathlib import Path
 from benchmarks import data_index
 from benchmarks.alternate import Contestant, alternate
 from benchmarks.data_contestants import write_documents
+from benchmarks.data_loading import loading
 from benchmarks.rows import Row, faster
 
-HELP = "curation and indexing on one core, against datatrove and a loop over tokenizers"
+HELP = "curation, indexing and loading, against datatrove, a loop over tokenizers, and GPTDataset in a DataLoader"
 EXAMPLES = """examples:
   python tools/benchmark.py data --out data.json
   python tools/benchmark.py data --out data.json --source c4_web.jsonl --documents 5000 --rounds 7
 """
 SOURCE = Path(__file__).resolve().parents[3] / "shared" / "data" / "c4_web.jsonl"
-PARTS = ("curation", "indexing")
+PARTS = ("curation", "indexing", "loading")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,11 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--source", type=Path, default=SOURCE, help="web documents as JSONL, field text")
     parser.add_argument("--documents", type=int, default=2000, help="documents of a round (default: 2000)")
     parser.add_argument("--megabytes", type=float, default=6, help="of Python's library that are indexed (default: 6)")
+    parser.add_argument(
+        "--million-tokens", type=int, default=100, help="tokens of the made corpus of loading (default: 100)"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="rounds of the alternation (default: 5; medians of them)")
 
 
 def run(arguments: argparse.Namespace) -> list[Row]:
-    parts = {"curation": _curation, "indexing": _indexing}
+    parts = {"curation": _curation, "indexing": _indexing, "loading": loading}
     return [row for part in arguments.parts for row in parts[part](arguments)]
 
 

@@ -89,7 +89,7 @@ def load_prepared(kind: type[Prepared], path: str | Path) -> Prepared:
 
 def _input_facts(data: DataConfig, files: list[str], template: "ChatTemplate") -> list[Any]:
     """All that the tokens of conversations depend on, but what a stage asks for: for a fingerprint."""
-    from scale_llm.data.tokenizer import file_digest
+    from scale_llm.data.tokenizer_json import file_digest
 
     loaded = template.tokenizer
     contents = [[stamp(file) for file in files], loaded.path, file_digest(loaded.path), loaded.eod, template.digest]
@@ -116,10 +116,10 @@ def _checked_input(data: DataConfig, tokenizer: TokenizerConfig) -> tuple[list[s
         sources = parse_path(data.path)
     except UserError as error:
         problems += error.problems
-    if any(source.weight is not None for source in sources):
+    if any(source.weight is not None or source.epochs is not None for source in sources):
         problems.append(
-            "data.path: weights are not for conversations, each is used once an epoch; leave the numbers out, or weigh "
-            "rows by their field data.fields.weight"
+            "data.path: weights and epochs are not for conversations, each is used once an epoch; leave the numbers "
+            "out, or weigh rows by their field data.fields.weight"
         )
     problems += [problem for source in sources for problem in _unfit(source)]
     if problems or tokenizer.path is None:

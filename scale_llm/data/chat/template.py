@@ -27,7 +27,8 @@ from scale_llm.data.chat.spans import (
 )
 from scale_llm.data.chat.template_files import PLAIN, TemplateSource, special_tokens, template_source
 from scale_llm.data.chat.turns import Message, RowError
-from scale_llm.data.tokenizer import Tokenizer, tokenizer_file
+from scale_llm.data.tokenizer import Tokenizer
+from scale_llm.data.tokenizer_json import tokenizer_file
 
 FORMAT = 1
 """Raised when the same template and conversation would give other tokens."""
