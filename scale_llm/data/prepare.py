@@ -17,7 +17,7 @@ from typing import Any
 from scale_llm.config.data import DataConfig
 from scale_llm.config.errors import UserError
 from scale_llm.config.tokenizer import TokenizerConfig
-from scale_llm.data.cache_entries import FORMAT, source_name, tokenizer_entry, tokens_entry
+from scale_llm.data.cache_entries import FORMAT, source_key, source_name, tokenizer_entry, tokens_entry
 from scale_llm.data.corpus import Problems
 from scale_llm.data.files import build_once, fingerprint, write_json
 from scale_llm.data.indexed_check import check_indexed, sequence_lengths
@@ -26,7 +26,6 @@ from scale_llm.data.progress import byte_progress
 from scale_llm.data.source_text import (
     checked_sources,
     documents_of,
-    source_key,
     tokenizer_sample,
     tokenizer_sample_bytes,
 )

@@ -3,23 +3,18 @@
 No torch here.
 """
 
-import dataclasses
 import itertools
 import os
 from collections.abc import Iterator
-from typing import Any
 
 from scale_llm.config.data import DataConfig
 from scale_llm.config.errors import UserError
 from scale_llm.config.tokenizer import TokenizerConfig
 from scale_llm.data import corpus
-from scale_llm.data.files import stamp
+from scale_llm.data.cache_entries import TOKENIZER_BYTES, with_embedded_files
 from scale_llm.data.indexed_check import check_indexed
 from scale_llm.data.sources import Source, parse_path
 from scale_llm.data.splits import split_problems
-
-TOKENIZER_BYTES = 16_000_000
-"""Text a tokenizer is trained on, the first of each source in equal parts; more changes little."""
 
 
 def checked_sources(data: DataConfig, tokenizer: TokenizerConfig) -> list[Source]:
@@ -41,21 +36,6 @@ def checked_sources(data: DataConfig, tokenizer: TokenizerConfig) -> list[Source
     if problems:
         raise UserError(problems)
     return [with_embedded_files(source, data) for source in sources]
-
-
-def with_embedded_files(source: Source, data: DataConfig) -> Source:
-    """The embedded source with its files named; any other as it is."""
-    if source.kind != "embedded":
-        return source
-    return dataclasses.replace(source, files=tuple(corpus.embedded_files(data.embedded_megabytes)))
-
-
-def source_key(source: Source, data: DataConfig) -> list[Any]:
-    """What names a source's content, without reading it."""
-    files = source.files
-    if source.kind == "indexed":
-        files = tuple(prefix + extension for prefix in files for extension in (".bin", ".idx"))
-    return [source.kind, data.fields.text, [stamp(file) for file in files]]
 
 
 def documents_of(source: Source, data: DataConfig, problems: corpus.Problems, on_bytes=None) -> Iterator[str]:
