@@ -6,8 +6,7 @@ from pathlib import Path
 from scale_llm.config.data import DataConfig
 from scale_llm.config.errors import UserError
 from scale_llm.config.tokenizer import TokenizerConfig
-from scale_llm.data.cache_entries import tokenizer_entry, tokens_entry
-from scale_llm.data.source_text import with_embedded_files
+from scale_llm.data.cache_entries import tokenizer_entry, tokens_entry, with_embedded_files
 from scale_llm.data.sources import Source, parse_path
 from scale_llm.data.splits import split_tokens
 from scale_llm.data.tokenizer_json import file_digest, token_id, tokenizer_file

@@ -1,17 +1,35 @@
 """Where in the cache what is made of a source lies. No torch and no tokenizer: `scale-llm --check` looks for it."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 from scale_llm.config.data import DataConfig
 from scale_llm.config.tokenizer import TokenizerConfig
 from scale_llm.data.chat.template_files import template_source
-from scale_llm.data.files import fingerprint
-from scale_llm.data.source_text import TOKENIZER_BYTES, max_document_bytes, source_key
+from scale_llm.data.files import fingerprint, stamp
 from scale_llm.data.sources import Source
+from scale_llm.data.stdlib_files import embedded_files
 
 FORMAT = 2
 """Raised when the same input would give other files, so that old cache entries are left alone."""
+TOKENIZER_BYTES = 16_000_000
+"""Text a tokenizer is trained on, the first of each source in equal parts; more changes little."""
+
+
+def with_embedded_files(source: Source, data: DataConfig) -> Source:
+    """The embedded source with its files named; any other as it is."""
+    if source.kind != "embedded":
+        return source
+    return dataclasses.replace(source, files=tuple(embedded_files(data.embedded_megabytes)))
+
+
+def source_key(source: Source, data: DataConfig) -> list[Any]:
+    """What names a source's content, without reading it."""
+    files = source.files
+    if source.kind == "indexed":
+        files = tuple(prefix + extension for prefix in files for extension in (".bin", ".idx"))
+    return [source.kind, data.fields.text, [stamp(file) for file in files]]
 
 
 def tokenizer_entry(sources: list[Source], data: DataConfig, config: TokenizerConfig, cache: Path) -> Path:
@@ -27,6 +45,10 @@ def tokens_entry(source: Source, data: DataConfig, tokenizer_digest: str, eod: i
     """(directory, name without extension) of the tokens of a source of text."""
     key = [FORMAT, tokenizer_digest, eod, source_key(source, data), *reading(data)]
     return cache / "tokens" / fingerprint(key), f"{source_name(source)}_{data.fields.text}_document"
+
+
+def max_document_bytes(data: DataConfig) -> int:
+    return int(data.max_document_megabytes * 1e6)
 
 
 def reading(data: DataConfig) -> list[Any]:

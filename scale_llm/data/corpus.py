@@ -5,13 +5,9 @@ single book still has documents to hold out for validation, and no paragraph is 
 are the file. JSONL, JSON and Parquet have one document a row (see rows.py).
 """
 
-import hashlib
-import os
-import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
-from scale_llm.config.errors import UserError
 from scale_llm.data.rows import (
     MAX_PROBLEMS,
     WHOLE,
@@ -25,37 +21,12 @@ from scale_llm.data.rows import (
     too_large,
 )
 from scale_llm.data.sources import uncompressed_name
+from scale_llm.data.stdlib_files import embedded_files
 
 __all__ = ["MAX_PROBLEMS", "Problems", "embedded_files", "read_embedded", "read_file"]
 
 TEXT_DOCUMENT_CHARACTERS = 4096
 MAX_TEXT_DOCUMENT_CHARACTERS = 1 << 20
-
-
-def embedded_files(megabytes: float | None = None) -> list[str]:
-    """Source files of the running Python's standard library, at most `megabytes` (10**6 bytes) of them.
-
-    Ordered by a hash of their name within the library: always the same, and any share of the list is a fair
-    sample (by name, validation would be all of `unittest` to `zipfile`).
-    """
-    top = sysconfig.get_path("stdlib")
-    found = []
-    for directory, below, files in os.walk(top):
-        below[:] = [name for name in below if name not in ("site-packages", "dist-packages", "__pycache__")]
-        found += [os.path.join(directory, name) for name in files if name.endswith(".py")]
-    found.sort(key=lambda file: hashlib.sha256(Path(file).relative_to(top).as_posix().encode()).digest())
-    if not found:
-        raise UserError(f"data.path=null: this Python has no standard library sources in {top}; set data.path")
-    if megabytes is None:
-        return found
-    kept: list[str] = []
-    size = 0
-    for file in found:
-        size += os.path.getsize(file)
-        if kept and size > megabytes * 1e6:
-            break
-        kept.append(file)
-    return kept
 
 
 def read_embedded(files: list[str], on_bytes: OnBytes | None = None) -> Iterator[str]:

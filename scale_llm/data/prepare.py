@@ -18,7 +18,15 @@ from typing import Any
 from scale_llm.config.data import BadRow, DataConfig
 from scale_llm.config.errors import UserError
 from scale_llm.config.tokenizer import TokenizerConfig
-from scale_llm.data.cache_entries import FORMAT, reading, source_name, tokenizer_entry, tokens_entry
+from scale_llm.data.cache_entries import (
+    FORMAT,
+    max_document_bytes,
+    reading,
+    source_key,
+    source_name,
+    tokenizer_entry,
+    tokens_entry,
+)
 from scale_llm.data.files import build_once, fingerprint, write_json
 from scale_llm.data.index_work import IndexSettings, UnitCounts
 from scale_llm.data.indexed_check import check_indexed, sequence_lengths
@@ -26,8 +34,6 @@ from scale_llm.data.mixture import shares
 from scale_llm.data.progress import byte_progress
 from scale_llm.data.source_text import (
     checked_sources,
-    max_document_bytes,
-    source_key,
     tokenizer_sample,
     tokenizer_sample_bytes,
 )

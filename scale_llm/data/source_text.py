@@ -3,25 +3,20 @@
 No torch here.
 """
 
-import dataclasses
 import itertools
 import os
 from collections.abc import Iterator
-from typing import Any
 
 from scale_llm.config.data import DataConfig
 from scale_llm.config.errors import UserError
 from scale_llm.config.tokenizer import TokenizerConfig
 from scale_llm.data import corpus
+from scale_llm.data.cache_entries import TOKENIZER_BYTES, max_document_bytes, with_embedded_files
 from scale_llm.data.chat.reading import Report, bad_rows
-from scale_llm.data.files import stamp
 from scale_llm.data.indexed_check import check_indexed
 from scale_llm.data.rows import Part
 from scale_llm.data.sources import Source, parse_path
 from scale_llm.data.splits import split_problems
-
-TOKENIZER_BYTES = 16_000_000
-"""Text a tokenizer is trained on, the first of each source in equal parts; more changes little."""
 
 
 def checked_sources(data: DataConfig, tokenizer: TokenizerConfig) -> list[Source]:
@@ -45,21 +40,6 @@ def checked_sources(data: DataConfig, tokenizer: TokenizerConfig) -> list[Source
     return [with_embedded_files(source, data) for source in sources]
 
 
-def with_embedded_files(source: Source, data: DataConfig) -> Source:
-    """The embedded source with its files named; any other as it is."""
-    if source.kind != "embedded":
-        return source
-    return dataclasses.replace(source, files=tuple(corpus.embedded_files(data.embedded_megabytes)))
-
-
-def source_key(source: Source, data: DataConfig) -> list[Any]:
-    """What names a source's content, without reading it."""
-    files = source.files
-    if source.kind == "indexed":
-        files = tuple(prefix + extension for prefix in files for extension in (".bin", ".idx"))
-    return [source.kind, data.fields.text, [stamp(file) for file in files]]
-
-
 def documents_of(source: Source, data: DataConfig, problems: corpus.Problems, on_bytes=None) -> Iterator[str]:
     """Documents of a source of text, in the order of its files; bad rows go to `problems`."""
     if source.kind == "embedded":
@@ -68,10 +48,6 @@ def documents_of(source: Source, data: DataConfig, problems: corpus.Problems, on
     return itertools.chain.from_iterable(
         corpus.read_file(file, data.fields.text, problems, on_bytes, part) for file in source.files
     )
-
-
-def max_document_bytes(data: DataConfig) -> int:
-    return int(data.max_document_megabytes * 1e6)
 
 
 def tokenizer_sample_bytes(sources: list[Source]) -> int:
