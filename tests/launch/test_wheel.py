@@ -35,4 +35,4 @@ def test_wheel_holds_conf_and_every_module(tmp_path):
         capture_output=True, text=True, cwd=tmp_path, env={"PYTHONPATH": str(installed), "PATH": "/usr/bin:/bin"},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith(f"{installed}/scale_llm_conf\n") and "9,629,760" in result.stdout
+    assert result.stdout.startswith(f"{installed}/scale_llm_conf\n") and "5,048,576" in result.stdout
