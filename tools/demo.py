@@ -1,14 +1,17 @@
 """The whole chain on the embedded corpus, on this machine: python tools/demo.py (or: make demo)
 
-Collects the standard library's text, trains a tokenizer, indexes tokens, pretrains on two tensor-parallel ranks,
-evaluates, fine-tunes on questions about the library, learns to prefer their own answers to others (a reward model,
-DPO), learns from the rewards of answers of its own (PPO by that reward model, GRPO by their length), draws the curves
-and prints a table. A stage that is done already is not run again; one that was interrupted
-resumes. Everything lies in runs/demo/.
+Collects the standard library's text, curates it (copies go, mail addresses are masked; where `.[curate]` is
+installed), trains a tokenizer, indexes tokens, pretrains on two tensor-parallel ranks, evaluates, fine-tunes on
+questions about the library, learns to prefer their own answers to others (a reward model, DPO), learns from the rewards
+of answers of its own (PPO by that reward model, GRPO by their length), draws the curves and prints a table. A stage
+that is done already is not run again; one that was interrupted resumes. Everything lies in runs/demo/.
 """
 
 import argparse
+import gzip
+import importlib.util
 import json
+import os
 import subprocess
 import sys
 import time
@@ -32,10 +35,11 @@ class DemoStage:
 
 def stages(root: Path) -> list[DemoStage]:
     data = f"data.cache_dir={root / 'data'}"
+    text = (f"data.path={root / CURATED / 'documents'}",) if is_curated(root) else ()
     base, tuned = (f"checkpoint.load={root / stage / 'checkpoints'}" for stage in ("pretrain", "sft"))
     return [
-        DemoStage("pretrain", (data, "train.log_interval=10"), "done.json"),
-        DemoStage("evaluate", (data, base), "evaluation.json"),
+        DemoStage("pretrain", (data, *text, "train.log_interval=10"), "done.json"),
+        DemoStage("evaluate", (data, *text, base), "evaluation.json"),
         DemoStage("sft", (data, base, "train.log_interval=5"), "done.json"),
         DemoStage("reward", (data, tuned), "done.json"),
         DemoStage("dpo", (data, tuned), "done.json"),
@@ -44,10 +48,44 @@ def stages(root: Path) -> list[DemoStage]:
     ]
 
 
+CURATED = "curate"
+"""Below the root: where the curated corpus and its report lie."""
+CURATION = ("curate=duplicates", "curate.sentences.enabled=false", "curate.pii.enabled=true", "tasks=2")
+"""Lines of code that many files have are no boilerplate, so sentences stay."""
 TRAINED = ("pretrain", "sft", "reward", "dpo", "ppo", "grpo")
 """Stages with a curve."""
 REWARD = "critic/score/mean validation"
 """What ppo and grpo have in place of a loss: the mean reward of answers to prompts that are held out."""
+
+
+def is_curated(root: Path) -> bool:
+    return (root / CURATED / "report.json").is_file()
+
+
+def curate(root: Path, console: Console) -> None:
+    """The embedded corpus without copies and near copies."""
+    if is_curated(root):
+        console.print(f"{CURATED}: done before, in {root / CURATED}", highlight=False)
+        return
+    if importlib.util.find_spec("datatrove") is None:
+        console.print(f"{CURATED}: left out, as datatrove is not installed; pip install '.[curate]'", highlight=False)
+        return
+    from scale_llm.data.corpus import embedded_files, read_embedded
+
+    raw = root / "data" / "raw" / "stdlib.jsonl.gz"
+    raw.parent.mkdir(parents=True, exist_ok=True)
+    partial = raw.with_name(f".{raw.name}.partial")
+    with gzip.open(partial, "wt", compresslevel=1, encoding="utf-8") as file:
+        file.writelines(f"{json.dumps({'text': text})}\n" for text in read_embedded(embedded_files()))
+    os.replace(partial, raw)
+    command = ["tools/curate_data.py", *CURATION, f"input={raw.parent}", f"output={root / CURATED}"]
+    console.rule(f"[bold]{CURATED}")
+    console.print("python", *command, style="dim", highlight=False)
+    tool = Path(__file__).with_name("curate_data.py")
+    status = subprocess.run([sys.executable, str(tool), *command[1:]]).returncode
+    if status:
+        console.print(f"{CURATED} failed (exit status {status}); run the same command again to go on")
+        sys.exit(status)
 
 
 def words(stage: DemoStage, root: Path, extra: list[str]) -> list[str]:
@@ -95,7 +133,8 @@ def summary(root: Path) -> Table:
             loss = f"{result['lm loss']:.3f}"
             table.add_row(stage.name, str(result["iteration"]), "", loss, "", str(root / stage.name))
     table.caption = (
-        f"{result['split']} split: perplexity {result['ppl']:.1f}, {result['bits per byte']:.2f} bits per byte\n"
+        f"{_curated(root)}{result['split']} split: perplexity {result['ppl']:.1f}, "
+        f"{result['bits per byte']:.2f} bits per byte\n"
         f"held-out pairs in the right order: {_share_right(root / 'reward')} by the reward model, "
         f"{_share_right(root / 'dpo')} after DPO\n"
         "ppo, grpo: mean reward of answers to held-out prompts, before and after; "
@@ -103,6 +142,14 @@ def summary(root: Path) -> Table:
         f"answers before and after fine-tuning: {root / 'sft' / 'samples.md'}"
     )
     return table
+
+
+def _curated(root: Path) -> str:
+    if not is_curated(root):
+        return ""
+    found = json.loads((root / CURATED / "report.json").read_text())
+    kept, read = found["documents_out"], found["documents_in"]
+    return f"curation: {kept:,} of {read:,} documents kept; what went, and why: {root / CURATED / 'report.html'}\n"
 
 
 def _share_right(run_dir: Path) -> str:
@@ -129,6 +176,7 @@ def main() -> None:
     arguments = parser.parse_args()
     console, root = Console(), arguments.root
     began = time.monotonic()
+    curate(root, console)
     for stage in stages(root):
         if is_done(stage, root, arguments.overrides):
             console.print(f"{stage.name}: done before, in {root / stage.name}", highlight=False)

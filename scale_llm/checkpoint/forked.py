@@ -21,6 +21,9 @@ import torch
 
 T = TypeVar("T")
 
+BEHIND = 10
+"""Niceness: where cores are few, what goes on comes first; a save that is waited for has the cores to itself."""
+
 
 class Forked(Generic[T]):
     """Runs the action; begins at once."""
@@ -68,6 +71,7 @@ class Forked(Generic[T]):
 
 def _main(parent: int, action: Callable[[], Any], results: "_ResultsFile") -> None:
     _end_with(parent)
+    os.nice(BEHIND)
     torch.set_num_threads(1)  # OpenMP's threads did not come along
     try:
         told: tuple[Any, str | None] = action(), None

@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from scale_llm.config import overrides as words
 from scale_llm.config.data import TooLong
 from scale_llm.config.errors import UsageError
+from scale_llm.config.io import run_schema
 from scale_llm.config.policy import PolicyStageConfig
 from scale_llm.config.run import RunConfig
 from scale_llm.config.stage import GenerateConfig
@@ -61,9 +62,8 @@ def _typed(tree: DictConfig, parsed: list[Override]) -> RunConfig:
     if OmegaConf.is_missing(tree, "stage"):
         raise UsageError("stage: has no default; give stage=VALUE")
     stage: Any = OmegaConf.get_type(tree.stage)
-    defaults = RunConfig(run_dir="", stage=stage())
     try:
-        cfg = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(defaults), tree))
+        cfg = OmegaConf.to_object(OmegaConf.merge(run_schema(stage), tree))
     except (OmegaConfBaseException, TypeError) as error:
         raise UsageError(first_cause(error)) from error
     assert isinstance(cfg, RunConfig)

@@ -105,6 +105,10 @@ class DataConfig:
     """No attention across an end of document."""
     eod_mask_loss: bool = False
     """No loss where the input is the end-of-document token, as what follows is another document."""
+    index_workers: int | None = None
+    """Processes that turn text into tokens; None: one for each core. The tokens do not depend on it."""
+    max_document_megabytes: float = 16.0
+    """Larger documents are bad rows."""
     fim_rate: float = 0.0
     """Share of the training documents whose middle is to be filled in: cut in three and put in another order, see
     data/fim.py."""
@@ -122,8 +126,8 @@ class DataConfig:
     format: ChatFormat = ChatFormat.auto
     """How rows hold a conversation; auto: by the fields that the first row has."""
     on_bad_row: BadRow = BadRow.fail
-    """A row that is no conversation (unknown role, no assistant turn, not JSON): stop with all of them listed, or leave
-    them out, counted and listed in the report."""
+    """A row that is no document or conversation (no text, too large, unknown role, no assistant turn, not JSON): stop
+    with all of them listed, or leave them out, counted and listed in the report."""
     on_too_long: TooLong = TooLong.truncate
     """A conversation of more tokens than model.seq_length: cut off its end, leave it out, or stop. Counted. Prompts
     (stage=generate) are never cut: drop is what they have where nothing is said."""

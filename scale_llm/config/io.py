@@ -1,5 +1,6 @@
 """config.yaml of a run directory: written whole or not at all, read back exactly as it was."""
 
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -59,15 +60,20 @@ def load_raw(path: Path) -> dict[str, Any]:
     return OmegaConf.to_container(raw)  # type: ignore[return-value]
 
 
+@functools.cache
+def run_schema(stage: Any) -> DictConfig:
+    """Keys, types and defaults of a run with this class of stage; to be merged into, which copies it."""
+    return OmegaConf.structured(RunConfig(run_dir="", stage=stage()))
+
+
 def load_config(path: Path | str) -> RunConfig:
     """The RunConfig that save_config wrote; `path` is the file or its run directory."""
     path = Path(path)
     path = path / CONFIG_FILE if path.is_dir() else path
     raw = load_raw(path)
     try:
-        stage = STAGES[raw["stage"]["name"]]()
-        schema = OmegaConf.structured(RunConfig(run_dir="", stage=stage))
-        cfg = OmegaConf.to_object(OmegaConf.merge(schema, raw))
+        stage: Any = STAGES[raw["stage"]["name"]]
+        cfg = OmegaConf.to_object(OmegaConf.merge(run_schema(stage), raw))
     except (KeyError, TypeError, OmegaConfBaseException) as error:
         raise UserError(f"{path}: does not fit this version of scale_llm ({error}); compose the run anew") from error
     assert isinstance(cfg, RunConfig)

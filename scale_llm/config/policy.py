@@ -88,6 +88,8 @@ class PolicyStageConfig(StageConfig):
     """Answers to every prompt."""
     temperature: float = 1.0
     """Logits are divided by it, in sampling and in training."""
+    validation_temperature: float = 0.0
+    """The same for answers to prompts that are held out (verl: val_kwargs.temperature); 0: the likeliest answer."""
     top_k: int = 0
     """Of so many likeliest tokens only; 0: of all. Of fewer than all (top_p alike), what is sampled is another
     distribution than the one whose log-probabilities are trained."""

@@ -150,12 +150,24 @@ WITH_REFERENCE = tuple(loss for loss in PreferenceLoss if loss not in REFERENCE_
 
 RULES = (
     Rule(
-        "data.format data.on_bad_row data.on_too_long tokenizer.chat_template data.fields.messages data.fields.role "
+        "data.format data.on_too_long data.fields.messages data.fields.role "
         "data.fields.content data.fields.prompt data.fields.system data.fields.tools data.fields.instruction "
         "data.fields.input data.fields.conversations data.fields.sender data.fields.value",
         _conversations,
         "is for conversations and comparisons, stage={cfg.stage.name} reads documents",
         "remove it, or choose {stages}",
+    ),
+    Rule(
+        "tokenizer.chat_template",
+        lambda cfg: _conversations(cfg) or cfg.tokenizer.path is None,
+        "is for conversations and for a tokenizer trained here, stage={cfg.stage.name} with tokenizer.path has neither",
+        "remove it, or choose {stages}",
+    ),
+    Rule(
+        "tokenizer.special_tokens",
+        lambda cfg: cfg.tokenizer.path is None,
+        "is for a tokenizer trained here, and tokenizer.path names one",
+        "remove it, or set tokenizer.path=null",
     ),
     Rule(
         "data.fields.response data.fields.output data.fields.weight",
@@ -278,7 +290,8 @@ RULES = (
         "remove it, or set stage.overlong_buffer_tokens",
     ),
     Rule(
-        "data.fields.text data.temperature data.reset_position_ids data.reset_attention_mask data.eod_mask_loss",
+        "data.fields.text data.index_workers data.max_document_megabytes data.temperature data.reset_position_ids "
+        "data.reset_attention_mask data.eod_mask_loss",
         _documents,
         "is for documents, which stage={cfg.stage.name} does not read",
         "remove it, or choose {stages}",

@@ -71,6 +71,7 @@ SMALLEST = {
     "overlong_penalty_factor": 0,
     "num_samples": 0,
     "critic_warmup": 0,
+    "validation_temperature": 0,
 }
 """The smallest value of a key; None: any number."""
 

@@ -22,7 +22,7 @@ POSITIVE = {
     "max_position_embeddings vocab_size make_vocab_size_divisible_by norm_epsilon rotary_base num_experts "
     "moe_router_topk moe_ffn_hidden_size",
     "tokenizer": "vocab_size",
-    "data": "embedded_megabytes",
+    "data": "embedded_megabytes index_workers max_document_megabytes",
     "train": "micro_batch_size global_batch_size train_iters train_samples train_epochs eval_interval exit_interval "
     "exit_duration_in_mins log_interval recompute_num_layers",
     "parallel": "tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size "

@@ -13,13 +13,13 @@ from datatrove.pipeline.base import PipelineStep
 from scale_llm.config.curate import DecontaminateConfig
 from scale_llm.config.errors import UserError
 from scale_llm.curate.ledger import Ledger
-from scale_llm.curate.opening import open_bytes
 from scale_llm.curate.simplify import shingles, words_of
 from scale_llm.curate.sources import kind_of
 from scale_llm.curate.step import Judge, Verdict
 from scale_llm.curate.words import TokenCounter
 from scale_llm.data import rows as data_rows
 from scale_llm.data.files import write_json
+from scale_llm.data.opening import open_bytes
 
 INDEX = "index.json"
 

@@ -16,9 +16,9 @@ from scale_llm.config.curate import CurateConfig
 from scale_llm.config.errors import UserError
 from scale_llm.curate import tabular, warc
 from scale_llm.curate.ledger import Ledger, length_class
-from scale_llm.curate.opening import DAMAGED, lines, open_bytes
 from scale_llm.curate.sources import Piece, Shard, kind_of
 from scale_llm.curate.words import TokenCounter
+from scale_llm.data.opening import DAMAGED, lines, open_bytes
 from scale_llm.data.rows import MAX_PROBLEMS
 
 TEXT_DOCUMENT_CHARACTERS = 4096

@@ -6,7 +6,7 @@ from typing import IO, Any
 from warcio.archiveiterator import ArchiveIterator
 from warcio.exceptions import ArchiveLoadFailed
 
-from scale_llm.curate.opening import DAMAGED, open_bytes
+from scale_llm.data.opening import DAMAGED, open_bytes
 
 HTML = "_html"
 """Marks a page whose text is still to be extracted."""

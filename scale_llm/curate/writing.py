@@ -13,8 +13,8 @@ from datatrove.data import Document
 from datatrove.pipeline.base import PipelineStep
 
 from scale_llm.curate.ledger import Ledger, length_class
-from scale_llm.curate.opening import open_bytes
 from scale_llm.curate.reading import plain
+from scale_llm.data.opening import open_bytes
 
 
 class Write(PipelineStep):

@@ -6,11 +6,12 @@ from typing import Any
 
 from scale_llm.config.data import DataConfig
 from scale_llm.config.tokenizer import TokenizerConfig
+from scale_llm.data.chat.template_files import template_source
 from scale_llm.data.files import fingerprint, stamp
 from scale_llm.data.sources import Source
 from scale_llm.data.stdlib_files import embedded_files
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the same input would give other files, so that old cache entries are left alone."""
 TOKENIZER_BYTES = 16_000_000
 """Text a tokenizer is trained on, the first of each source in equal parts; more changes little."""
@@ -31,16 +32,27 @@ def source_key(source: Source, data: DataConfig) -> list[Any]:
     return [source.kind, data.fields.text, [stamp(file) for file in files]]
 
 
+def max_document_bytes(data: DataConfig) -> int:
+    return int(data.max_document_megabytes * 1e6)
+
+
+def reading(data: DataConfig) -> list[Any]:
+    """How rows are read, as far as it changes what is indexed."""
+    return [data.on_bad_row.value, max_document_bytes(data)]
+
+
 def tokenizer_entry(sources: list[Source], data: DataConfig, config: TokenizerConfig, cache: Path) -> Path:
     """Directory of the tokenizer that is trained on these sources."""
-    settings = [FORMAT, TOKENIZER_BYTES, config.vocab_size, config.eod_token]
+    template = None if config.chat_template is None else template_source(Path(), config).text
+    special = [config.eod_token, *config.special_tokens]
+    settings = [FORMAT, TOKENIZER_BYTES, config.vocab_size, special, template, reading(data)]
     keys = [source_key(source, data) for source in sources]
     return cache / "tokenizers" / fingerprint([settings, keys])
 
 
 def tokens_entry(source: Source, data: DataConfig, tokenizer_digest: str, eod: int, cache: Path) -> tuple[Path, str]:
     """(directory, name without extension) of the tokens of a source of text."""
-    key = [FORMAT, tokenizer_digest, eod, source_key(source, data)]
+    key = [FORMAT, tokenizer_digest, eod, source_key(source, data), *reading(data)]
     return cache / "tokens" / fingerprint(key), f"{source_name(source)}_{data.fields.text}_document"
 
 

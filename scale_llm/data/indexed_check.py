@@ -60,6 +60,16 @@ def sequence_lengths(prefix: str):
     return numpy.memmap(prefix + ".idx", dtype="<i4", mode="r", offset=HEADER.size, shape=(sequences,))
 
 
+def document_marks(prefix: str):
+    """The sequence at which each document ends, int64 numpy array [documents + 1] that begins with 0, copied."""
+    import numpy
+
+    _, sequences, marks = read_header(prefix)
+    with open(prefix + ".idx", "rb") as stream:
+        stream.seek(HEADER.size + 12 * sequences)
+        return numpy.fromfile(stream, dtype="<i8", count=marks)
+
+
 def _check_arrays(prefix: str, header: tuple[str, int, int]) -> list[str]:
     import numpy
 

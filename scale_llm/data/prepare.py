@@ -9,23 +9,31 @@ So another weight costs nothing, and another source costs that source alone.
 
 import json
 import os
+import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from scale_llm.config.data import DataConfig
+from scale_llm.config.data import BadRow, DataConfig
 from scale_llm.config.errors import UserError
 from scale_llm.config.tokenizer import TokenizerConfig
-from scale_llm.data.cache_entries import FORMAT, source_key, source_name, tokenizer_entry, tokens_entry
-from scale_llm.data.corpus import Problems
+from scale_llm.data.cache_entries import (
+    FORMAT,
+    max_document_bytes,
+    reading,
+    source_key,
+    source_name,
+    tokenizer_entry,
+    tokens_entry,
+)
 from scale_llm.data.files import build_once, fingerprint, write_json
+from scale_llm.data.index_work import IndexSettings, UnitCounts
 from scale_llm.data.indexed_check import check_indexed, sequence_lengths
 from scale_llm.data.mixture import shares
 from scale_llm.data.progress import byte_progress
 from scale_llm.data.source_text import (
     checked_sources,
-    documents_of,
     tokenizer_sample,
     tokenizer_sample_bytes,
 )
@@ -53,6 +61,8 @@ class PreparedData:
     """Ends of documents included."""
     num_bytes: int | None
     """UTF-8 bytes of the text, for bits per byte; None where an indexed prefix is among the sources."""
+    left_out: dict[str, Any] = field(default_factory=dict)
+    """Rows, documents and files of the text of which nothing was indexed: see `left_out_lines`."""
 
 
 def load_prepared(path: str | Path) -> PreparedData:
@@ -79,7 +89,7 @@ def prepare(
     from scale_llm.data.tokenizer import Tokenizer
 
     digest = file_digest(tokenizer_path)
-    keys = [[source.weight, source_key(source, data)] for source in sources]
+    keys = [[source.weight, source_key(source, data), *reading(data)] for source in sources]
     mixed = mixture_key(sources, data)
     keys += [mixed] if mixed else []
     entry = cache / "prepared" / fingerprint([FORMAT, tokenizer.eod_token, digest, tokenizer_path, keys])
@@ -110,16 +120,16 @@ class _Indexed:
     """One source as indexed files."""
 
     prefixes: list[str]
-    num_documents: int
-    num_tokens: int
-    num_bytes: int | None
+    counts: UnitCounts
+    is_text: bool = True
 
 
 def _tokenizer(
     data: DataConfig, config: TokenizerConfig, sources: list[Source], cache: Path, show_progress: bool
 ) -> str:
     """Path of the user's tokenizer.json, or of one trained on the sources."""
-    from scale_llm.data.tokenizer import Tokenizer, train_tokenizer
+    from scale_llm.data.tokenizer import Tokenizer
+    from scale_llm.data.tokenizer_files import train_directory
 
     if config.path is not None:
         Tokenizer.load(config.path, config.eod_token)  # complains about a missing end-of-document token
@@ -128,12 +138,7 @@ def _tokenizer(
 
     def train(directory: Path) -> None:
         with byte_progress("train tokenizer", tokenizer_sample_bytes(sources), show_progress) as on_bytes:
-            train_tokenizer(
-                tokenizer_sample(sources, data, on_bytes),
-                vocab_size=config.vocab_size,
-                eod_token=config.eod_token,
-                path=directory / "tokenizer.json",
-            )
+            train_directory(tokenizer_sample(sources, data, on_bytes), config, directory)
 
     return str(build_once(entry, train) / "tokenizer.json")
 
@@ -145,28 +150,36 @@ def _index(
         lengths = [sequence_lengths(prefix) for prefix in source.files]
         return _Indexed(
             prefixes=list(source.files),
-            num_documents=sum(len(each) for each in lengths),
-            num_tokens=sum(int(each.sum(dtype="int64")) for each in lengths),
-            num_bytes=None,
+            counts=UnitCounts(
+                num_documents=sum(len(each) for each in lengths),
+                num_tokens=sum(int(each.sum(dtype="int64")) for each in lengths),
+            ),
+            is_text=False,
         )
     entry, name = tokens_entry(source, data, tokenizer_digest, tokenizer.eod, cache)
+    parts = entry.with_name(f"{entry.name}.parts")
 
     def build(directory: Path) -> None:
-        from scale_llm.data.indexing import index_documents
+        from scale_llm.data.indexing import index_files, token_dtype
 
-        problems = Problems()
+        settings = IndexSettings(
+            tokenizer=tokenizer.path, eod_token=tokenizer.backend.id_to_token(tokenizer.eod),
+            dtype=token_dtype(tokenizer.vocab_size), embedded=source.kind == "embedded", text_field=data.fields.text,
+            max_document_bytes=max_document_bytes(data), drop_bad_rows=data.on_bad_row is BadRow.drop,
+        )  # fmt: skip
         total = sum(os.path.getsize(file) for file in source.files)
         with byte_progress(f"index {source_name(source)}", total, show_progress) as on_bytes:
-            documents = documents_of(source, data, problems, on_bytes)
-            counts = index_documents(documents, tokenizer, str(directory / name))
+            counts = index_files(
+                source.files, settings, str(directory / name), parts, workers=data.index_workers, on_bytes=on_bytes
+            )
         if not counts.num_documents:
-            problems.found.append(f"data.path={source.files[0]}: holds no text; give files with documents in them")
-        problems.raise_any()
+            raise UserError(f"data.path={source.files[0]}: holds no text; give files with documents in them")
         write_json(directory / "counts.json", asdict(counts))
 
     directory = build_once(entry, build)
+    shutil.rmtree(parts, ignore_errors=True)
     counts = json.loads((directory / "counts.json").read_text(encoding="utf-8"))
-    return _Indexed(prefixes=[str(directory / name)], **counts)
+    return _Indexed(prefixes=[str(directory / name)], counts=UnitCounts(**counts))
 
 
 def _check_vocabulary(indexed: list[_Indexed], vocab_size: int) -> None:
@@ -177,7 +190,9 @@ def _check_vocabulary(indexed: list[_Indexed], vocab_size: int) -> None:
 
 
 def _collect(sources: list[Source], indexed: list[_Indexed], data: DataConfig, tokenizer, path: str) -> PreparedData:
-    num_bytes = [each.num_bytes for each in indexed if each.num_bytes is not None]
+    total = UnitCounts()
+    for each in indexed:
+        total.add(each.counts)
     return PreparedData(
         path=path,
         tokenizer_path=tokenizer.path,
@@ -185,9 +200,10 @@ def _collect(sources: list[Source], indexed: list[_Indexed], data: DataConfig, t
         eod=tokenizer.eod,
         prefixes=[prefix for each in indexed for prefix in each.prefixes],
         weights=_weights(sources, indexed, data),
-        num_documents=sum(each.num_documents for each in indexed),
-        num_tokens=sum(each.num_tokens for each in indexed),
-        num_bytes=sum(num_bytes) if len(num_bytes) == len(indexed) else None,
+        num_documents=total.num_documents,
+        num_tokens=total.num_tokens,
+        num_bytes=total.num_bytes if all(each.is_text for each in indexed) else None,
+        left_out=total.left_out(),
     )
 
 

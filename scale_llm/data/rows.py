@@ -4,8 +4,6 @@ A `.json` file holds either one object a line, as Megatron's own tools read it, 
 from 1; in an array and in Parquet the row's number stands in place of the line. No torch.
 """
 
-import gzip
-import io
 import json
 import os
 from collections.abc import Callable, Collection, Iterator
@@ -13,11 +11,29 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from scale_llm.config.errors import UserError
+from scale_llm.data import opening
+from scale_llm.data.sources import uncompressed_name
 
 MAX_PROBLEMS = 20
 
+_UNLIMITED = 1 << 62
+
 OnBytes = Callable[[int], None]
 """Called with the number of file bytes read since the last call."""
+
+
+class Part(NamedTuple):
+    """What to read of a file. Lines, and rows of Parquet, count from the start of the part."""
+
+    start: int = 0
+    """A byte after an end of line; of a Parquet file a row group."""
+    end: int | None = None
+    """The byte, or row group, that is no longer read; None: to the end of the file."""
+    limit_bytes: int | None = None
+    """Lines that are longer are bad rows and are not held in memory."""
+
+
+WHOLE = Part()
 
 
 class Row(NamedTuple):
@@ -32,6 +48,8 @@ class Problems:
 
     found: list[str] = field(default_factory=list)
     """Each `file:line: what is wrong`; for Parquet the row in place of the line, from 1."""
+    empty: int = 0
+    """Documents without text, which are left out."""
 
     def add(self, file: str, line: int, message: str, kind: str = "bad row") -> None:
         """kind: what rows with the same fault are counted under, by whoever counts them."""
@@ -61,38 +79,52 @@ class _FileFaults(Problems):
 
 
 def read_rows(
-    file: str, problems: Problems, on_bytes: OnBytes | None = None, columns: Collection[str] | None = None
+    file: str,
+    problems: Problems,
+    on_bytes: OnBytes | None = None,
+    columns: Collection[str] | None = None,
+    part: Part = WHOLE,
 ) -> Iterator[Row]:
     """Rows of one file in order.
 
     Args:
         columns: of a Parquet file read these alone (those that it has); None: all.
     """
-    name = file.removesuffix(".gz")
+    name = uncompressed_name(file)
     if name.endswith(".parquet"):
-        return _parquet_rows(file, problems, on_bytes, columns)
+        return _parquet_rows(file, problems, on_bytes, columns, part)
     if name.endswith(".json") and _is_array(file):
         return _array_rows(file, problems, on_bytes)
-    return _jsonl_rows(file, problems, on_bytes)
+    return _jsonl_rows(file, problems, on_bytes, part)
 
 
-def lines(file: str, problems: Problems, on_bytes: OnBytes | None) -> Iterator[tuple[int, str]]:
-    """(line number from 1, line with its end) of a plain or gzipped UTF-8 file; progress in bytes on disk."""
+def lines(file: str, problems: Problems, on_bytes: OnBytes | None, part: Part = WHOLE) -> Iterator[tuple[int, str]]:
+    """(line number from 1, line with its end) of a plain or compressed UTF-8 file; progress in bytes on disk."""
+    number, seen = 0, part.start
+    limit = _UNLIMITED if part.limit_bytes is None else part.limit_bytes
     with open(file, "rb") as raw:
-        stream = gzip.GzipFile(fileobj=raw) if file.endswith(".gz") else io.BufferedReader(raw)
-        number, seen = 0, 0
+        raw.seek(part.start)
         try:
-            for number, line in enumerate(stream, start=1):
+            for number, line, size in opening.lines(opening.decompressed(raw, file), limit, end=part.end):
                 if on_bytes and raw.tell() != seen:
                     on_bytes(raw.tell() - seen)
                     seen = raw.tell()
+                if line is None:
+                    problems.add(file, number, too_large(size, limit), "too large")
+                    continue
                 try:
-                    yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
+                    text = line.decode("utf-8-sig" if number == 1 and not part.start else "utf-8")
                 except UnicodeDecodeError as error:
                     message = f"not UTF-8 ({error.reason}); convert the file to UTF-8"
                     problems.add(file, number, message, "not UTF-8")
-        except (EOFError, gzip.BadGzipFile) as error:
-            problems.add_file(file, number + 1, f"damaged gzip file ({error}); copy it again")
+                    continue
+                yield number, text
+        except opening.DAMAGED as error:
+            problems.add_file(file, number + 1, f"damaged file, cannot be read from here on ({error}); copy it again")
+
+
+def too_large(size: int, limit: int) -> str:
+    return f"{size:,} bytes, {limit:,} are read at most; raise data.max_document_megabytes"
 
 
 def encodable(text: str) -> bool:
@@ -113,8 +145,8 @@ def parquet_columns(file: str, problems: Problems) -> list[str] | None:
         return table.schema_arrow.names
 
 
-def _jsonl_rows(file: str, problems: Problems, on_bytes: OnBytes | None) -> Iterator[Row]:
-    for number, line in lines(file, problems, on_bytes):
+def _jsonl_rows(file: str, problems: Problems, on_bytes: OnBytes | None, part: Part) -> Iterator[Row]:
+    for number, line in lines(file, problems, on_bytes, part):
         if not line.strip():
             continue
         try:
@@ -166,7 +198,7 @@ def _open_parquet(file: str, problems: Problems) -> Any:
 
 
 def _parquet_rows(
-    file: str, problems: Problems, on_bytes: OnBytes | None, columns: Collection[str] | None
+    file: str, problems: Problems, on_bytes: OnBytes | None, columns: Collection[str] | None, part: Part
 ) -> Iterator[Row]:
     table = _open_parquet(file, problems)
     if table is None:
@@ -174,11 +206,15 @@ def _parquet_rows(
     with table:
         names = [name for name in table.schema_arrow.names if columns is None or name in columns]
         bytes_per_row = os.path.getsize(file) / max(table.metadata.num_rows, 1)
+        groups = list(range(table.metadata.num_row_groups))[part.start : part.end]
         number = 0
-        for batch in table.iter_batches(batch_size=1024, columns=names):
-            # Values of a batch without columns: pylist would be empty, and every row must be seen
-            for values in batch.to_pylist() if names else [{} for _ in range(batch.num_rows)]:
-                number += 1
-                yield Row(values, file, number)
-            if on_bytes:
-                on_bytes(int(batch.num_rows * bytes_per_row))
+        try:
+            for batch in table.iter_batches(batch_size=1024, columns=names, row_groups=groups):
+                # Values of a batch without columns: pylist would be empty, and every row must be seen
+                for values in batch.to_pylist() if names else [{} for _ in range(batch.num_rows)]:
+                    number += 1
+                    yield Row(values, file, number)
+                if on_bytes:
+                    on_bytes(int(batch.num_rows * bytes_per_row))
+        except (*opening.DAMAGED, UnicodeDecodeError) as error:
+            problems.add_file(file, number + 1, f"damaged file, cannot be read from here on ({error}); copy it again")

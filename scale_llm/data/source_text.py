@@ -11,8 +11,10 @@ from scale_llm.config.data import DataConfig
 from scale_llm.config.errors import UserError
 from scale_llm.config.tokenizer import TokenizerConfig
 from scale_llm.data import corpus
-from scale_llm.data.cache_entries import TOKENIZER_BYTES, with_embedded_files
+from scale_llm.data.cache_entries import TOKENIZER_BYTES, max_document_bytes, with_embedded_files
+from scale_llm.data.chat.reading import Report, bad_rows
 from scale_llm.data.indexed_check import check_indexed
+from scale_llm.data.rows import Part
 from scale_llm.data.sources import Source, parse_path
 from scale_llm.data.splits import split_problems
 
@@ -42,8 +44,9 @@ def documents_of(source: Source, data: DataConfig, problems: corpus.Problems, on
     """Documents of a source of text, in the order of its files; bad rows go to `problems`."""
     if source.kind == "embedded":
         return corpus.read_embedded(list(source.files), on_bytes)
+    part = Part(limit_bytes=max_document_bytes(data))
     return itertools.chain.from_iterable(
-        corpus.read_file(file, data.fields.text, problems, on_bytes) for file in source.files
+        corpus.read_file(file, data.fields.text, problems, on_bytes, part) for file in source.files
     )
 
 
@@ -57,7 +60,7 @@ def tokenizer_sample(sources: list[Source], data: DataConfig, on_bytes) -> Itera
     """Documents to train a tokenizer on: the first of each source, in equal parts."""
     for source in sources:
         left = TOKENIZER_BYTES // len(sources)
-        problems = corpus.Problems()
+        problems = bad_rows(data.on_bad_row, Report())  # counted when they are indexed
         for text in documents_of(source, data, problems, on_bytes):
             yield text
             left -= len(text.encode("utf-8"))

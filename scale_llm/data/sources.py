@@ -9,9 +9,16 @@ from scale_llm.config.errors import UserError
 from scale_llm.data.indexed_check import check_indexed
 from scale_llm.data.path_entries import Entry, read_entries, temperature_problems
 
-RAW_EXTENSIONS = (".txt", ".jsonl", ".json", ".parquet", ".txt.gz", ".jsonl.gz", ".json.gz")
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+RAW_EXTENSIONS = (
+    ".parquet",
+    *(kind + compression for kind in (".txt", ".jsonl", ".json") for compression in ("", *COMPRESSIONS)),
+)
 INDEXED_EXTENSIONS = (".bin", ".idx")
-_REMEDY = f"give files that end in {', '.join(RAW_EXTENSIONS)}, or the prefix of a .bin and .idx pair"
+_REMEDY = (
+    "give files that end in .txt, .jsonl or .json (also .gz, .bz2, .xz, .zst) or .parquet, or the prefix of a .bin and "
+    ".idx pair"
+)
 EMBEDDED_NAME = "the standard library of Python"
 
 
@@ -70,6 +77,11 @@ def path_problems(path: Any, vocab_size: int | None = None, temperature: float =
         return error.problems
     prefixes = [prefix for source in sources if source.kind == "indexed" for prefix in source.files]
     return [problem for prefix in prefixes for problem in check_indexed(prefix, vocab_size)]
+
+
+def uncompressed_name(file: str) -> str:
+    """A file's name without the extension of its compression."""
+    return next((file.removesuffix(end) for end in COMPRESSIONS if file.endswith(end)), file)
 
 
 def _expand(entry: str) -> tuple[str, tuple[str, ...]] | str:

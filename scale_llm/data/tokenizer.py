@@ -2,14 +2,16 @@
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import tokenizers
 
 from scale_llm.config.errors import UserError
+from scale_llm.config.tokenizer import TokenizerConfig
 from scale_llm.data.tokenizer_json import file_digest, tokenizer_file
 
+DEFAULT_EOD = TokenizerConfig().eod_token
 SMALLEST_VOCABULARY = 257
 """256 bytes and the end-of-document token."""
 
@@ -32,13 +34,15 @@ class Tokenizer:
         backend.no_padding()
 
     @classmethod
-    def load(cls, path: str, eod_token: str) -> "Tokenizer":
-        """Reads a tokenizer.json, or the one in a directory."""
+    def load(cls, path: str, eod_token: str | None) -> "Tokenizer":
+        """Reads a tokenizer.json, or the one in a directory. eod_token: None where documents have no end (eod: -1)."""
         file = tokenizer_file(path)
         try:
             backend = tokenizers.Tokenizer.from_file(file)
         except Exception as error:  # the library raises plain Exception
             raise UserError(f"tokenizer.path={path}: not a tokenizer.json ({error}); export it again") from error
+        if eod_token is None:
+            return cls(backend, -1, file)
         eod = backend.token_to_id(eod_token)
         if eod is None:
             raise UserError(_no_eod(backend, path, eod_token))
@@ -68,7 +72,7 @@ class Tokenizer:
 
         With it the bits per byte of any stretch of tokens are exact.
         """
-        if (json.loads(self.backend.to_str()).get("decoder") or {}).get("type") != "ByteLevel":
+        if not isinstance(self.backend.decoder, tokenizers.decoders.ByteLevel):
             return None
         lengths = [0] * self.vocab_size
         for token, number in self.backend.get_vocab(with_added_tokens=False).items():
@@ -116,26 +120,70 @@ class TextStream:
         return new
 
 
-def train_tokenizer(texts: Iterable[str], *, vocab_size: int, eod_token: str, path: Path) -> None:
+def train_tokenizer(
+    texts: Iterable[str], *, vocab_size: int, eod_token: str, path: Path, special_tokens: Sequence[str] = ()
+) -> None:
     """Trains a byte-level BPE, for which no text is unknown, and writes it to `path`, a
     tokenizer.json.
 
-    The end-of-document token has id 0. A small corpus may give fewer than `vocab_size` tokens.
+    The end-of-document token has id 0, the other special tokens those after it. A small corpus may give fewer than
+    `vocab_size` tokens.
     """
-    if vocab_size < SMALLEST_VOCABULARY:
-        raise UserError(
-            f"tokenizer.vocab_size={vocab_size}: a byte-level one needs at least {SMALLEST_VOCABULARY} tokens"
+    problems = _special_token_problems(eod_token, special_tokens)
+    if vocab_size < (smallest := SMALLEST_VOCABULARY + len(special_tokens)):
+        with_special = f", {1 + len(special_tokens)} of them special" if special_tokens else ""
+        problems.append(
+            f"tokenizer.vocab_size={vocab_size}: a byte-level one needs at least {smallest} tokens{with_special}"
         )
+    if problems:
+        raise UserError(problems)
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[eod_token],
+        special_tokens=[eod_token, *special_tokens],
         initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
+    _save(backend, path)
+
+
+def _special_token_problems(eod_token: str, special_tokens: Sequence[str]) -> list[str]:
+    known = [eod_token, *special_tokens]
+    twice = dict.fromkeys(token for token in special_tokens if known.count(token) > 1 or not token)
+    return [
+        f"tokenizer.special_tokens: {token!r} is empty, there twice or the end of documents; remove it"
+        for token in twice
+    ]
+
+
+def gpt2_tokenizer(vocab_file: str, merge_file: str, path: Path) -> None:
+    """Writes the tokenizer.json of GPT-2's vocab.json and merges.txt."""
+    try:
+        backend = tokenizers.Tokenizer(tokenizers.models.BPE.from_file(vocab_file, merge_file))
+    except Exception as error:  # the library raises plain Exception
+        raise UserError(
+            f"--vocab-file={vocab_file}: not one of GPT-2 ({error}); give vocab.json and merges.txt"
+        ) from error
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    if backend.token_to_id(DEFAULT_EOD) is not None:
+        backend.add_special_tokens([DEFAULT_EOD])
+    _save(backend, path)
+
+
+def default_eod(file: str) -> str:
+    """The end of text that tokenizer_config.json beside a tokenizer.json names, or GPT-2's."""
+    try:
+        token = json.loads(Path(file).with_name("tokenizer_config.json").read_text(encoding="utf-8"))["eos_token"]
+    except (OSError, ValueError, KeyError):
+        return DEFAULT_EOD
+    return (token["content"] if isinstance(token, dict) else token) or DEFAULT_EOD
+
+
+def _save(backend: tokenizers.Tokenizer, path: Path) -> None:
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     backend.save(str(temporary))
     os.replace(temporary, path)

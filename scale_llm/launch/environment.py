@@ -48,6 +48,9 @@ def quiet_imports() -> None:
 def rank_variables(cfg: RunConfig) -> dict[str, str]:
     """What a rank must find in its environment before it imports torch."""
     variables = {"OMP_NUM_THREADS": str(cfg.cluster.omp_num_threads)}
+    if "THP_MEM_ALLOC_ENABLE" not in os.environ:
+        # torch asks for huge pages: a fork copies a page's entry, and background saves fork (checkpoint/forked.py)
+        variables["THP_MEM_ALLOC_ENABLE"] = "1"
     if cfg.cluster.device is Device.cuda and "CUDA_DEVICE_MAX_CONNECTIONS" not in os.environ:
         # One hardware queue keeps collectives of tensor parallelism ahead of the kernels they overlap with
         variables["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"

@@ -13,6 +13,7 @@ def prepare_data(cfg: RunConfig) -> None:
     from scale_llm.data.chat.preferences import PreparedPreferences, preference_lines
     from scale_llm.data.chat.prompts import PreparedPrompts
     from scale_llm.data.chat.reading import lost_lines, report_lines
+    from scale_llm.data.index_work import left_out_lines
     from scale_llm.data.of_stage import prepare_run
     from scale_llm.data.prepare import check_splits
 
@@ -27,6 +28,7 @@ def prepare_data(cfg: RunConfig) -> None:
     elif isinstance(prepared, PreparedPreferences):
         print("\n".join(preference_lines(prepared.report)), flush=True)
     else:
+        print("".join(f"{line}\n" for line in left_out_lines(prepared.left_out)), end="", flush=True)
         problems = check_splits(prepared, cfg.data, seq_length=cfg.model.seq_length, splits=splits_used(cfg))
         problems += fim_problems(cfg.data, prepared.tokenizer_path)
     if cfg.model.vocab_size is not None and prepared.vocab_size > cfg.model.vocab_size:

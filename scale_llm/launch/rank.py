@@ -18,11 +18,15 @@ from typing import IO, Any, NoReturn
 
 from scale_llm.config.errors import UserError, numbered
 from scale_llm.config.exit_status import HUNG, REQUEUE
-from scale_llm.config.io import load_config
+from scale_llm.config.io import load_config, write_text
 from scale_llm.launch.environment import quiet_imports
 
 STACKS = signal.SIGUSR2
 """Has this rank write what every thread is doing into its log; from C, so that Python need not answer."""
+
+FINISHED = "logs/finished"
+"""Below a run directory: rank 0 of a job's last start has done all. srun's status 0 does not say so: it ends with 0 too
+when a node dies under --no-kill."""
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
 
@@ -159,6 +163,8 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"megatron|torch\.distributed")
     status = run(run_dir, log)
     if not status:
+        if "--job" in sys.argv and rank == 0:
+            write_text(run_dir / FINISHED, "")
         return
     sys.stdout.flush()
     sys.stderr.flush()

@@ -1,13 +1,13 @@
 """One run, from words to ranks: compose, check, write the run directory, prepare data, start or join ranks."""
 
 import hashlib
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from scale_llm.config.cluster import Launcher
 from scale_llm.config.errors import UserError
-from scale_llm.config.io import to_yaml
 from scale_llm.config.machine import Machine, detect, node_of_job
 from scale_llm.config.resolve import resolve
 from scale_llm.config.run import RunConfig
@@ -59,7 +59,7 @@ def compose_run(
         base = Path(resolve(cfg, machine).run_dir)
         cfg.run_dir = str(base / point)
         cfg.data.cache_dir = cfg.data.cache_dir or str(base / "data")  # text is indexed once for all points
-    identity = hashlib.sha256(to_yaml(cfg).encode()).hexdigest()
+    identity = hashlib.sha256(json.dumps(asdict(cfg), default=str).encode()).hexdigest()
     return Planned(cfg=resolve(cfg, machine), machine=machine, join=join, identity=identity)
 
 
@@ -80,7 +80,7 @@ def problems(plan: Planned) -> list[str]:
         from scale_llm.data.tokenizer_json import fim_problems
 
         try:
-            found.extend(fim_problems(plan.cfg.data, plan.cfg.tokenizer.path))
+            found.extend(fim_problems(plan.cfg.data, plan.cfg.tokenizer.path, plan.cfg.tokenizer.special_tokens))
         except UserError as error:  # no such file
             found.extend(error.problems)
     return found

@@ -15,9 +15,8 @@ from scale_llm.losses import preference
 
 DOCUMENTS, SEQUENCES = ("pretrain", "evaluate"), ("sft", "reward", "dpo")
 
-CONVERSATION_KEYS = ("data.format=alpaca", "data.on_bad_row=drop", "data.on_too_long=fail",
-                     "tokenizer.chat_template=chat.jinja", "data.fields.prompt=question", "data.fields.weight=w",
-                     "data.fields.sender=who")  # fmt: skip
+CONVERSATION_KEYS = ("data.format=alpaca", "data.on_too_long=fail", "data.fields.prompt=question",
+                     "data.fields.weight=w", "data.fields.sender=who")  # fmt: skip
 COMPARISON_KEYS = ("data.fields.chosen=good", "data.fields.ranks=r", "data.fields.label=l")
 REWARD_KEYS = ("data.fields.ground_truth=g", "data.fields.extra_info=e", "reward.function=gsm8k", "reward.default=-1.0",
                "reward.gsm8k_flexible=true",
@@ -26,8 +25,9 @@ TRAINING_KEYS = ("data.split='1,1,1'", "data.embedded_megabytes=2.0", "data.num_
                  "train.global_batch_size=64", "train.recompute_granularity=full", "optim.lr=0.1",
                  "optim.clip_grad=2.0", "optim.lr_decay_style=linear", "checkpoint.save_interval=5",
                  "logging.log_params_norm=true")  # fmt: skip
-DOCUMENT_KEYS = ("data.fields.text=body", "data.temperature=2.0", "data.reset_position_ids=true",
-                 "data.reset_attention_mask=true", "data.eod_mask_loss=true")  # fmt: skip
+DOCUMENT_KEYS = ("data.fields.text=body", "data.index_workers=2", "data.max_document_megabytes=1.0",
+                 "data.temperature=2.0", "data.reset_position_ids=true", "data.reset_attention_mask=true",
+                 "data.eod_mask_loss=true")  # fmt: skip
 LOW_RANK_KEYS = ("peft.rank=8", "peft.alpha=1.0", "peft.use_rslora=true", "peft.dropout=0.1",
                  "peft.target_modules=[linear_qkv]", "peft.quantize_base=nf4")  # fmt: skip
 PROMPT_KEYS = ("peft.num_virtual_tokens=5", "peft.prompt_init_text=hello")
@@ -35,6 +35,8 @@ PROMPT_KEYS = ("peft.num_virtual_tokens=5", "peft.prompt_init_text=hello")
 BUDGET, SMOOTHING = "stage.max_tokens_per_micro_batch=4096", "stage.label_smoothing=0.1"
 
 UNREAD = {
+    "stage=pretrain tokenizer.path=a.json": ("tokenizer.chat_template=chat.jinja", "tokenizer.special_tokens=[user]"),
+    "stage=sft tokenizer.path=a.json": ("tokenizer.special_tokens=[user]",),
     **{f"stage={stage}": (*CONVERSATION_KEYS, *COMPARISON_KEYS, "train.train_epochs=1.0") for stage in DOCUMENTS},
     **{
         f"stage={stage}": (*COMPARISON_KEYS, *DOCUMENT_KEYS, *TRAINING_KEYS, "train.train_epochs=1.0", *more)
@@ -79,7 +81,9 @@ UNREAD = {
 """Words of a run, and others that would do nothing there."""
 
 READ = {
-    **{f"stage={stage}": DOCUMENT_KEYS for stage in DOCUMENTS},
+    "stage=pretrain": ("tokenizer.chat_template=chat.jinja", "tokenizer.special_tokens=[user]"),
+    "stage=sft tokenizer.path=a.json": ("tokenizer.chat_template=chat.jinja", "data.on_bad_row=drop"),
+    **{f"stage={stage} data.on_bad_row=drop": DOCUMENT_KEYS for stage in DOCUMENTS},
     "stage=score": (*CONVERSATION_KEYS, "train.seed=5"),
     "stage=generate": (*(key for key in CONVERSATION_KEYS if "weight" not in key), "train.seed=5"),
     "stage=sft": (*CONVERSATION_KEYS, *TRAINING_KEYS, "train.train_epochs=1.0", SMOOTHING),

@@ -135,7 +135,7 @@ def test_another_model_in_run_dir(tmp_path):
     started(tmp_path, "model=tiny")
     assert problems(f"run_dir={tmp_path}", "model=tiny") == []
     (problem,) = problems(f"run_dir={tmp_path}", "model=demo")
-    assert problem.startswith(f"run_dir={tmp_path}") and "model.num_layers=6 (there 4)" in problem
+    assert problem.startswith(f"run_dir={tmp_path}") and "model.num_attention_heads=8 (there 4)" in problem
     assert "stage pretrain" in problems(
         f"run_dir={tmp_path}", "stage=evaluate", f"checkpoint.load={tmp_path}/checkpoints"
     )[0]  # fmt: skip

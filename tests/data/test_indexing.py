@@ -8,8 +8,9 @@ import pytest
 
 from scale_llm.config.tokenizer import TokenizerConfig
 from scale_llm.data import corpus
+from scale_llm.data.index_work import IndexSettings
 from scale_llm.data.indexed_check import check_indexed, sequence_lengths
-from scale_llm.data.indexing import index_documents
+from scale_llm.data.indexing import index_files
 from scale_llm.data.megatron import IndexedDataset
 from scale_llm.data.prepare import PreparedData
 from scale_llm.data.tokenizer import Tokenizer
@@ -20,11 +21,20 @@ def tokenizer(embedded: PreparedData) -> Tokenizer:
     return Tokenizer.load(embedded.tokenizer_path, TokenizerConfig().eod_token)
 
 
+def index(files: list[str], tokenizer: Tokenizer, prefix: Path, **settings):
+    """Indexes files here, in one process."""
+    made = IndexSettings(
+        **{"tokenizer": tokenizer.path, "eod_token": "<|endoftext|>", "dtype": "uint16", "text_field": "text",
+           "max_document_bytes": 1 << 20, "drop_bad_rows": False, **settings}
+    )  # fmt: skip
+    return index_files(files, made, str(prefix), prefix.with_name("parts"), workers=1)
+
+
 @pytest.fixture(scope="session")
 def indexed_once(web: str, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> str:
-    prefix = str(tmp_path_factory.mktemp("indexed") / "web_text_document")
-    index_documents(corpus.read_file(web, "text", corpus.Problems()), tokenizer, prefix)
-    return prefix
+    prefix = tmp_path_factory.mktemp("indexed") / "web_text_document"
+    index([web], tokenizer, prefix)
+    return str(prefix)
 
 
 @pytest.fixture
@@ -39,7 +49,7 @@ def test_round_trip(web: str, tokenizer: Tokenizer, tmp_path: Path):
     """What megatron-core reads back is every document's text and then one end of document."""
     texts = list(corpus.read_file(web, "text", corpus.Problems()))
     prefix = str(tmp_path / "web_text_document")
-    counts = index_documents(texts, tokenizer, prefix)
+    counts = index([web], tokenizer, Path(prefix))
     dataset = IndexedDataset(prefix)
     assert dataset.index.dtype is numpy.uint16
     assert len(dataset) == len(texts) == counts.num_documents == len(dataset.document_indices) - 1
@@ -50,19 +60,10 @@ def test_round_trip(web: str, tokenizer: Tokenizer, tmp_path: Path):
     assert counts.num_bytes == sum(len(text.encode()) for text in texts)
     assert sequence_lengths(prefix).tolist() == dataset.sequence_lengths.tolist()
     assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "parts",
         "web_text_document.bin",
         "web_text_document.idx",
     ]
-
-
-def test_a_failure_leaves_nothing(tokenizer: Tokenizer, tmp_path: Path):
-    def documents():
-        yield "one"
-        raise RuntimeError("disk on fire")
-
-    with pytest.raises(RuntimeError, match="fire"):
-        index_documents(documents(), tokenizer, str(tmp_path / "x"))
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_whole_pair_passes(indexed: str, tokenizer: Tokenizer):

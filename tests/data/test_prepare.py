@@ -10,11 +10,13 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from scale_llm.config.data import DataConfig, FieldsConfig
+from scale_llm.config.data import BadRow, DataConfig, FieldsConfig
 from scale_llm.config.errors import UserError
 from scale_llm.config.tokenizer import TokenizerConfig
 from scale_llm.data.files import build_once
+from scale_llm.data.index_work import left_out_lines
 from scale_llm.data.prepare import PreparedData, load_prepared, prepare
+from scale_llm.data.rows import too_large
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -77,6 +79,24 @@ def test_bad_rows_leave_nothing_that_could_be_taken_for_good(tmp_path: Path, emb
     with pytest.raises(UserError, match="a.jsonl:2"):  # found while the tokenizer is trained
         prepare(DataConfig(path=str(file)), TokenizerConfig(), tmp_path / "cache")
     assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".lock"]
+
+
+def test_bad_rows_are_left_out_on_request(tmp_path: Path):
+    """From the tokenizer's sample and from the tokens; counted, and what was counted is another entry of the cache."""
+    file = tmp_path / "a.jsonl"
+    rows = [{"text": "fine"}, {"txt": "typo"}, {"text": " "}, {"text": "good"}, {"text": "x" * 2000}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = DataConfig(path=str(file), on_bad_row=BadRow.drop, max_document_megabytes=0.001)
+    prepared = prepare(config, TokenizerConfig(vocab_size=300), tmp_path / "cache")
+    assert prepared.num_documents == 2 and prepared.left_out["dropped"] == {"no text": 1, "too large": 1}
+    assert left_out_lines(prepared.left_out) == [
+        f"dropped, no text: 1, first {file}:2: field 'text' is missing (fields: txt); set data.fields.text",
+        f"dropped, too large: 1, first {file}:5: {too_large(2013, 2000)}",
+        "documents without text: 1",
+    ]
+    assert not list((tmp_path / "cache" / "tokens").glob("*.parts"))
+    config.max_document_megabytes = 0.01
+    assert prepare(config, TokenizerConfig(vocab_size=300), tmp_path / "cache").num_documents == 3
 
 
 def test_problems_together(embedded: PreparedData, tmp_path: Path):

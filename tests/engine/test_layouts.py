@@ -55,10 +55,8 @@ def test_dense_layout_equals_single_process(ranks, layout):
 
 
 COMPILED_LAYOUTS = {
-    "single": (1, {}),
-    "tp2_sp_cp2": (4, {**SP, **CP2}),
+    "untied_qk_norm_qkv_bias_tp2_sp_cp2": (4, {**UNTIED, **SP, **CP2}),
     "pp2_vpp2_dp2_overlap": (4, {**VPP2, **OVERLAP}),
-    "untied_qk_norm_qkv_bias_tp2": (2, {**UNTIED, **TP2}),
     "moe_ep2": (2, {**MOE, **EP2}),
 }
 

@@ -9,6 +9,7 @@ from scale_llm.launch.environment import expand_hostlist, joined, rank_variables
 
 MACHINE = Machine(cores=4, gpus=1, fast_bf16_cpu=False)
 QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"
+PAGES = "THP_MEM_ALLOC_ENABLE"
 SLURM = {
     "SLURM_JOB_ID": "40001",
     "SLURM_STEP_ID": "0",
@@ -66,8 +67,11 @@ def test_tasks_per_node():
     assert tasks_per_node("") == []
 
 
-@pytest.mark.parametrize(("device", "names"), [("cpu", {"OMP_NUM_THREADS"}), ("cuda", {"OMP_NUM_THREADS", QUEUES})])
+@pytest.mark.parametrize(
+    ("device", "names"), [("cpu", {"OMP_NUM_THREADS", PAGES}), ("cuda", {"OMP_NUM_THREADS", PAGES, QUEUES})]
+)
 def test_what_ranks_find_in_their_environment(device, names, monkeypatch):
-    monkeypatch.delenv(QUEUES, raising=False)
+    for name in (QUEUES, PAGES):
+        monkeypatch.delenv(name, raising=False)
     cfg = resolve(compose([f"cluster.device={device}", "cluster.omp_num_threads=3"]), MACHINE)
     assert set(rank_variables(cfg)) == names and rank_variables(cfg)["OMP_NUM_THREADS"] == "3"

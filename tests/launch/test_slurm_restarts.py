@@ -7,13 +7,14 @@ import pytest
 from scale_llm.config import timeline
 from scale_llm.config.exit_status import REQUEUE
 from scale_llm.launch import restarts
+from scale_llm.launch.rank import FINISHED
 from scale_llm.launch.reached import is_done
 from scale_llm.launch.restarts import KILLED, Decision, decide
 from scale_llm.launch.runs import compose_run
 from scale_llm.launch.slurm.allocation import Allocation
 from scale_llm.launch.slurm.ending import clear, end_of
 from scale_llm.launch.slurm.job import _after_kill, _why_not
-from scale_llm.launch.slurm.nodes import BAD_NODES, to_exclude
+from scale_llm.launch.slurm.nodes import BAD_NODES, USED, to_exclude
 
 JOB = Allocation(job="5", restart=0, nodes=2, node_list="n[1-2]", cpus_per_node=4)
 
@@ -90,6 +91,10 @@ def test_why_it_ended(tmp_path, cfg):
     assert end_of(cfg, tmp_path, 128 + 10)["signal"], "a rank that did not listen yet"
     assert end_of(cfg, tmp_path, 137)["reason"] == "a rank was killed by SIGKILL"
     assert end_of(cfg, tmp_path, 9)["reason"] == "srun ended with status 9"
+    assert end_of(cfg, tmp_path, 0) == {"status": 1, "iteration": 7, "reason": "srun has ended before the ranks"}
+    (tmp_path / "logs").mkdir(exist_ok=True)
+    (tmp_path / FINISHED).touch()
+    assert end_of(cfg, tmp_path, 0) == {"status": 0, "iteration": 7}
     error_file(tmp_path, 0, "RuntimeError: Connection closed by peer", 10)
     error_file(tmp_path, 11, "RuntimeError: boom\nmore", 11)
     assert end_of(cfg, tmp_path, 1)["reason"] == "RuntimeError: boom", "the cause, not what followed from it"
@@ -100,6 +105,9 @@ def test_why_it_ended(tmp_path, cfg):
     (tmp_path / BAD_NODES).write_text("n3\n")
     assert end_of(cfg, tmp_path, 1)["reason"] == "preflight found bad nodes: n3"
     assert to_exclude(cfg, tmp_path) == "n3"
+    (tmp_path / USED).write_text("n4")
+    assert end_of(cfg, tmp_path, 1)["reason"] == "a=1: too few; give a=2", "n4 took its place"
+    (tmp_path / USED).unlink()
     cfg.cluster.nnodes = 2
     (tmp_path / BAD_NODES).write_text("n3,n4\n")
     assert to_exclude(cfg, tmp_path) is None, "both: a disk that is full, rather than two nodes"

@@ -1,4 +1,4 @@
-"""Jobs on a real Slurm of two nodes: make test-slurm. What is interrupted ends as what is not, bit for bit.
+"""Jobs on a real Slurm: make test-slurm. What is interrupted ends as what is not, bit for bit.
 
 Jobs wait more than they compute, so those of one fixture are at work together.
 """
@@ -214,22 +214,24 @@ def test_a_spare_node_takes_the_place_of_one_that_fails(cluster, runs, kept, uni
     assert "--no-kill" in (run_dir / "job.sbatch").read_text() and "--nodes=2" in (run_dir / "job.sbatch").read_text()
 
 
+def full_disk(cluster, folder: Path, where: str) -> dict[str, str]:
+    """Variables of a job that finds a full disk on nodes for which this line of shell succeeds."""
+    full = folder / "df"
+    folder.mkdir()
+    full.write_text(f'#!/bin/sh\n{where} || exec /bin/df "$@"\necho head; echo "disk 1 1 1 100% /"\n')
+    full.chmod(full.stat().st_mode | stat.S_IEXEC)
+    return {"PATH": f"{folder}:{cluster.env['PATH']}", "PREFLIGHT_FREE_GB": "1"}
+
+
 def test_preflight_names_a_bad_node_and_leaves_it_out(cluster, runs, uninterrupted, top):
     """The first node to be asked has a full disk, whichever it is."""
-    full = top / "bin" / "df"
-    full.parent.mkdir()
-    full.write_text(
-        f'#!/bin/sh\nmkdir {top}/first 2>/dev/null && echo $SLURMD_NODENAME >{top}/name\n'
-        f'[ "$(cat {top}/name)" = "$SLURMD_NODENAME" ] || exec /bin/df "$@"\n'
-        'echo head; echo "disk 1 1 1 100% /"\n'
-    )  # fmt: skip
-    full.chmod(full.stat().st_mode | stat.S_IEXEC)
-    run_dir = top / "preflight"
+    run_dir, name = top / "preflight", top / "name"
     words = ["cluster=slurm", "cluster.nproc_per_node=1", "train.train_iters=2"]
-    path = {"PATH": f"{full.parent}:{cluster.env['PATH']}", "PREFLIGHT_FREE_GB": "1"}
+    first = f"mkdir {top}/first 2>/dev/null && echo $SLURMD_NODENAME >{name}"
+    path = full_disk(cluster, top / "bin", f'{first}\n[ "$(cat {name})" = "$SLURMD_NODENAME" ]')
     assert cluster.scale_llm(*words_of(runs, run_dir, *words), **path).returncode == 0
     assert cluster.wait_for_end(job_of(run_dir)) == "COMPLETED", output_of(run_dir)
-    bad, output = (top / "name").read_text().strip(), output_of(run_dir)
+    bad, output = name.read_text().strip(), output_of(run_dir)
     assert f"preflight: {bad}: node: 0 GB free" in output and f"cluster.exclude={bad}" in output
     starts = [event["nodes"] for event in history(run_dir) if event["event"] == "start"]
     assert starts == [bad, "n2" if bad == "n1" else "n1"]
@@ -276,6 +278,24 @@ def test_a_node_that_dies(cluster, runs, uninterrupted, top):
     events = assert_finished(cluster, runs, job, run_dir, uninterrupted)
     assert len([event for event in events if event["event"] == "start"]) == 2, events
     assert ends(events)[0] != STOPPED and 3 <= events[2]["iteration"] < 20, events
+
+
+def test_a_job_with_a_spare_node_outlives_a_bad_one_and_a_dead_one(cluster, runs, uninterrupted, top):
+    """The disk of n1 is full: n2 takes its place, and dies, and n3 takes its."""
+    run_dir = top / "outlived"
+    path = full_disk(cluster, top / "bin_of_n1", '[ "$SLURMD_NODENAME" = n1 ]')
+    words = ["cluster=slurm", "cluster.partition=wide", "cluster.spare_nodes=2", "cluster.nproc_per_node=2",
+             "checkpoint.save_interval=3"]  # fmt: skip
+    job = submit(cluster, words_of(runs, run_dir, *words), SECONDS_A_STEP="0.5", **path)
+    at_work(run_dir)
+    assert (run_dir / "nodes").read_text() == "n2" and "spare nodes take their place" in output_of(run_dir)
+    cluster.kill_node("n2")
+    events = assert_finished(cluster, runs, job, run_dir, uninterrupted)
+    cluster.revive_node("n2")
+    assert (run_dir / "nodes").read_text() == "n3"
+    assert [action for _, action in ends(events)] == ["restart", "done"], events
+    assert [event["restart"] for event in events if event["event"] == "start"] == [0, 0], "never back in the queue"
+    assert 3 <= events[2]["iteration"] < 20
 
 
 def test_data_and_then_a_policy(cluster, uninterrupted, top):

@@ -196,6 +196,16 @@ def test_entropy_bonus(variant, plain):
     assert found[-1]["actor/entropy"] > plain[0][-1]["actor/entropy"] + 0.02
 
 
+def test_answers_to_held_out_prompts_may_be_sampled(variant):
+    """The same random numbers every time; the beginner's likeliest answers are others."""
+
+    def score(*words):
+        return variant("train.eval_iters=4", *words)[0][-1]["critic/score/mean validation"]
+
+    sampled = score("stage.validation_temperature=1.0")
+    assert sampled == score("stage.validation_temperature=1.0") != score()
+
+
 def test_truncated_importance_weights(variant, plain):
     """Both probabilities are the same model's, so that a cap of one half halves every token's weight."""
     found, _ = variant("stage.tis_imp_ratio_cap=0.5")

@@ -47,7 +47,7 @@ class Ranks:
         self._known: dict[str, list[Any]] = {}
         self._directory = tempfile.TemporaryDirectory(prefix="ranks_")
 
-    def __call__(self, world_size: int, function: str, *, timeout_seconds: float = 120, **arguments) -> list[Any]:
+    def __call__(self, world_size: int, function: str, *, timeout_seconds: float = 400, **arguments) -> list[Any]:
         """What `module:function` returns on each rank, called as function(**arguments); equal calls are made once.
 
         arguments: plain JSON. Raises RanksFailed with the output of the rank that failed first.
@@ -57,7 +57,7 @@ class Ranks:
             self._known[key] = self.fresh(world_size, function, timeout_seconds=timeout_seconds, **arguments)
         return self._known[key]
 
-    def fresh(self, world_size: int, function: str, *, timeout_seconds: float = 120, **arguments) -> list[Any]:
+    def fresh(self, world_size: int, function: str, *, timeout_seconds: float = 400, **arguments) -> list[Any]:
         """The same, for calls that change files: made every time."""
         import torch
 

@@ -1,5 +1,6 @@
-"""A real Slurm of two nodes on this machine, for tests: Debian's slurm-wlm and munge, all on loopback, no privileges.
+"""A real Slurm on this machine for tests: Debian's slurm-wlm and munge, all on loopback, no privileges.
 
+Its jobs have two nodes; those of the partition `wide` have a third.
 Debian's build runs several slurmd on one host, one port each. All state lies in one directory and goes with it.
 """
 
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+NODES = ("n1", "n2", "n3")
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "squeue", "scontrol")
 SYSTEM = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
 
@@ -58,8 +60,10 @@ JobCompType=jobcomp/none
 MailProg=/bin/true
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={port1} CPUs=16 RealMemory=64000 State=UNKNOWN
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={port2} CPUs=16 RealMemory=64000 State=UNKNOWN
-PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
-PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
+NodeName=n3 NodeHostname={host} NodeAddr=127.0.0.1 Port={port3} CPUs=16 RealMemory=64000 State=UNKNOWN
+PartitionName=batch Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
+PartitionName=urgent Nodes=n1,n2 MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
+PartitionName=wide Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
 """
 
 
@@ -86,7 +90,7 @@ class Cluster:
         self._daemons: dict[str, subprocess.Popen] = {}
         (self.top / "munge").mkdir(mode=0o711)
         (self.top / "ctld").mkdir()
-        for node in ("n1", "n2"):
+        for node in NODES:
             (self.top / "spool" / node).mkdir(parents=True)
         conf = self.top / "slurm.conf"
         clean = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
@@ -98,7 +102,7 @@ class Cluster:
         import getpass
 
         host = socket.gethostname().split(".")[0]
-        ports = _free_ports(3)
+        ports = _free_ports(4)
         try:
             inside = socket.gethostbyname(socket.gethostname()).startswith("127.")
         except OSError:
@@ -106,7 +110,7 @@ class Cluster:
         # Binds to the address of the host name, which the others reach only where that is loopback too
         loopback = "CommunicationParameters=NoInAddrAny,NoCtldInAddrAny" if inside else ""
         return CONF.format(top=self.top, host=host, user=getpass.getuser(), loopback=loopback,
-                           port=ports[0], port1=ports[1], port2=ports[2])  # fmt: skip
+                           port=ports[0], port1=ports[1], port2=ports[2], port3=ports[3])  # fmt: skip
 
     def start(self) -> None:
         """Raises NoSlurm with the daemons' last words where they do not come up."""
@@ -119,7 +123,7 @@ class Cluster:
             wait_for((munge / "socket").exists, 20, "munged")
             self._daemon("slurmctld", "slurmctld", "-D")
             wait_for(lambda: "is UP" in self.text("scontrol", "ping"), 30, "slurmctld")
-            for node in ("n1", "n2"):
+            for node in NODES:
                 self.start_node(node)
             self.wait_for_nodes()
         except AssertionError as error:

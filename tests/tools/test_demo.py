@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGES = ("pretrain", "evaluate", "sft", "reward", "dpo", "ppo", "grpo")
+STAGES = ("curate", "pretrain", "evaluate", "sft", "reward", "dpo", "ppo", "grpo")
 
 
 def demo(root: Path) -> tuple[str, float]:
@@ -57,6 +57,17 @@ def test_later_stages_learn(finished):
         assert held_out[-1] > held_out[0] and sum(sampled[-5:]) > sum(sampled[:5]), f"{stage}: {held_out}, {sampled}"
     assert values("grpo", "critic/score/mean validation")[-1] > 0.3, "answers of the length that is asked for score 1"
     assert "| reference | before | after |" in (root / "sft" / "samples.md").read_text()
+
+
+def test_the_corpus_is_curated(finished):
+    """The library's shortest test modules are copies of each other, its codecs near copies."""
+    root, output, _ = finished
+    report = json.loads((root / "curate" / "report.json").read_text())
+    removed = report["documents_in"] - report["documents_out"]
+    assert 20 < removed < 0.2 * report["documents_in"]
+    assert f"{report['documents_out']:,} of {report['documents_in']:,} documents kept" in output.replace("\n", " ")
+    assert str(root / "curate" / "documents") in (root / "pretrain" / "config.yaml").read_text()
+    assert (root / "curate" / "report.html").is_file()
 
 
 def test_table_and_picture(finished):

@@ -64,7 +64,7 @@ def _job(ranks: int, settings: dict) -> dict[str, list[float]]:
     port = str(20000 + os.getpid() % 20000)
     shared = {
         **os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(2 // ranks), "WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "THP_MEM_ALLOC_ENABLE": "1",
     }  # fmt: skip
     command = [sys.executable, "-m", "benchmarks.checkpoint_rank", json.dumps(settings)]
     processes = [

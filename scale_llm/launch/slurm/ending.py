@@ -16,8 +16,9 @@ from scale_llm.launch.failures import (
     text_of,
     user_problems,
 )
+from scale_llm.launch.rank import FINISHED
 from scale_llm.launch.reached import iteration
-from scale_llm.launch.slurm.nodes import BAD_NODES, USED, bad_nodes, node_of
+from scale_llm.launch.slurm.nodes import BAD_NODES, USED, bad_nodes, node_of, used
 from scale_llm.launch.slurm.task import ERROR_FILES
 
 STOPPED = (REQUEUE, 128 + signal.SIGUSR1, 128 + signal.SIGTERM)
@@ -25,12 +26,15 @@ STOPPED = (REQUEUE, 128 + signal.SIGUSR1, 128 + signal.SIGTERM)
 
 
 def end_of(cfg: RunConfig, run_dir: Path, status: int) -> dict[str, Any]:
-    """The facts of an end, for the timeline."""
+    """The facts of an end, for the timeline; its status is 0 only where the ranks have done all."""
     facts: dict[str, Any] = {"status": status, "iteration": iteration(cfg, run_dir)}
     bad = bad_nodes(run_dir)
+    if status == 0:
+        lost = {} if (run_dir / FINISHED).exists() else {"status": 1, "reason": "srun has ended before the ranks"}
+        return {**facts, **lost}
     if status in STOPPED:
         return {**facts, "reason": "stopped by a signal", "signal": True}
-    if bad is not None:
+    if bad is not None and not used(run_dir):
         return {**facts, "reason": f"preflight found bad nodes: {bad}"}
     failures = _failures(run_dir)
     if not failures:
@@ -52,7 +56,8 @@ def end_of(cfg: RunConfig, run_dir: Path, status: int) -> dict[str, Any]:
 
 def clear(run_dir: Path) -> None:
     """Forget how the start before has ended."""
-    for path in [*run_dir.glob(ERROR_FILES.format(rank="*")), run_dir / BAD_NODES, run_dir / USED]:
+    left = (BAD_NODES, USED, FINISHED)
+    for path in [*run_dir.glob(ERROR_FILES.format(rank="*")), *(run_dir / name for name in left)]:
         path.unlink(missing_ok=True)
 
 

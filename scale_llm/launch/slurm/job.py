@@ -131,6 +131,7 @@ def end(words: list[str]) -> int:
     run_dir, status, job = Path(words[0]), int(words[1]), allocation(os.environ)
     cfg = load_config(run_dir)
     facts = ending.end_of(cfg, run_dir, status)
+    status = facts["status"]
     if status == 0 or (facts.get("signal") and reached.is_done(cfg)):
         timeline.append(run_dir, "end", job=job.job, status=0, iteration=facts["iteration"], action="done")
         return 0

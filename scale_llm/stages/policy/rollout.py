@@ -22,7 +22,7 @@ class Rollout:
         assert isinstance(stage, PolicyStageConfig)
         self._group, self._seed, self._each = run.mesh.host_group, run.cfg.train.seed, stage.num_generations_per_prompt
         self._params = params_of(stage, run.prepared.stop)
-        self._greedy = replace(self._params, temperature=0.0)
+        self._of_held_out = replace(self._params, temperature=stage.validation_temperature)
         self._role, self._generator = role, None
         if role.is_here:
             self._generator = Generator(
@@ -35,9 +35,9 @@ class Rollout:
         """So many answers to each of these draws as the stage asks for. A collective of the whole job."""
         return self._answers(draws, numbers, self._each, self._params, timing)
 
-    def likeliest(self, draws: Draws, numbers: list[int]) -> Answers:
-        """One to each, likewise."""
-        return self._answers(draws, numbers, 1, self._greedy, Timing())
+    def held_out(self, draws: Draws, numbers: list[int]) -> Answers:
+        """One to each, at stage.validation_temperature, likewise; the same random numbers every time."""
+        return self._answers(draws, numbers, 1, self._of_held_out, Timing())
 
     def ended_by_string(self, answers: Answers) -> int:
         """How many ended with one of stage.stop_strings."""

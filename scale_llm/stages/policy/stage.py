@@ -274,12 +274,12 @@ class PolicyStage:
             self.engine.scale_learning_rate(factor)
 
     def evaluate(self) -> Evaluation:
-        """Scores of the likeliest answers to prompts that are held out."""
+        """Scores of answers to prompts that are held out."""
         cfg = self._run.cfg
         if self._held_out is None or not cfg.train.eval_iters:
             return Evaluation()
         count = min(len(self._held_out), cfg.train.eval_iters * cfg.train.global_batch_size)
-        answers = self._rollout.likeliest(self._held_out, list(range(count)))
+        answers = self._rollout.held_out(self._held_out, list(range(count)))
         scores = self._scorer(answers)
         metrics = {
             "critic/score/mean validation": float(scores.totals.double().mean()),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support import families
+from support.tool import TOOL
 
 from scale_llm.checkpoint.huggingface import import_huggingface
 
@@ -33,6 +34,18 @@ class Models:
         if not path.is_file():
             torch.save(value, path)
         return str(path)
+
+
+@pytest.fixture
+def tool(ranks):
+    """Calls tools/convert_checkpoint.py; what it prints. It must end with `status`."""
+
+    def run(*words, status: int) -> str:
+        ((found, printed),) = ranks.fresh(1, "support.tool:run", program=TOOL, words=[str(word) for word in words])
+        assert found == status, printed
+        return printed
+
+    return run
 
 
 def silent(_total):

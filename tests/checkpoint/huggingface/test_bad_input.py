@@ -13,17 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.ranks import environment
-
-ROOT = Path(__file__).resolve().parents[3]
-TOOL = [sys.executable, str(ROOT / "tools" / "convert_checkpoint.py")]
-
-
-def tool(*words, status: int) -> str:
-    """What the tool prints; it must end with `status`."""
-    done = subprocess.run([*TOOL, *map(str, words)], capture_output=True, text=True, env=environment())
-    assert done.returncode == status, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stdout + done.stderr
+from support.tool import TOOL
 
 
 @pytest.fixture
@@ -142,7 +132,7 @@ def no_config(model):
      no_config],
     ids=lambda damage: damage.__name__,
 )  # fmt: skip
-def test_import_refuses(model, tmp_path, damage):
+def test_import_refuses(model, tmp_path, damage, tool):
     expected = damage(model)
     output = tool("import", model, tmp_path / "out", status=1)
     for words in expected:
@@ -150,7 +140,7 @@ def test_import_refuses(model, tmp_path, damage):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
-def test_output_that_is_not_empty(models, tmp_path):
+def test_output_that_is_not_empty(models, tmp_path, tool):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
     for words in (["import", models.original("llama3")], ["export", models.imported("llama3")],
@@ -159,7 +149,7 @@ def test_output_that_is_not_empty(models, tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
 
 
-def test_export_refuses(models, tmp_path):
+def test_export_refuses(models, tmp_path, tool):
     """A damaged checkpoint, a directory that is none, a class that does not fit, a class that is not known."""
     damaged = tmp_path / "damaged"
     shutil.copytree(models.imported("qwen3"), damaged)
@@ -175,7 +165,7 @@ def test_export_refuses(models, tmp_path):
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_interrupted_import_leaves_nothing_that_looks_complete(models, tmp_path, how):
+def test_interrupted_import_leaves_nothing_that_looks_complete(models, tmp_path, how, tool):
     """Stopped while it writes; a second attempt then succeeds."""
     words = ["import", str(models.original("llama3")), str(tmp_path / "out")]
     slow = (
@@ -185,7 +175,7 @@ def test_interrupted_import_leaves_nothing_that_looks_complete(models, tmp_path,
         "plain = M.megatron\n"
         "def megatron(*a):\n    time.sleep(0.2)\n    return plain(*a)\n"
         "M.megatron = megatron\n"
-        f"runpy.run_path({TOOL[1]!r}, run_name='__main__')"
+        f"runpy.run_path({TOOL!r}, run_name='__main__')"
     )
     process = subprocess.Popen([sys.executable, "-c", slow], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
                                text=True, env=environment())  # fmt: skip

@@ -8,8 +8,8 @@ import pytest
 import torch
 from support import families
 from support.parity import SP
-from support.ranks import environment, free_port
-from test_bad_input import TOOL, tool
+from support.ranks import environment
+from support.tool import TOOL
 
 from scale_llm.checkpoint.resharding import Layout, cut, local_name, reshard
 from scale_llm.checkpoint.safetensors_files import SafetensorsFolder
@@ -20,12 +20,12 @@ def silent(_total):
     return lambda _done: None
 
 
-def test_help_shows_an_example_of_each():
+def test_help_shows_an_example_of_each(tool):
     for command in ("import", "export", "reshard", "verify", "inspect"):
         assert f"convert_checkpoint.py {command}" in tool(command, "--help", status=0)
 
 
-def test_verify(models, tmp_path):
+def test_verify(models, tmp_path, tool):
     """Logits of two kinds, tensors of one kind; a changed weight is found and named, with status 1."""
     logits = tool("verify", models.original("gpt2"), models.imported("gpt2"), status=0)
     assert "layer 1" in logits and "logits" in logits and "the same function" in logits
@@ -43,7 +43,7 @@ def test_verify(models, tmp_path):
     assert "logits" in changed and "not the same" in changed
 
 
-def test_inspect(models):
+def test_inspect(models, tool):
     ours = tool("inspect", models.imported("mixtral"), status=0)
     for word in ("mlp.router.weight", "float32", "parameters", "iteration 0", "written by: scale_llm", "import of"):
         assert word in ours.replace("\n", "").replace("│", " ") or word in ours, ours
@@ -51,15 +51,13 @@ def test_inspect(models):
     assert "MixtralForCausalLM" in theirs
 
 
-def test_ranks_of_torchrun_share_the_work(models, tmp_path):
+def test_ranks_of_torchrun_share_the_work(models, ranks, tmp_path):
     """Two ranks write one checkpoint, and one model of several shards: the same tensors as one process."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1",
-                "--master-port", str(free_port()), TOOL[1]]  # fmt: skip
     shared, exported = str(tmp_path / "shared"), str(tmp_path / "exported")
     for words in (["import", str(models.original("qwen3")), shared],
                   ["export", shared, exported, "--max-shard-size", "60KB"]):  # fmt: skip
-        done = subprocess.run([*torchrun, *words], capture_output=True, text=True, env=environment())
-        assert done.returncode == 0, done.stderr
+        ends = ranks.fresh(2, "support.tool:run", program=TOOL, words=words, joined=True)
+        assert [status for status, _ in ends] == [0, 0], ends
     files = [path for path in (tmp_path / "shared" / "iter_0000000").glob("*.distcp") if path.stat().st_size > 1000]
     assert len(files) == 2, "each rank wrote a part"
     one, two = (TorchDistReader(path / "iter_0000000") for path in (models.imported("qwen3"), tmp_path / "shared"))
@@ -104,7 +102,7 @@ def test_fixed_shards_put_together_are_the_checkpoint(models, tmp_path, name):
     assert torch.equal(torch.cat(proj, dim=1), whole)
 
 
-def test_a_run_from_an_import_exports_what_it_learnt(models, ranks, runs, tmp_path):
+def test_a_run_from_an_import_exports_what_it_learnt(models, ranks, runs, tmp_path, tool):
     """scale-llm model=from_checkpoint trains on; the export loads in transformers and writes the same greedy tokens."""
     run = tmp_path / "run"
     words = ["model=from_checkpoint", f"checkpoint.load={models.imported('llama3')}", "model.seq_length=64",

@@ -27,20 +27,23 @@ class Line(NamedTuple):
 @contextlib.contextmanager
 def open_bytes(file: str) -> Iterator[IO[bytes]]:
     """The decompressed content of a file, by its extension."""
-    name = file.lower()
-    if name.endswith(".gz"):
-        stream: IO[bytes] = gzip.open(file, "rb")  # type: ignore[assignment]
-    elif name.endswith(".bz2"):
-        stream = bz2.open(file, "rb")
-    elif name.endswith(".xz"):
-        stream = lzma.open(file, "rb")
-    elif name.endswith(".zst"):
-        # zstandard's own reader takes the end of a truncated file for the end of the data
-        stream = io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.OSFile(file), "zstd"))  # type: ignore[arg-type]
-    else:
-        stream = open(file, "rb")
-    with stream:
+    with open(file, "rb") as raw, decompressed(raw, file) as stream:
         yield stream
+
+
+def decompressed(raw: IO[bytes], name: str) -> IO[bytes]:
+    """The content of a file that is open, by the extension of its name; `raw.tell()` says how far it has been read."""
+    name = name.lower()
+    if name.endswith(".gz"):
+        return gzip.GzipFile(fileobj=raw)  # type: ignore[return-value]
+    if name.endswith(".bz2"):
+        return bz2.BZ2File(raw)  # type: ignore[return-value]
+    if name.endswith(".xz"):
+        return lzma.LZMAFile(raw)  # type: ignore[return-value]
+    if name.endswith(".zst"):
+        # zstandard's own reader takes the end of a truncated file for the end of the data
+        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, "r"), "zstd"))  # type: ignore
+    return raw
 
 
 def lines(stream: IO[bytes], limit: int, first: int = 1, end: int | None = None) -> Iterator[Line]:
