@@ -32,15 +32,6 @@ def source_key(source: Source, data: DataConfig) -> list[Any]:
     return [source.kind, data.fields.text, [stamp(file) for file in files]]
 
 
-def max_document_bytes(data: DataConfig) -> int:
-    return int(data.max_document_megabytes * 1e6)
-
-
-def reading(data: DataConfig) -> list[Any]:
-    """How rows are read, as far as it changes what is indexed."""
-    return [data.on_bad_row.value, max_document_bytes(data)]
-
-
 def tokenizer_entry(sources: list[Source], data: DataConfig, config: TokenizerConfig, cache: Path) -> Path:
     """Directory of the tokenizer that is trained on these sources."""
     template = None if config.chat_template is None else template_source(Path(), config).text
@@ -54,6 +45,15 @@ def tokens_entry(source: Source, data: DataConfig, tokenizer_digest: str, eod: i
     """(directory, name without extension) of the tokens of a source of text."""
     key = [FORMAT, tokenizer_digest, eod, source_key(source, data), *reading(data)]
     return cache / "tokens" / fingerprint(key), f"{source_name(source)}_{data.fields.text}_document"
+
+
+def max_document_bytes(data: DataConfig) -> int:
+    return int(data.max_document_megabytes * 1e6)
+
+
+def reading(data: DataConfig) -> list[Any]:
+    """How rows are read, as far as it changes what is indexed."""
+    return [data.on_bad_row.value, max_document_bytes(data)]
 
 
 def source_name(source: Source) -> str:

@@ -1,5 +1,7 @@
 """What --check prints."""
 
+from typing import Any
+
 from rich.console import Console
 from rich.table import Table
 
@@ -39,8 +41,15 @@ def _run(cfg: RunConfig) -> Rows:
     return [
         ("stage", f"{cfg.stage.name} of {cfg.model.name}; {greeting(cfg)}"),
         ("device", f"{cfg.cluster.device.value}, {precision}{threads}"),
-        ("data", "the standard library of Python" if cfg.data.path is None else str(cfg.data.path)),
+        ("data", _data(cfg.data.path)),
     ]
+
+
+def _data(path: Any) -> str:
+    """Sources by name are told one by one below."""
+    if path is None:
+        return "the standard library of Python"
+    return ", ".join(map(str, path)) if isinstance(path, dict) else str(path)
 
 
 def _layout(plan: Plan) -> Rows:
