@@ -13,7 +13,7 @@ from scale_llm.data.tokenizer_json import file_digest, token_id, tokenizer_file
 
 BYTES_PER_TOKEN = 4.0
 """A guess: of English under a vocabulary of 32 thousand tokens or more."""
-EXPANSION = {".gz": 3.0, ".parquet": 2.0}
+EXPANSION = {".gz": 3.0, ".bz2": 3.0, ".xz": 3.0, ".zst": 3.0, ".parquet": 2.0}
 """A guess: bytes of text in a byte of such a file."""
 
 

@@ -16,7 +16,7 @@ from scale_llm.data.files import stamp, write_json
 from scale_llm.data.index_work import IndexSettings, UnitCounts
 from scale_llm.data.indexed_check import check_indexed, read_header
 from scale_llm.data.rows import OnBytes
-from scale_llm.data.tokenizer import file_digest
+from scale_llm.data.tokenizer_json import file_digest
 
 FORMAT = 1
 

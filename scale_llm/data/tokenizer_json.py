@@ -4,6 +4,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,18 +43,23 @@ def _read(tokenizer_json: str) -> dict[str, Any]:
     return json.loads(Path(tokenizer_json).read_text(encoding="utf-8"))
 
 
-def fim_problems(data: DataConfig, tokenizer_path: str | None) -> list[str]:
+def fim_problems(data: DataConfig, tokenizer_path: str | None, special_tokens: Sequence[str] = ()) -> list[str]:
     """Tokens of `data.fim_*` that a tokenizer has not. tokenizer_path: None for one that is trained here."""
     if data.fim_rate <= 0:
         return []
+    names = {key: getattr(data, key) for key in ("fim_prefix_token", "fim_middle_token", "fim_suffix_token")}
     if tokenizer_path is None:
-        return [
-            f"data.fim_rate={data.fim_rate:g}: a tokenizer trained here has no tokens that mark prefix, middle and "
-            "suffix; set tokenizer.path to one that has, or data.fim_rate=0"
-        ]
+        absent = [name for name in names.values() if name not in special_tokens]
+        return (
+            [
+                f"data.fim_rate={data.fim_rate:g}: a tokenizer trained here has no tokens {', '.join(absent)}; add "
+                "them to tokenizer.special_tokens, or set data.fim_rate=0"
+            ]
+            if absent
+            else []
+        )
     file = tokenizer_file(tokenizer_path)
-    keys = ("fim_prefix_token", "fim_middle_token", "fim_suffix_token")
-    missing = {key: getattr(data, key) for key in keys if token_id(file, getattr(data, key)) is None}
+    missing = {key: name for key, name in names.items() if token_id(file, name) is None}
     added = [token["content"] for token in _read(file).get("added_tokens", [])]
     near = [token for token in added if any(part in token.lower() for part in ("fim", "prefix", "middle", "suffix"))]
     remedy = f"name one of {', '.join(near[:12])}" if near else "add it to the tokenizer, or set data.fim_rate=0"

@@ -80,7 +80,7 @@ def problems(plan: Planned) -> list[str]:
         from scale_llm.data.tokenizer_json import fim_problems
 
         try:
-            found.extend(fim_problems(plan.cfg.data, plan.cfg.tokenizer.path))
+            found.extend(fim_problems(plan.cfg.data, plan.cfg.tokenizer.path, plan.cfg.tokenizer.special_tokens))
         except UserError as error:  # no such file
             found.extend(error.problems)
     return found

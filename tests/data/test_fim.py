@@ -167,7 +167,8 @@ def test_tokens_that_are_not_there(embedded: PreparedData, prepared: PreparedDat
     data = DataConfig(fim_rate=0.5)
     assert fim_problems(data, prepared.tokenizer_path) == [] == fim_problems(DataConfig(), None)
     assert len(fim_problems(data, embedded.tokenizer_path)) == 3
-    assert "trained here has no tokens" in fim_problems(data, None)[0]
+    assert "trained here has no tokens <fim_prefix>" in fim_problems(data, None)[0]
+    assert fim_problems(data, None, MARKS) == []
     wrong = fim_problems(DataConfig(fim_rate=0.5, fim_middle_token="<|fim_middle|>"), prepared.tokenizer_path)
     assert len(wrong) == 1 and wrong[0].startswith("data.fim_middle_token=<|fim_middle|>: not in the vocabulary")
     assert "name one of <fim_prefix>, <fim_middle>, <fim_suffix>" in wrong[0]
