@@ -74,10 +74,11 @@ def curate(root: Path, console: Console) -> None:
 
     raw = root / "data" / "raw" / "stdlib.jsonl.gz"
     raw.parent.mkdir(parents=True, exist_ok=True)
-    partial = raw.with_name(f".{raw.name}.partial")
-    with gzip.open(partial, "wt", compresslevel=1, encoding="utf-8") as file:
-        file.writelines(f"{json.dumps({'text': text})}\n" for text in read_embedded(embedded_files()))
-    os.replace(partial, raw)
+    if not raw.exists():  # the curation that goes on after an interruption knows its input by its time
+        partial = raw.with_name(f".{raw.name}.partial")
+        with gzip.open(partial, "wt", compresslevel=1, encoding="utf-8") as file:
+            file.writelines(f"{json.dumps({'text': text})}\n" for text in read_embedded(embedded_files()))
+        os.replace(partial, raw)
     command = ["tools/curate_data.py", *CURATION, f"input={raw.parent}", f"output={root / CURATED}"]
     console.rule(f"[bold]{CURATED}")
     console.print("python", *command, style="dim", highlight=False)

@@ -110,7 +110,7 @@ def merge(arguments: argparse.Namespace) -> None:
 
     sources, problems = [], []
     for entry in arguments.input:
-        found = sorted(glob.glob(f"{entry}/*.idx")) if os.path.isdir(entry) else [f"{entry.removesuffix('.idx')}.idx"]
+        found = _pairs(entry) if os.path.isdir(entry) else [f"{entry.removesuffix('.idx')}.idx"]
         problems += [] if found else [f"--input={entry}: no .idx in this directory; give prefixes of indexed files"]
         sources += [os.path.abspath(file.removesuffix(".idx")) for file in found]
     if problems:
@@ -119,6 +119,11 @@ def merge(arguments: argparse.Namespace) -> None:
     any_work = merge_output(prefix, [each for each in sources if each != prefix])
     dtype, sequences, _ = read_header(prefix)
     print(f"{prefix}: {'' if any_work else 'nothing to do; '}{sequences:,} documents ({dtype})")
+
+
+def _pairs(directory: str) -> list[str]:
+    """Its .idx files but for what a merge that was killed has left."""
+    return sorted(file for file in glob.glob(f"{directory}/*.idx") if ".tmp-" not in os.path.basename(file))
 
 
 def input_files(entries: list[str]) -> list[str]:

@@ -9,7 +9,8 @@ is left out.
 
 Cuts are between characters, as the paper finds that a model trained on cuts between tokens fails where a user's cursor
 is inside a word; the three parts are tokenised again. Between tokens are cut: all documents where the tokenizer is not
-one whose tokens simply join (it adds spaces or strips them), and a piece that begins or ends within a character.
+one whose tokens simply join (it adds spaces or strips them), and a piece that begins or ends within a character or
+holds special tokens, which no text stands for.
 
 Random numbers depend on the seed and the index of the sample alone: not on ranks, batches, threads or where a run
 resumed. They are of numpy's RandomState, which is the same in every version.
@@ -38,6 +39,8 @@ class FillInTheMiddle:
         found = [self._tokenizer.token_to_id(name) for name in names]
         assert all(token is not None for token in found), "checked before ranks start: tokenizer_json.fim_problems"
         self._prefix, self._middle, self._suffix = found
+        special = [number for number, token in self._tokenizer.get_added_tokens_decoder().items() if token.special]
+        self._special = numpy.array(special, dtype=numpy.int64)
         self.by_characters = tokens_join(self._tokenizer)
 
     def __call__(self, row: numpy.ndarray, index: int) -> None:
@@ -64,7 +67,8 @@ class FillInTheMiddle:
 
     def _cut(self, tokens: numpy.ndarray, draw: numpy.random.RandomState) -> list[numpy.ndarray]:
         """Three parts, any of which may be empty."""
-        text = self._tokenizer.decode(tokens.tolist(), skip_special_tokens=False) if self.by_characters else HALF
+        by_characters = self.by_characters and not numpy.isin(tokens, self._special).any()
+        text = self._tokenizer.decode(tokens.tolist()) if by_characters else HALF
         if HALF in text:
             return numpy.split(tokens, _two_places(draw, len(tokens)))
         first, last = _two_places(draw, len(text))

@@ -19,6 +19,7 @@ from scale_llm.data.rows import OnBytes
 from scale_llm.data.tokenizer_json import file_digest
 
 FORMAT = 1
+PLAN = "plan.json"
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -53,21 +54,25 @@ def index_output(
         UserError: for input that cannot be read, and where PREFIX holds something else.
     """
     wanted = Manifest.of(settings, files)
-    held = _held(prefix)
+    held, parts = _held(prefix), Path(prefix + ".parts")
+    last = _begun(parts)
+    if held is not None and last is not None and all(file in held.files for file in last["files"]):
+        shutil.rmtree(parts)  # killed between the last two steps
+        last = None
     new = files if held is None else _new_files(prefix, held, wanted, append)
     counts = UnitCounts(**held.counts) if held is not None else UnitCounts()
     if not new:
         return counts, False
+    plan = dataclasses.replace(wanted, files=[file for file in wanted.files if file[0] in new])
     is_there = os.path.exists(prefix + ".idx")
-    if is_there and held is None:
+    if is_there and held is None and last != dataclasses.asdict(plan):
         _check_foreign(prefix, settings, append)
-    parts = Path(prefix + ".parts")
-    begun = _plan(parts, Manifest.of(settings, new), _sequences(prefix))
-    counts.add(_index(prefix, new, settings, parts, workers, on_bytes, begun))
+    begun = _plan(parts, plan, _sequences(prefix))
+    counts.add(_index(prefix, plan, settings, parts, workers, on_bytes, begun))
     if not counts.num_documents:
         shutil.rmtree(parts)
         raise UserError(f"--input={files[0]}: holds no text; give files with documents in them")
-    stamps = [*(held.files if held else []), *Manifest.of(settings, new).files]
+    stamps = [*(held.files if held else []), *plan.files]
     done = dataclasses.replace(wanted, files=stamps, counts=dataclasses.asdict(counts))
     write_json(Path(prefix + ".json"), dataclasses.asdict(done))
     shutil.rmtree(parts)
@@ -86,6 +91,7 @@ def merge_output(prefix: str, sources: list[str]) -> bool:
     if not problems and len(types := {read_header(each)[0]: each for each in sources}) > 1:
         named = ", ".join(f"{kind} ({file})" for kind, file in sorted(types.items()))
         problems = [f"--input: tokens are of more than one type, {named}, so of other tokenizers; merge those of one"]
+    problems += _unlike(sources) if not problems else []
     if problems:
         raise UserError(problems)
     wanted = Manifest.of(None, [each + end for each in sources for end in (".bin", ".idx")])
@@ -99,13 +105,25 @@ def merge_output(prefix: str, sources: list[str]) -> bool:
     return True
 
 
+def _unlike(sources: list[str]) -> list[str]:
+    """Problems of pairs whose tokens mean other things, as far as is known what they were made with."""
+    known = [(each, _held(each)) for each in sources]
+    made = [(each, held.settings) for each, held in known if held is not None and held.settings is not None]
+    return [
+        f"--input: {each} was made with another {key} than {made[0][0]}; merge those of one tokenizer"
+        for each, settings in made[1:]
+        for key in ("tokenizer", "eod_token")
+        if settings[key] != made[0][1][key]
+    ]
+
+
 _ELSEWHERE = "give another --output-prefix, or delete its .bin, .idx and .json"
 
 
 def _held(prefix: str) -> Manifest | None:
     """What PREFIX was made of; None where it is not there, or was made by another tool."""
     path = Path(prefix + ".json")
-    if not (path.exists() and os.path.exists(prefix + ".idx")):
+    if not all(os.path.exists(prefix + end) for end in (".json", ".idx", ".bin")):
         return None
     try:
         return Manifest(**json.loads(path.read_text(encoding="utf-8")))
@@ -151,13 +169,18 @@ def _sequences(prefix: str) -> int:
     return read_header(prefix)[1] if os.path.exists(prefix + ".idx") else 0
 
 
+def _begun(parts: Path) -> dict[str, Any] | None:
+    """The plan of the work that a directory holds."""
+    path = parts / PLAN
+    return json.loads(path.read_text(encoding="utf-8"))["plan"] if path.exists() else None
+
+
 def _plan(parts: Path, plan: Manifest, sequences: int) -> int:
     """Begins, or finds what an earlier call began; the sequences that the pair had then."""
-    path = parts / "plan.json"
+    path = parts / PLAN
     if path.exists():
-        begun = json.loads(path.read_text(encoding="utf-8"))
-        if begun["plan"] == dataclasses.asdict(plan):
-            return begun["sequences"]
+        if _begun(parts) == dataclasses.asdict(plan):
+            return json.loads(path.read_text(encoding="utf-8"))["sequences"]
         raise UserError(
             f"--output-prefix: {parts} is the unfinished work of other files or settings; finish that with its own "
             "command, or delete the directory"
@@ -167,13 +190,17 @@ def _plan(parts: Path, plan: Manifest, sequences: int) -> int:
 
 
 def _index(
-    prefix: str, files: list[str], settings: IndexSettings, parts: Path, workers: int | None, on_bytes: OnBytes,
+    prefix: str, plan: Manifest, settings: IndexSettings, parts: Path, workers: int | None, on_bytes: OnBytes,
     begun: int,
 ) -> UnitCounts:  # fmt: skip
     """Units, then the pair of what was there at first and of them."""
     from scale_llm.data.indexing import add_units, index_units
 
+    files = [file for file, *_ in plan.files]
     units, counts = index_units(files, settings, parts, workers=workers, on_bytes=on_bytes)
+    if changed := [file for file, *rest in plan.files if stamp(file) != [file, *rest]]:
+        shutil.rmtree(parts)
+        raise UserError([f"--input={file}: has changed while it was read; run again" for file in changed])
     if _sequences(prefix) == begun:  # otherwise the pair was written before a kill
         add_units(prefix, settings.dtype, parts, len(units), keep=begun > 0)
     return counts

@@ -15,7 +15,14 @@ import numpy as np
 from scale_llm.config.errors import UserError
 from scale_llm.config.machine import detect
 from scale_llm.data.index_units import Unit
-from scale_llm.data.index_work import IndexSettings, UnitCounts, UnitIndexer, counts_of_unit, done_file
+from scale_llm.data.index_work import (
+    IndexSettings,
+    UnitCounts,
+    UnitIndexer,
+    counts_of_unit,
+    done_file,
+    temporary_ending,
+)
 from scale_llm.data.index_worker import first_line, unit_line
 from scale_llm.data.rows import MAX_PROBLEMS, OnBytes
 
@@ -32,8 +39,8 @@ def run_units(
     left = [number for number in range(len(units)) if counts_of_unit(parts, number, size) is None]
     for number in set(range(len(units))) - set(left):
         on_bytes(sum(span.bytes for span in units[number]))
-    for remains in parts.glob("*.tmp-*"):
-        remains.unlink()
+    for remains in parts.glob(f"*{temporary_ending('*')}"):  # of this node, where no other call is at it
+        remains.unlink(missing_ok=True)
     workers = min(workers or detect().cores, len(left))
     if workers > 1:
         _run_processes(units, left, settings, parts, workers, on_bytes)
@@ -80,11 +87,13 @@ def _run_processes(
     units: list[Unit], left: list[int], settings: IndexSettings, parts: Path, workers: int, on_bytes: OnBytes
 ) -> None:
     queue, found, lock = iter(left), _Found(), threading.Lock()
+    running: list[_Worker] = []
 
     def serve() -> None:
         """Has one process do unit after unit."""
         try:
             with _Worker(settings, parts) as worker:
+                running.append(worker)
                 while True:
                     with lock:
                         number = None if found.enough else next(queue, None)
@@ -99,8 +108,15 @@ def _run_processes(
             raise
 
     with ThreadPoolExecutor(workers) as pool:
-        for result in [pool.submit(serve) for _ in range(workers)]:
-            result.result()
+        results = [pool.submit(serve) for _ in range(workers)]
+        try:
+            for result in results:
+                result.result()
+        except BaseException:  # Ctrl-C too: the pool waits for its threads, and they for their processes
+            found.stopped = True
+            for worker in running:
+                worker.kill()
+            raise
     found.raise_any()
 
 
@@ -129,6 +145,10 @@ class _Worker:
             self._process.kill()
         self._process.wait()
         self._process.stdout.close()
+
+    def kill(self) -> None:
+        """What it has not finished is done again by the next call."""
+        self._process.kill()
 
     def _send(self, line: str) -> None:
         assert self._process.stdin

@@ -5,6 +5,7 @@ A unit is done when its .json is there; it is written last.
 
 import json
 import os
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -221,7 +222,12 @@ def counts_of_unit(directory: Path, number: int, token_bytes: int) -> UnitCounts
 
 
 def temporary(path: Path) -> Path:
-    return path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    return path.with_name(path.name + temporary_ending(str(os.getpid())))
+
+
+def temporary_ending(process: str) -> str:
+    """Of the names of files that this node's process is writing: nodes share a directory, and numbers of processes."""
+    return f".tmp-{socket.gethostname()}-{process}"
 
 
 def _as_dict(counts: UnitCounts) -> dict[str, Any]:

@@ -61,6 +61,9 @@ def index_units(
         return units, run_units(units, settings, parts, workers, on_bytes)
     except WorkerKilled:
         raise
+    except OSError as error:
+        where, what = error.filename or parts, error.strerror or error
+        raise UserError(f"{where}: {what}; the same command goes on from here") from error
     except UserError:
         shutil.rmtree(parts, ignore_errors=True)  # the input must change, and other input is other work
         raise

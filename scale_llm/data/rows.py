@@ -4,6 +4,8 @@ A `.json` file holds either one object a line, as Megatron's own tools read it, 
 from 1; in an array and in Parquet the row's number stands in place of the line. No torch.
 """
 
+import codecs
+import contextlib
 import json
 import os
 from collections.abc import Callable, Collection, Iterator
@@ -120,6 +122,8 @@ def lines(file: str, problems: Problems, on_bytes: OnBytes | None, part: Part = 
                     continue
                 yield number, text
         except opening.DAMAGED as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # the disk, not the file
             problems.add_file(file, number + 1, f"damaged file, cannot be read from here on ({error}); copy it again")
 
 
@@ -162,10 +166,13 @@ def _jsonl_rows(file: str, problems: Problems, on_bytes: OnBytes | None, part: P
 
 
 def _is_array(file: str) -> bool:
-    """Is the first line that holds anything the start of an array? A damaged file is left to its reader."""
-    quiet = Problems()
-    first = next((text for _, text in lines(file, quiet, None) if text.strip("\ufeff \t\r\n")), "")
-    return first.lstrip("\ufeff \t\r\n").startswith("[")
+    """Is the first thing in it the start of an array? A damaged file is left to its reader."""
+    with contextlib.suppress(*opening.DAMAGED), opening.open_bytes(file) as stream:
+        start = stream.read(1 << 16).removeprefix(codecs.BOM_UTF8).lstrip()
+        while not start and (block := stream.read(1 << 16)):
+            start = block.lstrip()
+        return start.startswith(b"[")
+    return False
 
 
 def _array_rows(file: str, problems: Problems, on_bytes: OnBytes | None) -> Iterator[Row]:

@@ -68,6 +68,8 @@ def cutter_of(backend: tokenizers.Tokenizer) -> re.Pattern[str] | None:
     model, alphabet = backend.model, tokenizers.pre_tokenizers.ByteLevel.alphabet()
     if not isinstance(model, tokenizers.models.BPE) or model.dropout or None in map(model.token_to_id, alphabet):
         return None
+    if model.end_of_word_suffix or model.continuing_subword_prefix:
+        return None  # tokens are then not spelt with one letter a byte
     if backend.normalizer is not None and not isinstance(backend.normalizer, tokenizers.normalizers.NFC):
         return None
     if not all(token.special for token in backend.get_added_tokens_decoder().values()):
@@ -99,7 +101,10 @@ class DocumentEncoder:
         self._pattern = cutter_of(tokenizer.backend)
         self._ids: dict[str, bytes] = {}
         self._normalized = tokenizer.backend.normalizer is not None
-        self._lengths = np.array(tokenizer.token_bytes() or [], dtype=np.int64)
+        # Of what merges can reach: byte-level tokens are spelt with one letter a byte, special ones among them too
+        self._lengths = np.zeros(tokenizer.vocab_size, dtype=np.int64)
+        for token, number in tokenizer.backend.get_vocab(with_added_tokens=False).items():
+            self._lengths[number] = len(token)
 
     @property
     def has_proof(self) -> bool:

@@ -151,6 +151,17 @@ def test_pieces_of_characters_are_cut_between_tokens(prepared: PreparedData):
     assert sorted(kept) == sorted(half) and kept != half
 
 
+def test_special_tokens_within_documents_stay_what_they_are(prepared: PreparedData):
+    fim = FillInTheMiddle(DataConfig(fim_rate=1.0), prepared.tokenizer_path, eod=prepared.eod, seed=1)
+    tokenizer = tokenizers.Tokenizer.from_file(prepared.tokenizer_path)
+    tokens = [tokenizer.token_to_id(MARKS[0]), *tokenizer.encode("hello world and more", add_special_tokens=False).ids]
+    row = numpy.array([*tokens, *[prepared.eod] * 20], dtype=numpy.int64)
+    changed = row.copy()
+    fim(changed, 0)
+    kept = changed[changed != prepared.eod].tolist()
+    assert sorted(kept) == sorted([*tokens, *map(tokenizer.token_to_id, MARKS)]) and kept != tokens
+
+
 def test_tokenizers_whose_tokens_do_not_join(prepared: PreparedData, tmp_path: Path):
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "<eod>": 2}, unk_token="a"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()

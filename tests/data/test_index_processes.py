@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 
 from scale_llm.data.index_processes import WorkerKilled
 from scale_llm.data.index_units import Span, units_of
-from scale_llm.data.index_work import IndexSettings
+from scale_llm.data.index_work import IndexSettings, temporary_ending
 from scale_llm.data.indexing import index_files
 from scale_llm.data.megatron import DType, IndexedDataset, IndexedDatasetBuilder
 from scale_llm.data.prepare import PreparedData
@@ -92,11 +94,30 @@ def test_a_killed_run_goes_on(files, settings, by_megatron, tmp_path: Path):
         index_files(files, settings, **call, on_bytes=kill)
     done = {path: path.stat().st_mtime_ns for path in (tmp_path / "parts").glob("*.json")}
     assert 0 < len(done) < len(units_of(files, UNIT_BYTES)) and not (tmp_path / "x.idx").exists()
-    (tmp_path / "parts" / "000099.bin.tmp-1").write_text("half")
+    (tmp_path / "parts" / f"000099.bin{temporary_ending('1')}").write_text("half")
     index_files(files, settings, **call)
     assert pair(tmp_path / "x") == by_megatron
     assert {path: path.stat().st_mtime_ns for path in done} == done
     assert not list((tmp_path / "parts").glob("*.tmp-*"))
+
+
+def test_an_interruption_of_this_process_alone_ends_the_others(files, settings, by_megatron, tmp_path: Path):
+    """As by `kill -INT`, where Ctrl-C goes to all: what they have not begun they do not begin."""
+    unit_bytes = 300
+    units, seen = len(units_of(files, unit_bytes)), []
+
+    def interrupt(count: int) -> None:
+        seen.append(count)
+        if len(seen) == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    call = {"prefix": str(tmp_path / "x"), "parts": tmp_path / "parts", "workers": 2, "unit_bytes": unit_bytes}
+    with pytest.raises(KeyboardInterrupt):
+        index_files(files, settings, **call, on_bytes=interrupt)
+    assert len(list((tmp_path / "parts").glob("*.json"))) < units
+    assert not [child for child in psutil.Process().children() if "scale_llm.data.index_worker" in child.cmdline()]
+    index_files(files, settings, **call)
+    assert pair(tmp_path / "x") == by_megatron
 
 
 def test_a_unit_that_lost_bytes_is_done_again(files, settings, by_megatron, tmp_path: Path):

@@ -131,11 +131,17 @@ def added_word(shape: dict) -> None:
     shape["added_tokens"].append({**shape["added_tokens"][0], "id": 420, "content": "at h", "special": False})
 
 
+def end_of_word(shape: dict) -> None:
+    shape["model"]["end_of_word_suffix"] = "Ġ"
+
+
 def no_pre_tokenizer(shape: dict) -> None:
     shape["pre_tokenizer"] = None
 
 
-@pytest.mark.parametrize("change", [dropout, other_expression, lower_case, prefix_space, added_word, no_pre_tokenizer])
+@pytest.mark.parametrize(
+    "change", [dropout, other_expression, lower_case, prefix_space, added_word, end_of_word, no_pre_tokenizer]
+)
 def test_other_shapes_are_left_to_the_library(trained: Tokenizer, change):
     shape = json.loads(trained.backend.to_str())
     change(shape)
@@ -144,6 +150,27 @@ def test_other_shapes_are_left_to_the_library(trained: Tokenizer, change):
     encoder = DocumentEncoder(changed, "uint16")
     if change is not dropout:
         assert encoder.encode(SAMPLE) == [array("H", ids).tobytes() for ids in changed.encode_batch(SAMPLE)]
+
+
+def no_decoder(shape: dict) -> None:
+    shape["decoder"] = None
+
+
+def special_word(shape: dict) -> None:
+    """One that merges reach: spelt out in a text it is text."""
+    word, number = max(shape["model"]["vocab"].items(), key=lambda item: len(item[0]) * item[0].isalpha())
+    shape["added_tokens"].append({**shape["added_tokens"][0], "id": number, "content": word, "special": True})
+
+
+@pytest.mark.parametrize("change", [no_decoder, special_word])
+def test_what_changes_nothing_of_the_tokens(trained: Tokenizer, change):
+    shape = json.loads(trained.backend.to_str())
+    change(shape)
+    changed = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(shape)), trained.eod, trained.path)
+    encoder = DocumentEncoder(changed, "uint16")
+    texts = [*SAMPLE, " ".join(token["content"] for token in shape["added_tokens"])]
+    assert encoder.has_proof
+    assert encoder.encode(texts) == [array("H", ids).tobytes() for ids in changed.encode_batch(texts)]
 
 
 def test_no_token_of_a_byte(trained: Tokenizer, tmp_path: Path):

@@ -11,6 +11,7 @@ from scale_llm.launch.rank import FINISHED
 from scale_llm.launch.reached import is_done
 from scale_llm.launch.restarts import KILLED, Decision, decide
 from scale_llm.launch.runs import compose_run
+from scale_llm.launch.slurm import ending
 from scale_llm.launch.slurm.allocation import Allocation
 from scale_llm.launch.slurm.ending import clear, end_of
 from scale_llm.launch.slurm.job import _after_kill, _why_not
@@ -83,7 +84,7 @@ def error_file(run_dir, rank: int, message: str, stamp: int) -> None:
     (run_dir / f"logs/error_rank_{rank}.json").write_text(json.dumps(content))
 
 
-def test_why_it_ended(tmp_path, cfg):
+def test_why_it_ended(tmp_path, cfg, monkeypatch):
     (tmp_path / "metrics.jsonl").write_text('{"iteration": 7}\n')
     assert end_of(cfg, tmp_path, REQUEUE) == {
         "status": REQUEUE, "iteration": 7, "reason": "stopped by a signal", "signal": True
@@ -91,6 +92,7 @@ def test_why_it_ended(tmp_path, cfg):
     assert end_of(cfg, tmp_path, 128 + 10)["signal"], "a rank that did not listen yet"
     assert end_of(cfg, tmp_path, 137)["reason"] == "a rank was killed by SIGKILL"
     assert end_of(cfg, tmp_path, 9)["reason"] == "srun ended with status 9"
+    monkeypatch.setattr(ending, "SECONDS_FOR_THE_MARK", 0)
     assert end_of(cfg, tmp_path, 0) == {"status": 1, "iteration": 7, "reason": "srun has ended before the ranks"}
     (tmp_path / "logs").mkdir(exist_ok=True)
     (tmp_path / FINISHED).touch()

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import lzma
 import os
+import tracemalloc
 from pathlib import Path
 
 import numpy
@@ -151,6 +152,68 @@ def test_killed_after_the_pair_was_written(call, tokenizer: Tokenizer, monkeypat
     assert status != 0 and "x_text_document.parts is the unfinished work of other files" in output
     assert call(*more)[0] == 0 and not os.path.exists("x_text_document.parts")
     assert texts_of("x_text_document", tokenizer) == ["one", "two"]
+
+
+@pytest.mark.parametrize("before", ["x_text_document.json", "rmtree"])
+def test_killed_at_the_end_of_the_first_call(call, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, before: str):
+    """Before what the pair holds is written down, or before what is no longer needed is removed."""
+    words = ("--input", write("a.jsonl", ["one"]), "--output-prefix", "x", "--append-eod")
+    write_json = index_output.write_json
+
+    def killed(path: Path, value=None) -> None:
+        if value is None or path.name == before:
+            raise KeyboardInterrupt
+        write_json(path, value)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            *((index_output.shutil, "rmtree") if before == "rmtree" else (index_output, "write_json")), killed
+        )
+        assert call(*words)[0] == 130
+    assert call(*words)[0] == 0 and not os.path.exists("x_text_document.parts")
+    assert texts_of("x_text_document", tokenizer) == ["one"]
+    assert call("--input", write("b.jsonl", ["two"]), *words[2:], "--append")[0] == 0
+    assert texts_of("x_text_document", tokenizer) == ["one", "two"]
+    os.remove("x_text_document.bin")
+    assert "was not made by this tool" in call(*words)[1], "half a pair is none"
+
+
+def test_input_that_grows_meanwhile_is_refused(call, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch):
+    name, sequences = write("a.jsonl", ["one"]), index_output._sequences
+
+    def grow(prefix: str) -> int:
+        with open(name, "a") as stream:
+            stream.write('{"text": "late"}\n')
+        return sequences(prefix)
+
+    words = ("--input", name, "--output-prefix", "x", "--append-eod")
+    with monkeypatch.context() as patched:
+        patched.setattr(index_output, "_sequences", grow)
+        status, output = call(*words)
+    assert status == 1 and "a.jsonl: has changed while it was read; run again" in output
+    assert call(*words)[0] == 0 and texts_of("x_text_document", tokenizer) == ["one", "late"]
+
+
+def test_merging_what_other_tokenizers_made_is_refused(call, tool, tokenizer: Tokenizer, capsys):
+    call("--input", write("a.jsonl", ["one"]), "--output-prefix", "a", "--append-eod")
+    train_tokenizer(["other text"], vocab_size=270, eod_token="</s>", path=Path("other.json"))
+    words = ["--input", write("b.jsonl", ["two"]), "--output-prefix", "b", "--append-eod", "--eod-token", "</s>"]
+    assert tool([*words, "--tokenizer-model", "other.json", "--workers", "1"]) == 0, capsys.readouterr()
+    status, output = call("--merge", "--input", "a_text_document", "b_text_document", "--output-prefix", "all")
+    assert status == 1 and "b_text_document was made with another tokenizer than" in output
+    assert not os.path.exists("all.idx")
+
+
+def test_a_line_too_long_at_the_start_of_json_is_not_held(call, tokenizer: Tokenizer):
+    """To see whether a .json file is one array its first bytes will do."""
+    Path("a.json").write_text(json.dumps({"text": "x" * 30_000_000}) + "\n" + json.dumps({"text": "one"}) + "\n")
+    words = ("--input", "a.json", "--output-prefix", "x", "--append-eod", "--max-document-megabytes", "1")
+    tracemalloc.start()
+    status, output = call(*words, "--on-bad-row", "drop")
+    largest = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert status == 0 and "dropped, too large: 1" in output and largest < 12_000_000, output
+    assert texts_of("x_text_document", tokenizer) == ["one"]
 
 
 def test_without_an_end_of_document(call, tool, tokenizer: Tokenizer):

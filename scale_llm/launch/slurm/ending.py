@@ -1,7 +1,9 @@
 """How a start of a job has ended, and why."""
 
 import json
+import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from scale_llm.launch.reached import iteration
 from scale_llm.launch.slurm.nodes import BAD_NODES, USED, bad_nodes, node_of, used
 from scale_llm.launch.slurm.task import ERROR_FILES
 
+SECONDS_FOR_THE_MARK = 5
 STOPPED = (REQUEUE, 128 + signal.SIGUSR1, 128 + signal.SIGTERM)
 """A task that has not yet begun to listen dies of the signal; it has nothing to save, so that is no failure."""
 
@@ -30,7 +33,7 @@ def end_of(cfg: RunConfig, run_dir: Path, status: int) -> dict[str, Any]:
     facts: dict[str, Any] = {"status": status, "iteration": iteration(cfg, run_dir)}
     bad = bad_nodes(run_dir)
     if status == 0:
-        lost = {} if (run_dir / FINISHED).exists() else {"status": 1, "reason": "srun has ended before the ranks"}
+        lost = {} if _has_finished(run_dir) else {"status": 1, "reason": "srun has ended before the ranks"}
         return {**facts, **lost}
     if status in STOPPED:
         return {**facts, "reason": "stopped by a signal", "signal": True}
@@ -52,6 +55,17 @@ def end_of(cfg: RunConfig, run_dir: Path, status: int) -> dict[str, Any]:
         final = {"final": True} if is_for_a_person(message) else {}
         return {**facts, "reason": "; ".join(problems), **final}
     return {**facts, "reason": (text_of(message).splitlines() or ["no message"])[0]}
+
+
+def _has_finished(run_dir: Path) -> bool:
+    """Looks more than once: a file system of the network may tell later what another node has written."""
+    mark = run_dir / FINISHED
+    for second in range(SECONDS_FOR_THE_MARK + 1):
+        if mark.parent.is_dir() and mark.name in os.listdir(mark.parent):
+            return True
+        if second < SECONDS_FOR_THE_MARK:
+            time.sleep(1)
+    return False
 
 
 def clear(run_dir: Path) -> None:
