@@ -83,9 +83,23 @@ def curate(root: Path, console: Console) -> None:
     console.rule(f"[bold]{CURATED}")
     console.print("python", *command, style="dim", highlight=False)
     tool = Path(__file__).with_name("curate_data.py")
-    status = subprocess.run([sys.executable, str(tool), *command[1:]]).returncode
+    run_to_end([sys.executable, str(tool), *command[1:]], CURATED, console)
+
+
+def run_to_end(command: list[str], name: str, console: Console) -> None:
+    """Waits for the command, after Ctrl-C too: the terminal sends that to both, and a stage saves before it ends."""
+    process, interrupted = subprocess.Popen(command), False
+    while True:
+        try:
+            status = process.wait()
+            break
+        except KeyboardInterrupt:
+            interrupted = True
+    if interrupted:
+        console.print(f"{name} was interrupted; run the same command again to go on", highlight=False)
+        sys.exit(130)
     if status:
-        console.print(f"{CURATED} failed (exit status {status}); run the same command again to go on")
+        console.print(f"{name} failed (exit status {status}); run the same command again to go on", highlight=False)
         sys.exit(status)
 
 
@@ -112,10 +126,7 @@ def run(stage: DemoStage, root: Path, extra: list[str], console: Console) -> Non
     console.rule(f"[bold]{stage.name}")
     console.print(" ".join(command), style="dim", highlight=False)
     began = time.monotonic()
-    status = subprocess.run([sys.executable, "-m", "scale_llm.launch.cli", *command[1:]]).returncode
-    if status:
-        console.print(f"{stage.name} failed (exit status {status}); run the same command again to resume")
-        sys.exit(status)
+    run_to_end([sys.executable, "-m", "scale_llm.launch.cli", *command[1:]], stage.name, console)
     if stage.result == "done.json":
         (root / stage.name / stage.result).write_text(json.dumps({"seconds": time.monotonic() - began}))
 
@@ -189,4 +200,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on")
+        sys.exit(130)

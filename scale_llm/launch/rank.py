@@ -150,6 +150,8 @@ def die_with_parent() -> None:
 def main() -> None:
     """Entry point; --joined: no launcher of ours will point to the log; --job: a job script requeues on REQUEUE."""
     quiet_imports()
+    # Ctrl-C before the stage listens for it: there is nothing to save, and a traceback of imports tells nobody anything
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     run_dir, rank = Path(sys.argv[1]), int(os.environ["RANK"])
     if "--joined" not in sys.argv:
         die_with_parent()
