@@ -36,7 +36,7 @@ def curate(cfg: CurationConfig, say: Say = print) -> Path | list[str]:
     with _locked(output):
         _claim(cfg, found, output, say)
         if (output / REPORT).is_file():
-            say(f"done before: {output / REPORT}")
+            say(f"done before: {_outcome(output)}")
             return output / REPORT
         phases = phases_of(cfg, found, output)
         logs = output / "work" / "logs"
@@ -45,6 +45,7 @@ def curate(cfg: CurationConfig, say: Say = print) -> Path | list[str]:
             say(f"submitted jobs {', '.join(jobs)}; the last writes {output / REPORT}")
             return jobs
         executors.run_here(phases, logs, cfg.tasks, lambda *of: say(_progress(*of)))
+        say(_outcome(output))
     return output / REPORT
 
 
@@ -58,6 +59,11 @@ def plan(cfg: CurationConfig) -> list[str]:
         f"{len(found.files)} files, {size / 1e6:,.1f} MB, {len(found.shards)} shards",
         *(f"{phase.name}: {', '.join(_names(phase))}, {phase.tasks} tasks" for phase in phases),
     ]
+
+
+def _outcome(output: Path) -> str:
+    found = json.loads((output / REPORT).with_suffix(".json").read_text())
+    return f"{found['documents_out']:,} of {found['documents_in']:,} documents kept; what went, and why: {output / REPORT}"
 
 
 def _names(phase: executors.Phase) -> list[str]:
