@@ -17,14 +17,15 @@ class Machine:
     gpus: int
     """NVIDIA GPUs that torch can use."""
     fast_bf16_cpu: bool | None
-    """The processor multiplies BF16 matrices in hardware (AMX); None: not known before a job has its node."""
+    """The processor multiplies BF16 matrices in hardware (AMX, AVX-512 BF16); None: not known before a job has its node."""
     compiler: bool | None = False
     """torch.compile can build kernels for the CPU: a C++ compiler and Python's headers are there. None: as above."""
 
 
 def detect() -> Machine:
     """This machine. Costs milliseconds, a call of nvidia-smi where there is a driver without device files."""
-    return Machine(cores=_cores(), gpus=_gpus(), fast_bf16_cpu="amx_bf16" in _cpu_flags(), compiler=_compiler())
+    fast_bf16 = not _cpu_flags().isdisjoint({"amx_bf16", "avx512_bf16"})
+    return Machine(cores=_cores(), gpus=_gpus(), fast_bf16_cpu=fast_bf16, compiler=_compiler())
 
 
 def node_of_job(gpus: int) -> Machine:

@@ -63,7 +63,9 @@ def plan(cfg: CurationConfig) -> list[str]:
 
 def _outcome(output: Path) -> str:
     found = json.loads((output / REPORT).with_suffix(".json").read_text())
-    return f"{found['documents_out']:,} of {found['documents_in']:,} documents kept; what went, and why: {output / REPORT}"
+    return (
+        f"{found['documents_out']:,} of {found['documents_in']:,} documents kept; what went, and why: {output / REPORT}"
+    )
 
 
 def _names(phase: executors.Phase) -> list[str]:
