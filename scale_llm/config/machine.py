@@ -17,7 +17,7 @@ class Machine:
     gpus: int
     """NVIDIA GPUs that torch can use."""
     fast_bf16_cpu: bool | None
-    """The processor multiplies BF16 matrices in hardware (AMX, AVX-512 BF16); None: not known before a job has its node."""
+    """The processor multiplies BF16 in hardware (AMX, AVX-512 BF16); None: not known before a job has its node."""
     compiler: bool | None = False
     """torch.compile can build kernels for the CPU: a C++ compiler and Python's headers are there. None: as above."""
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 @dataclass(kw_only=True, slots=True)
 class PrecisionConfig:
     auto: bool = False
-    """bf16 where the hardware multiplies it fast (an NVIDIA GPU, a CPU with AMX or AVX-512 BF16), else FP32. Settled when the run
-    is composed: config.yaml of a run always holds auto: false and the choice."""
+    """bf16 where the hardware multiplies it fast (an NVIDIA GPU, a CPU with AMX or AVX-512 BF16), else FP32. Settled
+    when the run is composed: config.yaml of a run always holds auto: false and the choice."""
     bf16: bool = False
     """BF16 weights and activations, FP32 main weights and gradient reduction."""
     fp16: bool = False
