@@ -14,9 +14,10 @@ def run(cfg: RunConfig, *, log: IO[str] | None = None, hung: Callable[[Exception
     from scale_llm.parallel.device import stop
     from scale_llm.stages.context import start_rank
     from scale_llm.stages.health.watchdog import watchdog_of
-    from scale_llm.stages.out_of_memory import memory_explained
 
     context = start_rank(cfg, watchdog=watchdog_of(cfg, log, hung))
+    from scale_llm.stages.out_of_memory import memory_explained  # brings megatron-core, which is adapted by now
+
     try:
         with memory_explained(cfg, context.device, log):
             run_stage(context)
