@@ -15,7 +15,8 @@ class ProfileConfig:
     record_shapes: bool = True
     """Shapes of every operation's inputs."""
     with_stack: bool = False
-    """Python's stack at every operation of torch's trace: slower, and many times larger."""
+    """Python's stack at every operation of torch's trace, which is slower and many times larger then; the table of
+    operations is left out."""
     nvtx: bool = False
     """In place of torch's trace: NVTX ranges and cudaProfilerStart and Stop, for nsys profile
     --capture-range=cudaProfilerApi. One of the two, as CUPTI serves one profiler at a time. GPUs alone."""

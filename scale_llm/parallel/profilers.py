@@ -34,10 +34,13 @@ def profilers(device: Device, *, record_shapes: bool, with_stack: bool, nvtx: bo
 
 
 class Trace:
-    """A trace for Perfetto or TensorBoard, and a table of the operations that cost most."""
+    """A trace for Perfetto or TensorBoard, and a table of the operations that cost most.
+
+    No table with Python's stacks: their calls would fill it, and torch 2.13 cannot always read their names back.
+    """
 
     def __init__(self, device: Device, *, record_shapes: bool, with_stack: bool):
-        self._device = device
+        self._device, self._with_table = device, not with_stack
         kinds = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if device.is_cuda else [ProfilerActivity.CPU]
         self._profile = torch.profiler.profile(activities=kinds, record_shapes=record_shapes, with_stack=with_stack)
 
@@ -49,6 +52,8 @@ class Trace:
         self._profile.stop()
         trace, table = path.with_name(f"{path.name}.pt.trace.json.gz"), path.with_name(f"{path.name}.txt")
         write_whole(trace, self._profile.export_chrome_trace)
+        if not self._with_table:
+            return [trace]
         key = "self_cuda_time_total" if self._device.is_cuda else "self_cpu_time_total"
         text = self._profile.key_averages().table(sort_by=key, row_limit=OPERATIONS_SHOWN, max_name_column_width=80)
         write_whole(table, lambda name: Path(name).write_text(text, encoding="utf-8"))

@@ -1,19 +1,18 @@
 """The profile of a few iterations: when it begins and ends, on which ranks, and where its files lie."""
 
+import functools
 import sys
 from pathlib import Path
 
 import torch.distributed as dist
 
+from scale_llm.config.batch import total_iterations
 from scale_llm.config.run import RunConfig
 from scale_llm.config.stage import UntrainedStageConfig
 from scale_llm.parallel.device import Device
 from scale_llm.parallel.profilers import Profiler, profilers
 from scale_llm.parallel.ranges import show_ranges
 from scale_llm.stages.health.watchdog import NoWatchdog
-
-FAILURES = (OSError, RuntimeError)
-"""Of a disk, of a profiler: neither is a reason to end a run."""
 
 
 class NoProfile:
@@ -34,6 +33,7 @@ class Profile(NoProfile):
         wanted, self._device, self._rank = cfg.profile, device, dist.get_rank()
         assert wanted.start is not None and wanted.stop is not None, "validated"
         self._wanted, self._group, self._watchdog = wanted, host_group, watchdog
+        self._train = cfg.train
         self._directory = Path(cfg.run_dir) / "profile"
         self._watches = self._rank in wanted.ranks
         self._running: list[Profiler] = []
@@ -45,11 +45,16 @@ class Profile(NoProfile):
         if self._over:
             return []
         if self._first is None:
-            return self._begin(iteration) if self._wanted.start <= iteration < self._wanted.stop else []
-        if iteration < self._wanted.stop:
+            return self._begin(iteration) if self._wanted.start <= iteration < self._stop else []
+        if iteration < self._stop:
             return []
         self._watchdog.enter("the profile", iteration)
         return self._together(self._end())
+
+    @functools.cached_property
+    def _stop(self) -> int:
+        """The last iteration; asked for in the loop, when that of the run is known too."""
+        return min(self._wanted.stop, total_iterations(self._train))
 
     def close(self) -> None:
         if self._first is not None and not self._over:  # without the other ranks: they may be gone
@@ -63,7 +68,7 @@ class Profile(NoProfile):
             try:
                 self._directory.mkdir(parents=True, exist_ok=True)
                 self._start()
-            except FAILURES as error:
+            except Exception as error:  # of a disk, of a profiler: neither is a reason to end a run
                 remarks = [f"no profile of rank {self._rank}: {error}"]
         return self._together(remarks)
 
@@ -86,7 +91,7 @@ class Profile(NoProfile):
             try:
                 files = self._running.pop().stop(path)
                 remarks += [f"profile of iterations {self._first} to {self._last}: {file}" for file in files]
-            except FAILURES as error:
+            except Exception as error:
                 remarks.append(f"a part of the profile of rank {self._rank} is not written: {error}")
         return remarks
 

@@ -9,6 +9,7 @@ from support.runs import RANKS2, rows
 
 from scale_llm.config.profile import ProfileConfig
 from scale_llm.config.run import RunConfig
+from scale_llm.config.train import TrainConfig
 from scale_llm.parallel import ranges
 from scale_llm.parallel.device import Device
 from scale_llm.parallel.profilers import MemoryHistory, Nvtx
@@ -52,7 +53,7 @@ def test_nothing_is_named_and_nothing_begun_without_a_profile(tmp_path, monkeypa
     """Ranges are one object that does nothing; a run that resumes beyond profile.stop starts no profiler."""
     assert ranges.named("a") is ranges.named("b") and ranges.timer("a") is ranges.timer("b", log_level=2)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
-    cfg = RunConfig(run_dir=str(tmp_path), profile=ProfileConfig(start=1, stop=3))
+    cfg = RunConfig(run_dir=str(tmp_path), train=TrainConfig(train_iters=8), profile=ProfileConfig(start=1, stop=3))
     profile = Profile(cfg, Device(torch.device("cpu"), "gloo"), None, NoWatchdog())
     assert profile.after(3) == [] and profile.after(4) == []
     profile.close()
