@@ -1,5 +1,6 @@
 """What this machine offers, found without torch."""
 
+import functools
 import importlib.metadata
 import os
 import re
@@ -20,12 +21,20 @@ class Machine:
     """The processor multiplies BF16 in hardware (AMX, AVX-512 BF16); None: not known before a job has its node."""
     compiler: bool | None = False
     """torch.compile can build kernels for the CPU: a C++ compiler and Python's headers are there. None: as above."""
+    gpu_memory_bytes: int | None = None
+    """Of the largest GPU; None where it is not known."""
+    memory_bytes: int | None = None
+    """That processes of this machine, or of this container, may use together; None where it is not known."""
 
 
 def detect() -> Machine:
-    """This machine. Costs milliseconds, a call of nvidia-smi where there is a driver without device files."""
+    """This machine. Costs milliseconds, and a call of nvidia-smi where there are GPUs."""
     fast_bf16 = not _cpu_flags().isdisjoint({"amx_bf16", "avx512_bf16"})
-    return Machine(cores=_cores(), gpus=_gpus(), fast_bf16_cpu=fast_bf16, compiler=_compiler())
+    gpus = _gpus()
+    return Machine(
+        cores=_cores(), gpus=gpus, fast_bf16_cpu=fast_bf16, compiler=_compiler(),
+        gpu_memory_bytes=_gpu_memory() if gpus else None, memory_bytes=_memory(),
+    )  # fmt: skip
 
 
 def node_of_job(gpus: int) -> Machine:
@@ -75,11 +84,39 @@ def _torch_is_cpu_build() -> bool:
 
 def _gpus_by_driver() -> int:
     """Counts with nvidia-smi: where device files have other names (WSL)."""
+    return sum(line.startswith("GPU ") for line in _nvidia_smi("-L"))
+
+
+@functools.cache
+def _gpu_memory() -> int | None:
+    """Of the largest: with several kinds it is not known here which ones CUDA_VISIBLE_DEVICES names."""
+    lines = _nvidia_smi("--query-gpu=memory.total", "--format=csv,noheader,nounits")  # MiB
+    sizes = [int(line) for line in lines if line.strip().isdigit()]  # [N/A] where CPU and GPU share theirs
+    return max(sizes) * 2**20 if sizes else None
+
+
+def _nvidia_smi(*arguments: str) -> list[str]:
+    """The lines that it prints; none where it is not there or fails."""
     program = shutil.which("nvidia-smi")
     if program is None:
-        return 0
+        return []
     try:
-        result = subprocess.run([program, "-L"], capture_output=True, text=True, timeout=10)
+        result = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
-        return 0
-    return sum(line.startswith("GPU ") for line in result.stdout.splitlines()) if result.returncode == 0 else 0
+        return []
+    return result.stdout.splitlines() if result.returncode == 0 else []
+
+
+def _memory() -> int | None:
+    """Of the machine, or less where a control group (a container, a job) has a limit."""
+    found = []
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            text = Path(path).read_text(encoding="utf-8").strip()
+        except OSError:
+            continue
+        if text.isdigit():
+            found.append(int(text))
+    return min(found, default=None)

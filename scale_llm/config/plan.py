@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from scale_llm.config.activations import activation_bytes
 from scale_llm.config.batch import global_batch_size, total_iterations, total_samples
 from scale_llm.config.optim import Optimizer
 from scale_llm.config.parameters import (
@@ -12,6 +13,8 @@ from scale_llm.config.parameters import (
     padded_vocab_size,
     parameters_of_stage,
 )
+from scale_llm.config.peft import PeftMethod
+from scale_llm.config.policy import PolicyStageConfig
 from scale_llm.config.run import RunConfig
 from scale_llm.config.stage import UntrainedStageConfig
 from scale_llm.config.validate_layout import world_size
@@ -54,15 +57,23 @@ class Batches:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Memory:
-    """Bytes of one rank of the fullest pipeline stage; activations come on top."""
+    """Bytes of one rank of the fullest pipeline stage. Gradients and optimizer state of adapters are left out: they are
+    a hundredth of the weights or less."""
 
     weights: int
     gradients: int
     optimizer: int
+    activations: int | None = None
+    """An estimate; None where nothing is trained, or by several models."""
 
     @property
     def total(self) -> int:
+        """Without activations."""
         return self.weights + self.gradients + self.optimizer
+
+    @property
+    def peak(self) -> int:
+        return self.total + (self.activations or 0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,15 +98,17 @@ def make_plan(cfg: RunConfig) -> Plan:
     stages = [parameters_of_stage(cfg.model, cfg.parallel, stage) for stage in range(layout.pp)]
     fullest = max(stages, key=lambda stage: stage.total)
     parameters = count_parameters(cfg.model, layout.tp)
+    batches = None if isinstance(cfg.stage, UntrainedStageConfig) else make_batches(cfg, layout.dp)
+    memories = [estimate_memory(cfg, layout, rank, pp_rank, batches) for pp_rank, rank in enumerate(stages)]
     return Plan(
         layout=layout,
-        batches=None if isinstance(cfg.stage, UntrainedStageConfig) else make_batches(cfg, layout.dp),
+        batches=batches,
         parameters=parameters,
         padded_vocab_size=padded_vocab_size(cfg.model, layout.tp),
         per_rank=fullest,
         flops_per_token=flops_per_token(cfg.model, layout.tp),
         checkpoint_bytes=parameters.total * (_weight_bytes(cfg) + _optimizer_bytes(cfg)),
-        memory=estimate_memory(cfg, layout, fullest),
+        memory=max(memories, key=lambda memory: memory.peak),
     )
 
 
@@ -148,16 +161,25 @@ def _optimizer_bytes(cfg: RunConfig) -> int:
     return 4 * moments + (4 if _weight_bytes(cfg) == 2 else 0)
 
 
-def estimate_memory(cfg: RunConfig, layout: Layout, rank: RankParameters) -> Memory:
-    """Weights, gradients and optimizer of one rank; the distributed optimizer cuts its state over replicas."""
-    if isinstance(cfg.stage, UntrainedStageConfig):
-        return Memory(weights=rank.total * _weight_bytes(cfg), gradients=0, optimizer=0)
+def estimate_memory(
+    cfg: RunConfig, layout: Layout, rank: RankParameters, pp_rank: int, batches: Batches | None
+) -> Memory:
+    """Of one rank of a pipeline stage; the distributed optimizer cuts its state over replicas. batches: of a run that
+    trains."""
+    activations, weights = None, rank.total * _weight_bytes(cfg)
+    if batches is not None and not isinstance(cfg.stage, PolicyStageConfig):
+        activations = activation_bytes(
+            cfg, number_bytes=_weight_bytes(cfg), pp_rank=pp_rank, micro_batches=batches.micro_batches
+        )
+    if batches is None or cfg.peft.method is not PeftMethod.none:
+        return Memory(weights=weights, gradients=0, optimizer=0, activations=activations)
     in_fp32 = cfg.precision.accumulate_allreduce_grads_in_fp32 or _weight_bytes(cfg) == 4
     distributed = cfg.parallel.use_distributed_optimizer
     dense_share, expert_share = (layout.dp * layout.cp, layout.expert_dp) if distributed else (1, 1)
     owned = -(-rank.dense // dense_share) + -(-rank.experts // expert_share)
     return Memory(
-        weights=rank.total * _weight_bytes(cfg),
+        weights=weights,
         gradients=rank.total * (4 if in_fp32 else 2),
         optimizer=owned * _optimizer_bytes(cfg),
+        activations=activations,
     )

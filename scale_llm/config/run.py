@@ -13,6 +13,7 @@ from scale_llm.config.optim import OptimConfig
 from scale_llm.config.parallel import ParallelConfig
 from scale_llm.config.peft import PeftConfig
 from scale_llm.config.precision import PrecisionConfig
+from scale_llm.config.profile import ProfileConfig
 from scale_llm.config.reward import RewardFunctionConfig
 from scale_llm.config.stage import PretrainConfig, StageConfig
 from scale_llm.config.tokenizer import TokenizerConfig
@@ -37,4 +38,5 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     health: HealthConfig = field(default_factory=HealthConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)

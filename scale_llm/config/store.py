@@ -27,6 +27,7 @@ from scale_llm.config.parallel import ParallelConfig
 from scale_llm.config.peft import PeftConfig
 from scale_llm.config.policy import GrpoConfig, PpoConfig
 from scale_llm.config.precision import PrecisionConfig
+from scale_llm.config.profile import ProfileConfig
 from scale_llm.config.reward import RewardFunctionConfig
 from scale_llm.config.run import RunConfig
 from scale_llm.config.stage import (
@@ -68,6 +69,7 @@ SCHEMAS: dict[str, type] = {
     "checkpoint": CheckpointConfig,
     "health": HealthConfig,
     "logging": LoggingConfig,
+    "profile": ProfileConfig,
     "cluster": ClusterConfig,
 }
 

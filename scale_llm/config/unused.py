@@ -9,6 +9,7 @@ from scale_llm.config.health import HealthConfig
 from scale_llm.config.layout import LayoutConfig, RoleLayout
 from scale_llm.config.peft import LOW_RANK, PeftMethod
 from scale_llm.config.policy import AdvEstimator, KlCtrlType, PolicyStageConfig, limits_of
+from scale_llm.config.profile import ProfileConfig
 from scale_llm.config.reward import RewardFunctionConfig, weighted_functions
 from scale_llm.config.roles import ROLES, roles_of
 from scale_llm.config.run import RunConfig
@@ -337,6 +338,24 @@ RULES = (
         lambda cfg: cfg.health.straggler_interval is not None,
         "health.straggler_interval=null times no rank",
         "remove it, or set health.straggler_interval",
+    ),
+    Rule(
+        "profile.start",
+        lambda cfg: not isinstance(cfg.stage, UntrainedStageConfig),
+        "is an iteration, and stage={cfg.stage.name} has none: it trains nothing",
+        "remove it, or choose {stages}",
+    ),
+    Rule(
+        " ".join(key for key in _keys("profile", ProfileConfig) if key not in ("profile.start", "profile.with_stack")),
+        lambda cfg: cfg.profile.start is not None,
+        "profile.start=null profiles nothing",
+        "set profile.start, take profile=trace, or remove it",
+    ),
+    Rule(
+        "profile.with_stack",
+        lambda cfg: cfg.profile.start is not None and not cfg.profile.nvtx,
+        "is of torch's trace, which profile.start=null or profile.nvtx=true leaves out",
+        "remove it, or take profile=trace",
     ),
     Rule(
         "data.fim_spm_rate data.fim_prefix_token data.fim_middle_token data.fim_suffix_token",

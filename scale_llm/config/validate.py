@@ -9,6 +9,7 @@ from collections.abc import Callable
 from scale_llm.config.cluster import Device, Launcher
 from scale_llm.config.errors import UserError
 from scale_llm.config.machine import Machine
+from scale_llm.config.memory import memory_problems
 from scale_llm.config.policy import PolicyStageConfig
 from scale_llm.config.run import RunConfig
 from scale_llm.config.unused import unused_problems
@@ -37,7 +38,10 @@ def problems_of(cfg: RunConfig, machine: Machine | None = None) -> list[str]:
     if not any(sign.startswith(DIVIDED) for sign in signs):
         found += [problem for rule in _arithmetic(cfg) for problem in rule(cfg)]
     found += cluster_problems(cfg.cluster) + file_problems(cfg)
-    return found + (machine_problems(cfg, machine) if machine is not None else [])
+    if machine is not None:
+        found += machine_problems(cfg, machine)
+        found += [] if found else memory_problems(cfg, machine)  # of sizes that fit each other
+    return found
 
 
 def _arithmetic(cfg: RunConfig) -> tuple[Rule, ...]:

@@ -13,6 +13,7 @@ from scale_llm.config.precision import PrecisionConfig
 from scale_llm.config.run import RunConfig
 from scale_llm.config.stage import EvaluateConfig, GenerateConfig, ScoreConfig, SequenceStageConfig
 from scale_llm.config.validate_policy import policy_problems
+from scale_llm.config.validate_profile import profile_problems
 from scale_llm.config.validate_reward import reward_problems
 from scale_llm.config.validate_sampling import prompt_problems, sampling_problems
 from scale_llm.config.validate_sequences import sequence_problems
@@ -70,6 +71,7 @@ def value_problems(cfg: RunConfig) -> list[str]:
         *retention_problems(cfg.checkpoint),
         *local_copy_problems(cfg.checkpoint, cfg.cluster.nnodes),
         *health_problems(cfg),
+        *profile_problems(cfg),
         *stage_problems(cfg),
     ]
 

@@ -34,6 +34,7 @@ from scale_llm.models.transformer_config import transformer_config
 from scale_llm.parallel.context import shard_sequence
 from scale_llm.parallel.device import Device
 from scale_llm.parallel.mesh import Mesh
+from scale_llm.parallel.ranges import named, timer
 
 Batch = dict[str, torch.Tensor]
 Loss = Callable[[torch.Tensor, Batch], tuple[torch.Tensor, torch.Tensor, dict]]
@@ -117,6 +118,7 @@ class Engine:
     def _connect(self, cfg: RunConfig) -> None:
         """Tells megatron-core's schedules which functions scale the loss and reduce gradients."""
         config, chunks = self.config, self.chunks
+        config.timers = timer
         config.finalize_model_grads_func = self._finalize_gradients
         if cfg.precision.fp16:
             config.grad_scale_func = self.optimizer.scale_loss
@@ -133,7 +135,8 @@ class Engine:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        micro_batches = list(batches)
+        with named("data"):
+            micro_batches = list(batches)
         metrics = self._run(micro_batches, loss_fn, forward_only=False)
         if self.config.num_moe_experts and self.config.moe_aux_loss_coeff:
             metrics |= load_balancing_losses(
@@ -146,9 +149,10 @@ class Engine:
         if bad:  # its gradient is none either, or of numbers that mean nothing
             result = Update(done=False)
         else:
-            result = update(
-                self.optimizer, tokens=self._tokens, clip_grad=self._clip_grad, count_zeros=self._count_zeros
-            )
+            with named("optimizer"):
+                result = update(
+                    self.optimizer, tokens=self._tokens, clip_grad=self._clip_grad, count_zeros=self._count_zeros
+                )
         if result.grad_norm is not None and not math.isfinite(result.grad_norm):
             bad["grad norm"] = result.grad_norm
         learning_rate = self.learning_rate
@@ -171,7 +175,8 @@ class Engine:
 
     def _finalize_gradients(self, chunks, num_tokens, pg_collection=None, force_all_reduce=False) -> None:
         """Reduces gradients over ranks as megatron-core does, and learns what the update must divide them by."""
-        finalize_model_grads(chunks, None, pg_collection=pg_collection, force_all_reduce=force_all_reduce)
+        with named("reduction of gradients"):
+            finalize_model_grads(chunks, None, pg_collection=pg_collection, force_all_reduce=force_all_reduce)
         # Not megatron-core's own sum, which is of whole numbers: tokens may have weights.
         count = torch.zeros((), dtype=torch.float64, device=self.device.device)
         for part in self._counts:

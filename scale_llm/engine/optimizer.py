@@ -19,6 +19,7 @@ from scale_llm.config.precision import PrecisionConfig
 from scale_llm.config.train import TrainConfig
 from scale_llm.models.transformer_config import model_dtype
 from scale_llm.parallel.mesh import Mesh
+from scale_llm.parallel.ranges import timer
 
 
 def build_optimizer(
@@ -46,6 +47,7 @@ def build_optimizer(
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_param_gather=parallel.overlap_param_gather,
         log_num_zeros_in_grad=logging.log_num_zeros_in_grad,
+        timers=timer,
     )
     with _objects_within(mesh.host_group):
         optimizer = get_megatron_optimizer(config, chunks, use_gloo_process_groups=False, pg_collection=mesh.groups)

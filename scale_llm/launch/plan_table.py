@@ -7,6 +7,7 @@ from rich.table import Table
 
 from scale_llm.checkpoint.written import written_config
 from scale_llm.config.batch import total_iterations
+from scale_llm.config.memory import human
 from scale_llm.config.plan import Batches, Plan, make_plan
 from scale_llm.config.policy import PolicyStageConfig
 from scale_llm.config.roles import TRAINED_ROLES, is_the_actor, layout_of, load_of, ranks_of, role_config, roles_of
@@ -136,20 +137,13 @@ def _parameters(plan: Plan) -> Rows:
 def _cost(plan: Plan) -> Rows:
     memory = plan.memory
     parts = f"weights {human(memory.weights)}, gradients {human(memory.gradients)}"
+    parts += f", optimizer {human(memory.optimizer)}"
+    if memory.activations is None:
+        held = f"{human(memory.total)}: {parts}; activations on top"
+    else:
+        held = f"about {human(memory.peak)}: {parts}, activations about {human(memory.activations)}"
     return [
         ("operations per token", f"{plan.flops_per_token / 1e9:,.3f} GFLOP, forward and backward"),
-        (
-            "memory of a rank",
-            f"{human(memory.total)}: {parts}, optimizer {human(memory.optimizer)}; activations on top",
-        ),
+        ("memory of a rank", held),
         ("checkpoint", f"about {human(plan.checkpoint_bytes)}"),
     ]
-
-
-def human(size_bytes: float) -> str:
-    """Bytes with a binary unit: 1.5 MiB."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if size_bytes < 1024 or unit == "TiB":
-            break
-        size_bytes /= 1024
-    return f"{size_bytes:.0f} {unit}" if unit == "B" else f"{size_bytes:.1f} {unit}"

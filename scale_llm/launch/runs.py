@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from scale_llm.config.cluster import Launcher
 from scale_llm.config.errors import UserError
 from scale_llm.config.machine import Machine, detect, node_of_job
+from scale_llm.config.memory import memory_warnings
 from scale_llm.config.resolve import resolve
 from scale_llm.config.run import RunConfig
 from scale_llm.config.validate import problems_of
@@ -87,9 +89,12 @@ def problems(plan: Planned) -> list[str]:
 
 
 def validate(plan: Planned) -> None:
-    """Raise UserError with every problem."""
+    """Raise UserError with every problem; print what may become one."""
     if found := problems(plan):
         raise UserError(found)
+    if plan.join is None or plan.join.local_rank == 0:
+        for warning in memory_warnings(plan.cfg, plan.machine):
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
 def check(plan: Planned) -> int:

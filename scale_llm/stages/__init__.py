@@ -16,24 +16,32 @@ def run(cfg: RunConfig, *, log: IO[str] | None = None, hung: Callable[[Exception
     from scale_llm.stages.health.watchdog import watchdog_of
 
     context = start_rank(cfg, watchdog=watchdog_of(cfg, log, hung))
+    from scale_llm.stages.out_of_memory import memory_explained  # brings megatron-core, which is adapted by now
+
     try:
-        if cfg.stage.name == "evaluate":
-            from scale_llm.stages.evaluate import evaluate
-
-            return evaluate(context)
-        if cfg.stage.name == "generate":
-            from scale_llm.stages.generate import generate
-
-            return generate(context)
-        if cfg.stage.name == "score":
-            from scale_llm.stages.score import score
-
-            return score(context)
-        from scale_llm.stages.loop import train
-
-        train(context, trained_stage(context))
+        with memory_explained(cfg, context.device, log):
+            run_stage(context)
     finally:
         stop()
+
+
+def run_stage(context) -> None:
+    """The stage of a rank that has joined its job."""
+    if context.cfg.stage.name == "evaluate":
+        from scale_llm.stages.evaluate import evaluate
+
+        return evaluate(context)
+    if context.cfg.stage.name == "generate":
+        from scale_llm.stages.generate import generate
+
+        return generate(context)
+    if context.cfg.stage.name == "score":
+        from scale_llm.stages.score import score
+
+        return score(context)
+    from scale_llm.stages.loop import train
+
+    train(context, trained_stage(context))
 
 
 def trained_stage(run):

@@ -14,6 +14,7 @@ from scale_llm.data.of_stage import prepare_run
 from scale_llm.parallel.device import Device, seed_everything, start
 from scale_llm.parallel.mesh import Mesh, MeshSizes, build_mesh
 from scale_llm.stages.health.watchdog import NoWatchdog
+from scale_llm.stages.profile import NoProfile, profile_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,7 @@ class RunContext:
     prepared: Any
     """PreparedData, or PreparedChat of a stage of conversations."""
     watchdog: NoWatchdog = field(default_factory=NoWatchdog)
+    profile: NoProfile = field(default_factory=NoProfile)
 
     @property
     def vocab_size(self) -> int:
@@ -68,4 +70,5 @@ def start_rank(cfg: RunConfig, prepared: Any = None, watchdog: NoWatchdog | None
         cfg.train.seed, tp_rank=mesh.tp_rank, pp_rank=mesh.pp_rank, ep_rank=mesh.ep_rank, etp_rank=mesh.etp_rank
     )
     prepared = prepared or prepare_run(cfg)  # made by the launcher, found here
-    return RunContext(cfg, device, mesh, prepared, watchdog or NoWatchdog())
+    watchdog = watchdog or NoWatchdog()
+    return RunContext(cfg, device, mesh, prepared, watchdog, profile_of(cfg, device, mesh.host_group, watchdog))

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from scale_llm.config.batch import global_batch_size, total_iterations, total_samples
 from scale_llm.config.errors import UserError
 from scale_llm.config.run import RunConfig
+from scale_llm.parallel.ranges import named
 from scale_llm.stages.base import Evaluation, Stage
 from scale_llm.stages.context import RunContext
 from scale_llm.stages.health.health import Health
@@ -31,6 +32,7 @@ def train(run: RunContext, stage: Stage) -> None:
                 said = health.go_back(back)
     finally:
         run.watchdog.close()
+        run.profile.close()
         stage.close()
 
 
@@ -50,11 +52,13 @@ def train_on(
 
     def evaluate(how: Callable[[], Evaluation]) -> None:
         run.watchdog.enter("evaluation", progress.iteration)
-        reporter.evaluation(progress, how())
+        with named("evaluation"):
+            reporter.evaluation(progress, how())
 
     try:
         evaluate(lambda: stage.start(fresh=progress.iteration == 0))
         evaluated = progress.iteration
+        reporter.say(run.profile.after(progress.iteration))
         while reason is None and not finished(cfg, progress):
             size = global_batch_size(cfg.train, progress.consumed_samples)
             if health.leaves_out(progress.iteration + 1):
@@ -70,6 +74,7 @@ def train_on(
             reason = exit_reason(cfg, progress, stop)
             reporter.say(health.check_ranks(progress))
             saving.if_due(progress, reporter)
+            reporter.say(run.profile.after(progress.iteration))
         saving.last(progress, reporter)
         if finished(cfg, progress) and evaluated != progress.iteration:
             evaluate(stage.evaluate)
@@ -86,7 +91,8 @@ def step(run: RunContext, health: Health, saving: Saving, reporter: Reporter, pr
     """
     run.watchdog.enter("a step", progress.iteration)
     reporter.step_started()
-    result = health.step(progress, size)
+    with named(f"iteration {progress.iteration + 1}"):
+        result = health.step(progress, size)
     count(progress, size, skipped=result.skipped)
     result, back = health.judged(progress, result)
     reporter.step_ended(progress, result, size)

@@ -12,6 +12,7 @@ from scale_llm.config.errors import UserError
 from scale_llm.config.peft import PeftMethod
 from scale_llm.config.run import RunConfig
 from scale_llm.engine.offload import on_device
+from scale_llm.parallel.ranges import named
 from scale_llm.stages.base import Stage
 from scale_llm.stages.context import RunContext
 from scale_llm.stages.health.health import Health
@@ -80,7 +81,8 @@ class Saving:
 
     def _save(self, progress: Progress, reporter: Reporter) -> None:
         run, stage = self._run, self._stage
-        with reporter.saving(progress, Path(run.cfg.checkpoint.save or "")), on_device(stage.engines.values()):
+        where = Path(run.cfg.checkpoint.save or "")
+        with named("save"), reporter.saving(progress, where), on_device(stage.engines.values()):
             state = state_to_save(stage, progress, run.mesh.host_group)
             self._checkpointer.save(progress.iteration, state, write_files(run), gradients(stage))
 

@@ -17,6 +17,7 @@ from scale_llm.data.chat.examples import split_indices
 from scale_llm.data.sequence_loader import Batch, TokenSequences
 from scale_llm.data.units import Units
 from scale_llm.engine.engine import Engine, Loss, StepResult
+from scale_llm.parallel.ranges import named
 from scale_llm.stages.base import Evaluation
 from scale_llm.stages.context import RunContext
 from scale_llm.stages.sequences import loader_of, stream_of
@@ -113,7 +114,8 @@ class SequenceStage:
         )  # fmt: skip
 
     def _batches(self, loader, first: int, size: int) -> list[Batch]:
-        batches = loader.global_batch(first, size)
+        with named("data"):
+            batches = loader.global_batch(first, size)
         return self._task.complete(self.engine, batches) if self._task.complete is not None else batches
 
     def start(self, *, fresh: bool) -> Evaluation:

@@ -61,6 +61,7 @@ def test_options_are_listed():
         "checkpoint": ["default"],
         "health": ["default"],
         "logging": ["default", "plain"],
+        "profile": ["none", "nsys", "trace"],
         "cluster": ["local", "local_cpu", "slurm"],
         "experiment": [
             "demo_dpo",

@@ -54,3 +54,27 @@ def run_gathering(run_dir: str) -> list[str]:
 
     state.sharded_ranges = lambda *arguments: None
     return run(run_dir)
+
+
+def run_without_memory(run_dir: str) -> tuple[list[str], str]:
+    """The same, but in the second step the loss asks for more memory than there is; also what the log says."""
+    import io
+
+    from scale_llm.losses.language_model import language_model_loss
+    from scale_llm.stages import pretrain
+
+    calls = 0
+
+    def lacking(logits, batch, **keys):
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            torch.empty(1 << 50, dtype=torch.uint8)
+        return language_model_loss(logits, batch, **keys)
+
+    pretrain.language_model_loss, log = lacking, io.StringIO()
+    try:
+        stages.run(load_config(run_dir), log=log)
+    except UserError as error:
+        return [type(error).__name__, *error.problems], log.getvalue()
+    return [], log.getvalue()

@@ -4,6 +4,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from scale_llm.parallel.ranges import named
+
 PREFIX = "timing_s/"
 WAIT = "wait"
 """Waiting for other ranks' numbers."""
@@ -18,7 +20,8 @@ class Timing:
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         began = time.perf_counter()
-        yield
+        with named(name):
+            yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
 
