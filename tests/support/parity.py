@@ -25,9 +25,10 @@ def relative(ours: float, theirs: float) -> float:
 
 
 def assert_equal_runs(run: list[dict], single: dict, tolerance: float = TOLERANCE) -> None:
-    """All ranks report the same losses, and they and the first gradient norm are the single process's."""
+    """All ranks report the same losses, and they and the first gradient norm are the single process's, which may have
+    gone on longer."""
     assert all(rank["loss"] == run[0]["loss"] for rank in run), "ranks disagree on the loss"
-    assert len(run[0]["loss"]) == len(single["loss"])
+    assert 0 < len(run[0]["loss"]) <= len(single["loss"])
     norms = [rank["grad_norm"][0] for rank in run]
     assert max(relative(norm, single["grad_norm"][0]) for norm in norms) < tolerance, (norms, single["grad_norm"][0])
     worst = max(map(relative, run[0]["loss"], single["loss"]))
