@@ -58,9 +58,8 @@ FEWER = 8
 """Steps of a case whose parts the dense layouts have at 20: the optimizer and the schedule have moved by then."""
 
 COMPILED_LAYOUTS = {
-    "untied_qk_norm_qkv_bias_tp2_sp": (2, {**UNTIED, **SP}),
+    "moe_untied_qk_norm_qkv_bias_tp2_sp": (2, {**MOE, **UNTIED, **SP}),
     "pp2_vpp2": (2, VPP2),
-    "moe_cp2": (2, {**MOE, **CP2}),
     "dp2_distributed_optimizer_overlap": (2, OVERLAP),
 }
 
