@@ -17,7 +17,7 @@ from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 
 from scale_llm.engine.distributed_state import sharded_ranges
 from scale_llm.engine.engine import Engine
-from scale_llm.engine.optimizer import is_distributed, parts
+from scale_llm.engine.optimizer import is_distributed, parts, set_steps
 from scale_llm.models.adapters.names import is_adapter
 from scale_llm.models.heads import is_head
 
@@ -134,9 +134,7 @@ def load_optimizer_state(engine: Engine, tensors: dict[str, Any], plain: dict[st
             _load_distributed(part, loaded)
         else:
             _copy_replicated_state(part, loaded)
-        for state in part.optimizer.state.values():
-            if "step" in state:
-                state["step"].fill_(plain["optimizer_steps"])
+        set_steps(part.optimizer, plain["optimizer_steps"])
         scaler = getattr(part, "grad_scaler", None)
         if scaler and plain["grad_scaler"]:
             _load_scaler(scaler, plain["grad_scaler"])
