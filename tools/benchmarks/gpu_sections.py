@@ -5,6 +5,7 @@ Contestants are those of the other benchmarks, each in a process of its own. On 
 memory holds two models; where it does not, they run one after the other, and the rows say so.
 """
 
+import importlib.metadata
 import os
 import sys
 import time
@@ -16,7 +17,7 @@ from benchmarks.alternate import Contestant, Turns, turns
 from benchmarks.common import SIZES, alone, shape
 from benchmarks.gpu_section import Skipped
 from benchmarks.rows import Row, faster, shorter
-from benchmarks.train_contestants import MATMUL_SIZE_GPU, has_transformer_engine
+from benchmarks.train_contestants import MATMUL_SIZE_GPU
 from scale_llm.config.machine import detect
 from scale_llm.config.parameters import count_parameters, flops_per_token
 
@@ -86,8 +87,8 @@ def fp8(scale: str, device: str, deadline: float, directory: str) -> Found:
     """Our steps in FP8 against ours in BF16; the larger layers first."""
     if device != "cuda":
         raise Skipped("FP8 needs a GPU")
-    if not has_transformer_engine():
-        raise Skipped("Transformer Engine is not installed: pip install --no-build-isolation 'scale-llm[gpu]'")
+    if not _has_transformer_engine():
+        raise Skipped("Transformer Engine is not installed: pip install --no-build-isolation .[gpu]")
     failed = ""
     known: list[tuple[Row, str]] = []
     for size in ("8b_4_layers", "1b") if scale == "full" else ("tiny",):
@@ -205,10 +206,19 @@ def _compiler(scale: str) -> bool:
     return bool(detect().compiler) and scale == "full"
 
 
+def _has_transformer_engine() -> bool:
+    """Whether it is installed. Not imported here: that takes seconds, which contestants need."""
+    try:
+        importlib.metadata.version("transformer-engine")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
 def _megatron_kind(device: str) -> str:
     if device != "cuda":
         return ", local spec"
-    if has_transformer_engine():
+    if _has_transformer_engine():
         return ", Transformer Engine spec, bare loop"
     return ", local spec, attention recomputed, bare loop"
 
