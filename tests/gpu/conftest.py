@@ -30,5 +30,5 @@ def backend(request: pytest.FixtureRequest) -> dict[str, str]:
         try:
             importlib.metadata.version("transformer-engine")
         except importlib.metadata.PackageNotFoundError:
-            pytest.skip("Transformer Engine is not installed: pip install --no-build-isolation .[gpu]")
+            pytest.skip("Transformer Engine is not installed: pip install .[gpu]")
     return {"model.backend": request.param}

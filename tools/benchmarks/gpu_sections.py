@@ -88,7 +88,7 @@ def fp8(scale: str, device: str, deadline: float, directory: str) -> Found:
     if device != "cuda":
         raise Skipped("FP8 needs a GPU")
     if not _has_transformer_engine():
-        raise Skipped("Transformer Engine is not installed: pip install --no-build-isolation .[gpu]")
+        raise Skipped("Transformer Engine is not installed: pip install .[gpu]")
     failed = ""
     known: list[tuple[Row, str]] = []
     for size in ("8b_4_layers", "1b") if scale == "full" else ("tiny",):
