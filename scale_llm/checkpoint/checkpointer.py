@@ -15,9 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
-from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
@@ -35,8 +34,6 @@ from scale_llm.checkpoint.summed_file import to_disk
 from scale_llm.config.checkpoint_files import CHECKPOINT_VERSION, iteration_dir, latest_checkpoint, write_latest
 from scale_llm.config.errors import TryAgain, UserError
 
-EXTRA_STATE = "._extra_state"
-"""How names of what torch's modules save beside tensors end."""
 POLL_SECONDS = 0.005
 """Between two looks at a save that is waited for."""
 
@@ -252,7 +249,6 @@ def load_sharded(path: Path, state: dict[str, Any], *, optional: str | None = No
         saved = dist_checkpointing.load_tensors_metadata(str(path))
         state = {part: _without(tensors, optional, saved) for part, tensors in state.items()}
     _check_shapes(path, state)
-    state = _without_absent_extras(path, state)
     try:
         return dist_checkpointing.load(
             state, str(path), common_strategy=_CommonReader(), strict=StrictHandling.ASSUME_OK_UNEXPECTED
@@ -273,20 +269,6 @@ def _without(tensors: dict[str, Any], prefix: str, saved: dict[str, Any]) -> dic
         for name, leaf in tensors.items()
         if not (isinstance(leaf, ShardedTensor) and leaf.key.startswith(prefix) and leaf.key not in saved)
     }
-
-
-def _without_absent_extras(path: Path, state: dict[str, Any]) -> dict[str, Any]:
-    """The state without the extra states that were not saved: Transformer Engine has more of them than torch's layers,
-    and begins with new ones."""
-
-    def is_extra(leaf: Any) -> bool:
-        return isinstance(leaf, ShardedObject) and leaf.key.endswith(EXTRA_STATE)
-
-    extras = {leaf.unique_key for leaf in nested_values(state) if is_extra(leaf)}
-    absent = extras - load_sharded_metadata(str(path)).keys() if extras else set()
-    if not absent:
-        return state
-    return extract_matching_values(state, lambda leaf: is_extra(leaf) and leaf.unique_key in absent)[1]
 
 
 def _check_shapes(path: Path, state: dict[str, Any]) -> None:

@@ -119,17 +119,6 @@ def _allocate_state(optimizer: torch.optim.Optimizer) -> None:
                 state["exp_avg_sq"] = torch.zeros_like(param)
 
 
-def set_steps(optimizer: torch.optim.Optimizer, steps: int) -> None:
-    """Tells Adam how many steps its averages hold: torch's counts by parameter, those of Transformer Engine and Apex by
-    group, and would begin again at 1."""
-    counts = [state["step"] for state in optimizer.state.values() if "step" in state]
-    for count in counts:
-        count.fill_(steps)
-    if not counts and "betas" in optimizer.defaults:
-        for group in optimizer.param_groups:
-            group["step"] = steps
-
-
 def build_scheduler(optimizer: MegatronOptimizer, optim: OptimConfig, train: TrainConfig) -> OptimizerParamScheduler:
     """Learning rate by consumed samples (Megatron counts schedules in samples, so that batch ramp-up is right)."""
 

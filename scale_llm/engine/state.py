@@ -17,7 +17,7 @@ from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 
 from scale_llm.engine.distributed_state import sharded_ranges
 from scale_llm.engine.engine import Engine
-from scale_llm.engine.optimizer import is_distributed, parts, set_steps
+from scale_llm.engine.optimizer import is_distributed, parts
 from scale_llm.models.adapters.names import is_adapter
 from scale_llm.models.heads import is_head
 
@@ -110,7 +110,6 @@ def load_model_state(engine: Engine, state: dict[str, Any], *, main_weights: boo
         part = state["model" if len(engine.modules) == 1 else f"model{i}"]
         found = module.load_state_dict(part, strict=False)  # a base, its adapters and a new head are apart
         apart = [key for key in found.missing_keys if not (is_adapter(key) or engine.has_adapters or is_head(key))]
-        apart = [key for key in apart if not key.endswith("_extra_state")]  # those of other layers were not saved
         assert not apart and not found.unexpected_keys, f"{apart}, {found.unexpected_keys}"
     if main_weights:
         follow_weights(engine)
@@ -135,7 +134,9 @@ def load_optimizer_state(engine: Engine, tensors: dict[str, Any], plain: dict[st
             _load_distributed(part, loaded)
         else:
             _copy_replicated_state(part, loaded)
-        set_steps(part.optimizer, plain["optimizer_steps"])
+        for state in part.optimizer.state.values():
+            if "step" in state:
+                state["step"].fill_(plain["optimizer_steps"])
         scaler = getattr(part, "grad_scaler", None)
         if scaler and plain["grad_scaler"]:
             _load_scaler(scaler, plain["grad_scaler"])
