@@ -18,7 +18,7 @@ sys.path[:0] = [str(_TOOLS), str(_TOOLS.parent)]
 
 from benchmarks.rows import print_table, write_rows  # noqa: E402
 
-SUBCOMMANDS = ("train", "sft", "dpo", "rollout", "ppo", "convert", "checkpoint", "data")
+SUBCOMMANDS = ("train", "sft", "dpo", "rollout", "ppo", "convert", "checkpoint", "data", "gpu")
 
 
 def main() -> None:
@@ -39,6 +39,8 @@ def main() -> None:
         command.add_argument("--out", type=Path, required=True, metavar="FILE.json", help="where the rows go")
     arguments = parser.parse_args()
     rows = modules[arguments.command].run(arguments)
+    if rows is None:  # it has written and shown them itself
+        return
     print_table(rows, f"scale_llm benchmark: {arguments.command}")
     write_rows(rows, arguments.out)
 

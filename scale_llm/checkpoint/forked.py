@@ -30,6 +30,8 @@ class Forked(Generic[T]):
 
     def __init__(self, action: Callable[[], T]):
         self._results = _ResultsFile()
+        # Pinned memory is shared with the child, not copied: let go of here, it would be filled anew under its eyes
+        self._action: Callable[[], T] | None = action
         self._told: tuple[Any, str | None] | None = None
         # Collecting garbage of the parent in the child would touch the GPU and copy pages
         collects = gc.isenabled()
@@ -65,6 +67,7 @@ class Forked(Generic[T]):
     def _ended(self) -> tuple[Any, str | None]:
         if self._told is None:
             self._process.join()
+            self._action = None
             self._told = self._results.get((None, f"its process ended with exit code {self._process.exitcode}"))
         return self._told
 

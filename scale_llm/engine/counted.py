@@ -19,10 +19,11 @@ _OF_THE_MODEL = ("tokens", "position_ids")
 def only_counted(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The batch with its COUNTED places, and what the loss reads [b, s] cut to them as one row, [1, m].
 
-    On the host, as the loader made it: on a GPU the number of places would have to be waited for. Places that do not
+    On the host, as the loader made it: on a GPU the number of places would have to be waited for, so what a loader has
+    brought there already stays as it is. Places that do not
     count fill up the last unit; their mask is 0. Batches without a mask, and those that mostly count, stay as they are.
     """
-    if "loss_mask" not in batch or "labels" not in batch:
+    if "loss_mask" not in batch or "labels" not in batch or batch["loss_mask"].is_cuda:
         return batch
     counts = batch["loss_mask"].t().flatten() != 0
     wanted = max(-(-int(counts.sum()) // UNIT), 1) * UNIT

@@ -164,7 +164,8 @@ class Engine:
             grad_norm=None if bad else result.grad_norm,
             num_zeros=result.num_zeros,
             learning_rate=learning_rate,
-            loss_scale=float(self.optimizer.get_loss_scale()),
+            # Without FP16 it is a 1 on the GPU, and reading it would wait for the whole update
+            loss_scale=float(self.optimizer.get_loss_scale()) if self.config.fp16 else 1.0,
             skipped=not result.done,
             broken=", ".join(f"{name} {value}" for name, value in bad.items()) or None,
         )

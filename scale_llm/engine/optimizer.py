@@ -112,7 +112,7 @@ def _allocate_state(optimizer: torch.optim.Optimizer) -> None:
             state = optimizer.state[param]
             if state:
                 continue
-            if isinstance(optimizer, torch.optim.SGD):
+            if "momentum" in optimizer.defaults:  # SGD, torch's or a fused one
                 state["momentum_buffer"] = torch.zeros_like(param)
             else:
                 if isinstance(optimizer, torch.optim.Adam):

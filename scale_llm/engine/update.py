@@ -9,7 +9,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from scale_llm.engine.optimizer import parts
@@ -47,7 +46,6 @@ def _divide(part: MegatronOptimizer, divisor: float) -> None:
     inner = part.optimizer
     if inner.defaults.get("fused"):
         device = inner.param_groups[0]["params"][0].device if inner.param_groups[0]["params"] else None
-        inner.grad_scale = torch.tensor(divisor, dtype=torch.float32, device=device)
-    else:
-        # A norm of 1 + 1e-6 below it makes the factor exactly 1 / divisor.
-        clip_grad_by_total_norm_fp32(part.get_parameters(), max_norm=1.0, total_norm=divisor - 1.0e-6)
+        inner.grad_scale = torch.full((), divisor, dtype=torch.float32, device=device)  # a copy would wait for the GPU
+    elif gradients := [parameter.grad for parameter in part.get_parameters() if parameter.grad is not None]:
+        torch._foreach_div_(gradients, divisor)

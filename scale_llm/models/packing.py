@@ -73,7 +73,7 @@ def packed_sequences(
         lengths=lengths,
         positions=position_ids[0],
         batches=batches,
-        length_of_place=shard_sequence(_lengths_of_places(lengths, total), 0, cp_group).to(device),
+        length_of_place=shard_sequence(_lengths_of_places(lengths, total), 0, cp_group).to(device, non_blocking=True),
     )
 
 

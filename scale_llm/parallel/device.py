@@ -58,12 +58,11 @@ def start(
         if threads is not None:
             torch.set_num_threads(threads)
     if not dist.is_initialized():
-        dist.init_process_group(
-            device.backend,
-            timeout=datetime.timedelta(minutes=timeout_minutes),
-            device_id=device.device if device.is_cuda else None,
-        )
+        # No device_id: with one, torch has ranks outside a new gloo group wait in NCCL for those inside
+        dist.init_process_group(device.backend, timeout=datetime.timedelta(minutes=timeout_minutes))
     _make_memory_buffer()
+    if device.is_cuda:
+        _use_one_norm()
     use_compiler(compile_ops, any_size=any_size)
     return device
 
@@ -84,6 +83,21 @@ def _make_memory_buffer() -> None:
 
     if parallel_state._GLOBAL_MEMORY_BUFFER is None:
         parallel_state._set_global_memory_buffer()
+
+
+def _use_one_norm() -> None:
+    """Without Transformer Engine and Apex megatron-core waits for the GPU once for every gradient of the norm."""
+    from megatron.core.optimizer import clip_grads
+    from megatron.core.utils import local_multi_tensor_l2_norm
+
+    if clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
+        clip_grads.l2_norm_impl = _norm_of_all
+
+
+def _norm_of_all(chunk_size, overflow_buffer, tensor_lists, per_tensor=False):
+    """(Euclidean norm [1] of all tensors together, None)."""
+    norms = torch.stack(torch._foreach_norm(tensor_lists[0]))
+    return torch.linalg.vector_norm(norms).reshape(1), None
 
 
 def matmul_rate(device: Device, dtype: torch.dtype, size: int = 2048) -> float:

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tokenizers import Regex, normalizers, pre_tokenizers
 
 from scale_llm.data import word_cache
 from scale_llm.data.tokenizer import Tokenizer, train_tokenizer
 from scale_llm.data.word_cache import DocumentEncoder, cutter_of
+
+hypothesis = pytest.importorskip("hypothesis", reason="texts come from hypothesis, of the dev extra")
+given, settings, st = hypothesis.given, hypothesis.settings, hypothesis.strategies
 
 SAMPLE = [
     "the cat's hat, it isn't (here)\n\n    def f(x1):\n\t\treturn 'x' * 37.5\r\n",

@@ -1,4 +1,4 @@
-"""Each op against the plain formula: values and gradients in FP32 and FP64, closeness in BF16.
+"""Each op against the plain formula: values and gradients in FP32 and FP64, closeness in BF16; on a GPU, too.
 
 The plain formulas run in FP64 under autograd; the ops write their gradients by hand.
 """
@@ -18,6 +18,8 @@ from scale_llm.models.ops.attention import BLOCK_ROWS
 from scale_llm.parallel.fused import use_compiler
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2}
+TOLERANCE_GPU = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+"""Its FP32 kernels take faster exponentials."""
 
 
 KINDS = {
@@ -26,14 +28,22 @@ KINDS = {
     "bfloat16": (torch.bfloat16, False),
     "bfloat16_compiled": (torch.bfloat16, True),
 }
+ON_GPU = {
+    "gpu_float32": (torch.float32, False),
+    "gpu_bfloat16": (torch.bfloat16, False),
+    "gpu_bfloat16_compiled": (torch.bfloat16, True),
+}
+GPU_MARKS = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=[*KINDS, *(pytest.param(name, marks=GPU_MARKS) for name in ON_GPU)])
 def dtype(request):
-    """FP64 and FP32 show the formulas; they are the same compiled."""
-    kind, compiled = KINDS[request.param]
+    """FP64 and FP32 show the formulas; they are the same compiled. Tensors are made on the device of the kind."""
+    kind, compiled = {**KINDS, **ON_GPU}[request.param]
     use_compiler(compiled)
+    torch.set_default_device("cuda" if request.param in ON_GPU else None)
     yield kind
+    torch.set_default_device(None)
     use_compiler(False)
 
 
@@ -51,14 +61,17 @@ def compare(op, plain, inputs, dtype, seed=0):
     weights = [torch.randn_like(x).to(dtype) for x in wanted]
     torch.autograd.backward(got, weights)
     torch.autograd.backward(wanted, [w.double() for w in weights])
+    tolerance = (TOLERANCE_GPU if got[0].is_cuda else TOLERANCE)[dtype]
     pairs = [*zip(got, wanted, strict=True), *((a.grad, b.grad) for a, b in zip(ours, exact, strict=True))]
     for i, (a, b) in enumerate(pairs):
         assert a.dtype == dtype and a.shape == b.shape
-        assert relative_error(a, b) < TOLERANCE[dtype], f"tensor {i} of {len(pairs)}"
+        assert relative_error(a, b) < tolerance, f"tensor {i} of {len(pairs)}"
 
 
 def random(*shape):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(len(shape) + sum(shape)))
+    generator = torch.Generator("cpu").manual_seed(len(shape) + sum(shape))
+    values = torch.randn(*shape, dtype=torch.float64, device="cpu", generator=generator)
+    return values.to(torch.get_default_device())
 
 
 def test_rms_norm(dtype):

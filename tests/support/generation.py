@@ -14,11 +14,11 @@ from scale_llm.engine.generation.noise import token_keys
 from scale_llm.engine.generation.samples import Completion, SamplingParams
 from scale_llm.engine.generation.sampling import Sampler
 from scale_llm.losses.log_probabilities import vocab_parallel_log_probs
-from scale_llm.parallel.device import start
 from scale_llm.stages.context import RunContext
 from scale_llm.stages.run_state import load_weights
 from support import conversion, families
 from support.batches import GLOBAL_BATCH, SEQ_LENGTH, samples
+from support.device import begin
 from support.training import config, join, make_engine, micro_batches
 
 LONGEST = 64
@@ -158,7 +158,7 @@ def problems(directory: str) -> list[str]:
 
 def drawn(logits: list[float], count: int, params: dict[str, Any]) -> tuple[list[int], list[float]]:
     """Draws from `count` rows of the same logits, each rank with its part of them."""
-    start("cpu", threads=1)
+    begin()
     group = dist.group.WORLD
     mine = torch.tensor(logits).chunk(group.size())[group.rank()].expand(count, -1)
     sampler = Sampler(SamplingParams(max_new_tokens=1, **params), group, 21)

@@ -9,8 +9,7 @@ from scale_llm.losses.advantages import reinforce_plus_plus, whiten
 from scale_llm.losses.cross_entropy import vocab_parallel_cross_entropy
 from scale_llm.losses.language_model import language_model_loss
 from scale_llm.parallel.context import shard_sequence
-from scale_llm.parallel.device import start
-from scale_llm.parallel.fused import use_compiler
+from support.device import begin
 
 PADDED = 256
 
@@ -59,9 +58,7 @@ def _compared(
     ours, plain, vocab_size: int, dtype: str, chunk_elements: int | None = None, scale: float = 3.0, compiled=False
 ) -> dict:
     """Largest errors of this rank's shard [5, 9, v/p] against float64 over the real vocabulary, weights not all one."""
-    start("cpu", threads=1)
-    if compiled:
-        use_compiler(True)
+    device = begin(compile_ops=compiled).device
     if chunk_elements is not None:
         vocabulary.CHUNK_ELEMENTS = chunk_elements
     group, rank, size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
@@ -71,6 +68,7 @@ def _compared(
     edges = [i for i in (0, 63, 64, 127, 128, 191, 192, vocab_size - 1) if i < vocab_size]
     labels[0, : len(edges)] = torch.tensor(edges)
     weights = torch.rand(5, 9, generator=generator)
+    whole, labels, weights = (x.to(device) for x in (whole, labels, weights))
 
     exact = whole[..., :vocab_size].double().requires_grad_()
     wanted = plain(exact, labels)
@@ -94,7 +92,7 @@ def _compared(
 
 def four_logits(logits: list[float], token: int) -> tuple[float, float]:
     """Log-probability of `token` and entropy of a vocabulary of four, padded to eight with the largest logit of all."""
-    start("cpu", threads=1)
+    begin()
     group = dist.group.WORLD
     whole = torch.tensor([[*logits, 100.0, 100.0, 100.0, 100.0]])
     shard = whole.chunk(group.size(), dim=-1)[group.rank()]
@@ -104,7 +102,7 @@ def four_logits(logits: list[float], token: int) -> tuple[float, float]:
 
 def argmax_matches(vocab_size: int, dtype: str) -> dict:
     """How often each rank agrees with argmax, and on ties within a shard and between shards. Padding is highest."""
-    start("cpu", threads=1)
+    begin()
     group = dist.group.WORLD
     generator = torch.Generator().manual_seed(3)
     whole = torch.randn(6, 50, PADDED, generator=generator).to(getattr(torch, dtype))
@@ -127,7 +125,7 @@ def argmax_matches(vocab_size: int, dtype: str) -> dict:
 
 def language_model() -> dict:
     """Summed loss of 2 samples of 6 tokens under a mask, and the same by a loop over tokens."""
-    start("cpu", threads=1)
+    begin()
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(6, 2, 32, generator=generator)
     batch = {
@@ -155,7 +153,7 @@ def packed_answers() -> tuple[torch.Tensor, ...]:
 
 def context_parallel_preference() -> dict:
     """IPO of two pairs from tokens cut over the ranks as Megatron cuts them, against the same uncut."""
-    start("cpu", threads=1)
+    begin()
     group = dist.group.WORLD
     values, mask, segments = packed_answers()
 
@@ -182,7 +180,7 @@ def context_parallel_preference() -> dict:
 
 def token_mean() -> float:
     """The mean of tokens {1, 2} on rank 0 and {3 .. 7} on rank 1, as sum and count."""
-    start("cpu", threads=1)
+    begin()
     tokens = torch.tensor([[1.0, 2.0, torch.inf, 0.0, torch.nan], [3.0, 4.0, 5.0, 6.0, 7.0]])[dist.get_rank()]
     mask = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]])[dist.get_rank()]
     total = torch.stack(sequences.masked_sum(tokens, mask))
@@ -192,7 +190,7 @@ def token_mean() -> float:
 
 def whitening(empty_rank: int | None = None) -> dict:
     """Whitening of each rank's rows against that of all rows at once; one rank may have nothing under its mask."""
-    start("cpu", threads=1)
+    begin()
     rank, size = dist.get_rank(), dist.get_world_size()
     generator = torch.Generator().manual_seed(5)
     values = torch.randn(size * 3, 7, generator=generator, dtype=torch.float64) * 4 + 100

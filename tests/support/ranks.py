@@ -1,7 +1,8 @@
 """Runs a function on N ranks that are processes of this machine.
 
 A server imports torch and megatron-core once (seconds); every call forks its ranks from it (milliseconds), so that each
-call has fresh processes, a fresh process group and its own world size.
+call has fresh processes, a fresh process group and its own world size. On a GPU, which a forked process cannot use, the
+server itself is the one rank of every call.
 """
 
 import json
@@ -23,11 +24,16 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def environment() -> dict[str, str]:
-    """What a rank, or the command line in a test, inherits."""
+def environment(device: str = "cpu") -> dict[str, str]:
+    """What a rank, or the command line in a test, inherits. On a GPU: FP32 that is FP32, and kernels whose results do
+    not depend on the order in which they run, where libraries have a choice."""
     paths = [str(TESTS.parent), str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    gpu = {"NVIDIA_TF32_OVERRIDE": "0", "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
+           "CUDA_DEVICE_MAX_CONNECTIONS": "1"}  # fmt: skip
     return {
         **os.environ,
+        **(gpu if device == "cuda" else {}),
+        "SCALE_LLM_TEST_DEVICE": device,
         "OMP_NUM_THREADS": "1",
         "GLOO_SOCKET_IFNAME": "lo",
         "PYTHONPATH": os.pathsep.join(paths),
@@ -42,7 +48,8 @@ class RanksFailed(AssertionError):
 class Ranks:
     """Calls functions on ranks; remembers what they returned."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
+        self._device = device
         self._server: subprocess.Popen | None = None
         self._known: dict[str, list[Any]] = {}
         self._directory = tempfile.TemporaryDirectory(prefix="ranks_")
@@ -80,13 +87,15 @@ class Ranks:
         if failure:
             log = (directory / f"rank_{failure['rank']}.log").read_text(errors="replace")
             raise RanksFailed(f"{function} on {world_size} ranks: {failure['how']}\n{log[-6000:]}")
-        return [torch.load(directory / f"rank_{r}.pt", weights_only=False) for r in range(world_size)]
+        files = [directory / f"rank_{rank}.pt" for rank in range(world_size)]
+        return [torch.load(file, map_location="cpu", weights_only=False) for file in files]
 
     def _running_server(self) -> subprocess.Popen:
         if self._server is None or self._server.poll() is not None:
             self._server = subprocess.Popen(
                 [sys.executable, "-m", "support.server"],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(), cwd=TESTS,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(self._device),
+                cwd=TESTS,
             )  # fmt: skip
         return self._server
 

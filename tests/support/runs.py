@@ -41,20 +41,22 @@ SPLITS = {
 class Runs:
     """Starts runs whose data lie in one cache."""
 
-    def __init__(self, ranks: Ranks, cache: Path):
-        self._ranks, self._cache = ranks, cache
+    def __init__(self, ranks: Ranks, cache: Path, device: str = "cpu"):
+        """device: of runs by the command line."""
+        self._ranks, self.cache, self._device = ranks, cache, device
 
     def words(self, run_dir: Path, *more: str) -> list[str]:
         # What reads rows with a model as it is refuses the keys of training
         without = ("train.", "optim.", "data.") if {"stage=score", "stage=generate"} & set(more) else ()
         fixed = [word for word in WORDS if not word.startswith(without)]
-        return [*fixed, f"data.cache_dir={self._cache}", f"run_dir={run_dir}", *more]
+        device = [] if self._device == "cpu" else [f"cluster.device={self._device}"]
+        return [*fixed, *device, f"data.cache_dir={self.cache}", f"run_dir={run_dir}", *more]
 
     def start(self, run_dir: Path, *more: str) -> subprocess.Popen:
         """The real command line, its output in one pipe."""
         return subprocess.Popen(
             [sys.executable, "-m", "scale_llm.launch.cli", *self.words(run_dir, *more)],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(self._device),
         )  # fmt: skip
 
     def command(self, run_dir: Path, *more: str, status: int = 0) -> str:

@@ -11,9 +11,13 @@ import time
 import traceback
 from pathlib import Path
 
+ON_GPU = os.environ.get("SCALE_LLM_TEST_DEVICE") == "cuda"
+
 
 def preload() -> None:
     """Everything a rank imports, in the order that a rank of the program does: megatron-core is adapted first."""
+    if ON_GPU:
+        return
     from scale_llm.parallel import cpu
 
     cpu.adapt()
@@ -89,13 +93,29 @@ def run_ranks(request: dict) -> dict | None:
     return failure
 
 
+def run_here(request: dict) -> dict | None:
+    """The one rank of a call, in this process; the same answer. A GPU is left empty."""
+    assert request["world_size"] == 1, "one GPU"
+    status = rank_main(request, 0)
+    import torch
+
+    from scale_llm.parallel.device import stop
+
+    stop()
+    torch.cuda.set_sync_debug_mode("default")
+    gc.collect()
+    torch.cuda.empty_cache()
+    return {"rank": 0, "how": "it raised"} if status else None
+
+
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     preload()
     gc.freeze()  # or garbage collection in a rank would copy the pages that it shares with this process
     for line in sys.stdin:
-        answers.write(json.dumps(run_ranks(json.loads(line))) + "\n")
+        run = run_here if ON_GPU else run_ranks
+        answers.write(json.dumps(run(json.loads(line))) + "\n")
         answers.flush()
 
 

@@ -9,17 +9,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from scale_llm.config.model import Normalization, PositionEmbedding
+from scale_llm.config.model import Backend, Normalization, PositionEmbedding
 from scale_llm.config.optim import DecayStyle, Optimizer
 from scale_llm.config.peft import BaseQuantization, PeftMethod
 from scale_llm.config.run import RunConfig
 from scale_llm.config.train import RecomputeGranularity, RecomputeMethod
 from scale_llm.engine.engine import Engine
 from scale_llm.losses.language_model import language_model_loss
-from scale_llm.parallel.device import Device, seed_everything, start
+from scale_llm.parallel.device import Device, seed_everything
 from scale_llm.parallel.mesh import Mesh, build_mesh
 from scale_llm.stages.context import mesh_sizes
 from support.batches import GLOBAL_BATCH, SEQ_LENGTH, VOCAB_SIZE, samples
+from support.device import begin
 from support.whole_model import whole_model
 
 TINY = {
@@ -28,7 +29,7 @@ TINY = {
     "train.train_iters": 20, "train.micro_batch_size": 1, "train.global_batch_size": GLOBAL_BATCH, "optim.lr": 1e-3,
 }  # fmt: skip
 _ENUMS = {
-    "model.normalization": Normalization, "model.position_embedding_type": PositionEmbedding,
+    "model.backend": Backend, "model.normalization": Normalization, "model.position_embedding_type": PositionEmbedding,
     "optim.optimizer": Optimizer, "optim.lr_decay_style": DecayStyle,
     "peft.method": PeftMethod, "peft.quantize_base": BaseQuantization,
     "train.recompute_granularity": RecomputeGranularity, "train.recompute_method": RecomputeMethod,
@@ -46,7 +47,7 @@ def config(overrides: dict[str, Any]) -> RunConfig:
 
 def join(cfg: RunConfig) -> tuple[Device, Mesh]:
     """This rank's device and mesh, its generators seeded."""
-    device = start("cpu", threads=1, compile_ops=bool(cfg.model.compile_ops))
+    device = begin(compile_ops=bool(cfg.model.compile_ops))
     mesh = build_mesh(mesh_sizes(cfg.parallel, dist.get_world_size()), device.backend)
     seed_everything(
         cfg.train.seed, tp_rank=mesh.tp_rank, pp_rank=mesh.pp_rank, ep_rank=mesh.ep_rank, etp_rank=mesh.etp_rank

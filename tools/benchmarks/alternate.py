@@ -1,15 +1,18 @@
 """Contestants in processes of their own that take turns, so that a change in the machine's load meets all."""
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from scale_llm.config.machine import detect
 
@@ -93,7 +96,11 @@ class _Process:
             env={**os.environ, **environment},
             text=True,
         )
-        contestant.facts = self._read()["facts"]
+        try:
+            contestant.facts = self._read()["facts"]
+        except BaseException:
+            self.close()
+            raise
 
     def round(self) -> None:
         self._process.stdin.write(f"{self.contestant.steps}\n")
@@ -112,7 +119,8 @@ class _Process:
         return json.loads(line)
 
     def close(self) -> None:
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         try:
             self._process.wait(timeout=20)
         except subprocess.TimeoutExpired:
@@ -124,16 +132,56 @@ class _Process:
 def alternate(contestants: list[Contestant], *, rounds: int, threads: int, say=print) -> None:
     """Starts all, then lets each run its steps once a round. Fills `seconds`, `facts` and `peak_gib` of
     every contestant."""
-    processes: list[_Process] = []
+    for _ in turns([contestants], rounds=rounds, threads=threads, say=say):
+        pass
+
+
+Turns = list[dict[str, list[float]]]
+"""Of each group: name -> seconds of a step in each of the group's rounds."""
+
+
+def turns(
+    groups: list[list[Contestant]], *, rounds: int, threads: int, say=print, failures: dict[str, str] | None = None
+) -> Iterator[Turns]:
+    """Groups one after the other, the contestants of each in turns; yields what is known after every round.
+
+    Whoever is in the next group, too, goes on; others end before it begins, so that their memory is free.
+    failures: who fails is left out from then on and is named there with its error. None: any failure ends all.
+    """
+    running: dict[str, _Process] = {}
+    found: Turns = []
+
+    def attempt(name: str, action: Callable[[], Any]) -> Any:
+        try:
+            return action()
+        except (RuntimeError, OSError) as error:
+            if failures is None:
+                raise
+            failures[name] = str(error)
+            if name in running:
+                running.pop(name).close()
+            return None
+
     try:
-        for contestant in contestants:
-            say(f"starting {contestant.name}")
-            processes.append(_Process(contestant, threads))
-        for index in range(rounds):
-            for process in processes:
-                process.round()
-            latest = ", ".join(f"{p.contestant.name} {p.contestant.seconds[-1]:.3f} s" for p in processes)
-            say(f"round {index + 1}/{rounds}: {latest}")
+        for group in groups:
+            for name in running.keys() - {contestant.name for contestant in group}:
+                running.pop(name).close()
+            found.append({})
+            for contestant in group:
+                name = contestant.name
+                if name not in running and name not in (failures or {}):
+                    say(f"starting {name}")
+                    process = attempt(name, partial(_Process, contestant, threads))
+                    running.update({name: process} if process else {})
+            for index in range(rounds):
+                for contestant in group:
+                    if contestant.name in running:
+                        attempt(contestant.name, running[contestant.name].round)
+                    if contestant.name in running:
+                        found[-1].setdefault(contestant.name, []).append(contestant.seconds[-1])
+                latest = ", ".join(f"{name} {seconds[-1]:.3f} s" for name, seconds in found[-1].items())
+                say(f"round {index + 1}/{rounds}: {latest}")
+                yield found
     finally:
-        for process in processes:
+        for process in running.values():
             process.close()

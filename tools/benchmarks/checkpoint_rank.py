@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from benchmarks.common import set_optimizer, shape, threads
+from benchmarks.common import quick_weights, set_optimizer, shape, threads
 
 BATCH, SEQUENCE, HIDDEN, FFN, VOCABULARY = 2, 256, 1024, 2816, 8192
 WARM = 2
@@ -35,26 +35,34 @@ def main() -> None:
         print(json.dumps(found), file=answers, flush=True)
 
 
-def measure(directory: Path, settings: dict[str, Any]) -> dict[str, list[float]] | None:
+def measure(
+    directory: Path, settings: dict[str, Any], each_round: Callable[[dict[str, list[float]]], None] | None = None
+) -> dict[str, list[float]] | None:
+    """settings: beside those above, `contestants`, names of those that take part; `size` of `common.SIZES` and
+    `device`; `warm`, rounds that are left out. each_round: called with what is known after every round."""
     step, contestants = build(directory, settings)
+    contestants = {name: contestants[name] for name in settings.get("contestants", contestants)}
+    warm = settings.get("warm", WARM)
     import torch.distributed as dist
 
     from scale_llm.parallel.device import stop
 
     found: dict[str, list[float]] = {}
-    for index in range(WARM + settings["rounds"]):
+    for index in range(warm + settings["rounds"]):
         names = list(contestants)
         for name in names[index % len(names) :] + names[: index % len(names)]:
             quiet(directory)
             undisturbed = timed_steps(step) if name in BACKGROUND else 0.0
             values = contestants[name](undisturbed)
             values |= {"undisturbed": undisturbed} if name in BACKGROUND else {}
-            if index >= WARM:
+            if index >= warm:
                 for key, value in values.items():
                     found.setdefault(key, []).append(value)
-        if dist.get_rank() == 0 and index >= WARM:
+        if dist.get_rank() == 0 and index >= warm:
             shown = ", ".join(f"{key} {values[-1]:.3f}" for key, values in found.items() if key != "bytes")
-            print(f"round {index - WARM + 1}/{settings['rounds']}: {shown}", file=sys.stderr, flush=True)
+            print(f"round {index - warm + 1}/{settings['rounds']}: {shown}", file=sys.stderr, flush=True)
+            if each_round is not None:
+                each_round(found)
     first = dist.get_rank() == 0
     stop()
     return found if first else None
@@ -76,6 +84,8 @@ def slowest(seconds: float) -> float:
     import torch
     import torch.distributed as dist
 
+    if dist.get_world_size() == 1:
+        return seconds
     value = torch.tensor([seconds], dtype=torch.float64)
     dist.all_reduce(value, op=dist.ReduceOp.MAX)
     return value.item()
@@ -91,8 +101,10 @@ def timed_steps(step: Callable[[], Any]) -> float:
     return slowest(sorted(taken)[len(taken) // 2])
 
 
-def in_background(name: str, step: Callable[[], Any], save: Callable[[], None], done: Callable[[], bool]):
-    """A contestant: saves, then trains until `done`, which is asked after every step."""
+def in_background(
+    name: str, step: Callable[[], Any], save: Callable[[], None], done: Callable[[], bool], longest: int = LONGEST
+):  # fmt: skip
+    """A contestant: saves, then trains until `done`, which is asked after every step, at most `longest` of them."""
 
     def run(undisturbed: float) -> dict[str, float]:
         import torch.distributed as dist
@@ -112,7 +124,7 @@ def in_background(name: str, step: Callable[[], Any], save: Callable[[], None], 
             steps += 1
             if is_done:
                 break
-            assert steps < LONGEST, f"{name} does not end"
+            assert steps < longest, f"{name} does not end"
         whole = time.perf_counter() - began
         values = {"stall": stall, "cost": whole - steps * undisturbed, "step": sum(taken) / len(taken)}
         found = {f"{name} {key}": slowest(value) for key, value in values.items()}
@@ -126,7 +138,7 @@ def build(directory: Path, settings: dict[str, Any]):
     from scale_llm.config.run import RunConfig
     from scale_llm.parallel import device as devices
 
-    device = devices.start("cpu", threads=threads(), compile_ops=False)
+    device = devices.start(settings.get("device", "cpu"), threads=threads(), compile_ops=False)
     import torch
     import torch.distributed as dist
 
@@ -137,9 +149,12 @@ def build(directory: Path, settings: dict[str, Any]):
     from scale_llm.stages.progress import Progress
     from scale_llm.stages.run_state import gradients, state_to_save
 
-    model, tp = shape(), settings.get("tp", 1)
-    model.num_layers, model.hidden_size, model.ffn_hidden_size = settings["layers"], HIDDEN, FFN
-    model.kv_channels, model.seq_length, model.vocab_size = HIDDEN // model.num_attention_heads, SEQUENCE, VOCABULARY
+    model, tp = shape(settings.get("size", "small")), settings.get("tp", 1)
+    model.seq_length = SEQUENCE
+    if "size" not in settings:
+        model.num_layers, model.hidden_size, model.ffn_hidden_size = settings["layers"], HIDDEN, FFN
+        model.kv_channels, model.vocab_size = HIDDEN // model.num_attention_heads, VOCABULARY
+    vocabulary = model.vocab_size
     cfg = RunConfig(run_dir="unused", model=model)
     set_optimizer(cfg)
     cfg.precision.bf16, cfg.train.train_iters = True, 10**6
@@ -148,8 +163,9 @@ def build(directory: Path, settings: dict[str, Any]):
     cfg.parallel.use_distributed_optimizer = settings.get("distributed", False)
     mesh = build_mesh(MeshSizes(tp=tp, dp=dist.get_world_size() // tp), device.backend)
     devices.seed_everything(1234, tp_rank=mesh.tp_rank, pp_rank=0, ep_rank=0, etp_rank=mesh.tp_rank)
-    engine = Engine(cfg, mesh, device, vocab_size=VOCABULARY)
-    text = torch.randint(0, VOCABULARY, (BATCH, SEQUENCE + 1), generator=torch.Generator().manual_seed(mesh.dp_rank))
+    with quick_weights():
+        engine = Engine(cfg, mesh, device, vocab_size=vocabulary)
+    text = torch.randint(0, vocabulary, (BATCH, SEQUENCE + 1), generator=torch.Generator().manual_seed(mesh.dp_rank))
     batch = {
         "tokens": text[:, :-1].contiguous(), "labels": text[:, 1:].contiguous(),
         "loss_mask": torch.ones(BATCH, SEQUENCE),
@@ -157,10 +173,11 @@ def build(directory: Path, settings: dict[str, Any]):
     }  # fmt: skip
 
     def loss(output, batch):
-        return language_model_loss(output, batch, mesh.groups.tp, VOCABULARY)
+        return language_model_loss(output, batch, mesh.groups.tp, vocabulary)
 
     def step() -> None:
         engine.train_step([batch], loss, samples=cfg.train.global_batch_size)
+        device.synchronize()
 
     stage = SimpleNamespace(engines={"": engine}, state=dict)
 
@@ -179,7 +196,7 @@ def build(directory: Path, settings: dict[str, Any]):
         taken = slowest(time.perf_counter() - began)
         mine = sum(path.stat().st_size for path in directory.glob(f"ours/iter_*/__{dist.get_rank()}_*.distcp"))
         total = torch.tensor([mine])
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=mesh.host_group)
         return {"sync": taken, "bytes": float(total.item())}
 
     memory: list[memoryview] = []
@@ -200,11 +217,16 @@ def build(directory: Path, settings: dict[str, Any]):
         ours["async"].poll()
         return ours["async"]._pending is None
 
-    background = in_background("ours", step, lambda: ours["async"].save(1, state(), unneeded=gradients(stage)), poll)
+    def save() -> None:
+        ours["async"].save(1, state(), unneeded=gradients(stage))
+
+    background = in_background("ours", step, save, poll, settings.get("longest", LONGEST))
     contestants = {
         "sync": sync, "ours": background, "plain": plain("plain", begin_early=False),
         "behind": plain("behind", begin_early=True),
     }  # fmt: skip
+    if "contestants" in settings:
+        return step, contestants
     contestants["megatron"] = in_background("megatron", step, *_megatron(directory / "megatron", state))
     contestants["torch"] = in_background("torch", step, *_torch(directory / "torch", state))
     return step, contestants

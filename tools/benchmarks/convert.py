@@ -7,8 +7,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from benchmarks.rows import Row, faster, shorter
 
@@ -29,13 +32,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> list[Row]:
     """Copy, import and export take turns; each is a process of its own, so that its peak memory is its own."""
-    with tempfile.TemporaryDirectory(prefix="convert_", dir=arguments.directory) as folder:
+    (rows,) = deque(measured(model_of(arguments.gib), arguments.rounds, arguments.directory), maxlen=1)
+    return rows
+
+
+def measured(model: Any, rounds: int, directory: Path | None) -> Iterator[list[Row]]:
+    """Rows of what is known after every round. model: a resolved ModelConfig, of a Llama."""
+    with tempfile.TemporaryDirectory(prefix="convert_", dir=directory) as folder:
         root = Path(folder)
-        largest, size = _make_model(root / "model", arguments.gib)
+        largest, size = _make_model(root / "model", model)
         seconds: dict[str, list[float]] = {"copy": [], "import": [], "export": []}
         memory: dict[str, float] = {}
         base = _measured(["-c", "import scale_llm.checkpoint.huggingface"])[1]
-        for i in range(arguments.rounds):
+        for i in range(rounds):
             for name, words in _contestants(root).items():
                 shutil.rmtree(root / words[-1], ignore_errors=True)
                 taken, peak = _measured([*words[:-1], str(root / words[-1])])
@@ -44,7 +53,15 @@ def run(arguments: argparse.Namespace) -> list[Row]:
                 if name != "import":  # which the export reads; what is not needed must not fill the page cache
                     shutil.rmtree(root / words[-1])
             shown = ", ".join(f"{name} {values[-1]:.1f} s" for name, values in seconds.items())
-            print(f"round {i + 1}/{arguments.rounds}: {shown}", flush=True)
+            print(f"round {i + 1}/{rounds}: {shown}", file=sys.stderr, flush=True)
+            yield _rows(seconds, memory, base, largest, size)
+
+
+def _rows(
+    seconds: dict[str, list[float]], memory: dict[str, float], base: float, largest: int, size: int
+) -> list[Row]:  # fmt: skip
+    """seconds: of every round; memory: peak GiB; base: of Python and torch alone; largest, size: bytes of the largest
+    tensor and of all."""
     rates = {name: size / 1e9 / median(values) for name, values in seconds.items()}
     rows = [
         faster(f"{name} of {size / 2**30:.1f} GiB", rates[name], rates["copy"], "plain copy", "GB/s")
@@ -86,13 +103,9 @@ def _measured(words: list[str]) -> tuple[float, float]:
     return taken, int(done.stdout) / 2**20
 
 
-def _make_model(directory: Path, gib: float) -> tuple[int, int]:
-    """A Llama of random bits, BF16, in shards of 2 GB; returns the bytes of its largest tensor and of all."""
-    import torch
-
-    from scale_llm.checkpoint.safetensors_files import Planned, shards_of, write_file, write_index
+def model_of(gib: float):
+    """A Llama with the layers of Llama 2 7B that has about this size in BF16."""
     from scale_llm.config.model import ModelConfig
-    from scale_llm.models.huggingface import export_family, write_config
 
     model = ModelConfig(
         hidden_size=4096, ffn_hidden_size=14336, num_attention_heads=32, num_query_groups=8, kv_channels=128,
@@ -100,11 +113,22 @@ def _make_model(directory: Path, gib: float) -> tuple[int, int]:
     )  # fmt: skip
     layer = 2 * (4096 * (4096 * 2 + 1024 * 2 + 14336 * 3))
     model.num_layers = max(1, round((gib * 2**30 - 4 * 32000 * 4096) / layer))
+    return model
+
+
+def _make_model(directory: Path, model: Any) -> tuple[int, int]:
+    """Random bits, BF16, in shards of 2 GB; returns the bytes of its largest tensor and of all."""
+    import torch
+
+    from scale_llm.checkpoint.safetensors_files import Planned, shards_of, write_file, write_index
+    from scale_llm.models.huggingface import export_family, write_config
+
     family = export_family(model)
     pool = torch.randn(2**26).bfloat16()
 
     def part(shape):
-        return pool[: shape.numel()].view(shape) if shape.numel() <= pool.numel() else pool.repeat(3)[: shape.numel()]
+        copies = -(-shape.numel() // pool.numel())
+        return (pool if copies == 1 else pool.repeat(copies))[: shape.numel()]
 
     tensors = []
     for tensor in family.tensors_of(model):

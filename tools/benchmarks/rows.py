@@ -4,6 +4,7 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -45,9 +46,14 @@ def print_table(rows: list[Row], title: str) -> None:
 
 
 def write_rows(rows: list[Row], path: Path) -> None:
+    write_json([asdict(row) for row in rows], path)
+
+
+def write_json(content: Any, path: Path) -> None:
+    """Under a temporary name first: whoever is killed meanwhile leaves the file as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, path)
 
 

@@ -6,7 +6,8 @@ The function builds the contestant and returns a step without arguments, which m
 how much it has done, a whole number. After the warm-up the process writes {"facts": of each of these steps}; for each
 line with a number it runs that many steps and writes {"seconds": for all of them, "cpu_seconds": of processors, in this
 process and in children that have ended, "done": the sum of what they have done, "peak_gib": the most memory so far}.
-Anything that a library prints goes to the error stream.
+Anything that a library prints goes to the error stream. On a GPU a step more comes before each round, out of the
+measure, and memory that tensors do not need is given back after it: others wait there for their turn.
 """
 
 import importlib
@@ -15,7 +16,7 @@ import os
 import sys
 import time
 
-from benchmarks.common import peak_gib
+from benchmarks.common import peak_gib, uses_gpu
 
 WARM_UP_STEPS = 3
 
@@ -29,15 +30,34 @@ def main() -> None:
     results = [step() for _ in range(WARM_UP_STEPS)]
     print(json.dumps({"facts": [facts for facts in results if isinstance(facts, dict)]}), file=answers)
     del results
+    give_back()
     for line in sys.stdin:
+        if uses_gpu():
+            step()
+            synchronize()
         start, cpu_start = time.perf_counter(), sum(os.times()[:4])
         done = 0
         for _ in range(int(line)):
             result = step()
             done += result if isinstance(result, int) else 0
+        synchronize()
         seconds, cpu_seconds = time.perf_counter() - start, sum(os.times()[:4]) - cpu_start
         answer = {"seconds": seconds, "cpu_seconds": cpu_seconds, "done": done, "peak_gib": peak_gib()}
+        give_back()
         print(json.dumps(answer), file=answers)
+
+
+def synchronize() -> None:
+    """Waits until the GPU has finished what it was given."""
+    if uses_gpu():
+        sys.modules["torch"].cuda.synchronize()
+
+
+def give_back() -> None:
+    """Frees what torch's allocator keeps on the GPU for later."""
+    if uses_gpu():
+        synchronize()
+        sys.modules["torch"].cuda.empty_cache()
 
 
 if __name__ == "__main__":
