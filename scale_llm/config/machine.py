@@ -1,6 +1,7 @@
 """What this machine offers, found without torch."""
 
 import importlib.metadata
+import importlib.util
 import os
 import re
 import shutil
@@ -20,12 +21,24 @@ class Machine:
     """The processor multiplies BF16 in hardware (AMX, AVX-512 BF16); None: not known before a job has its node."""
     compiler: bool | None = False
     """torch.compile can build kernels for the CPU: a C++ compiler and Python's headers are there. None: as above."""
+    capability: tuple[int, int] | None = None
+    """The highest compute capability of its GPUs, such as (9, 0); None: not known."""
+    transformer_engine: bool | None = None
+    """Whether NVIDIA's Transformer Engine for torch is installed; None: not known."""
 
 
 def detect() -> Machine:
     """This machine. Costs milliseconds, a call of nvidia-smi where there is a driver without device files."""
     fast_bf16 = not _cpu_flags().isdisjoint({"amx_bf16", "avx512_bf16"})
-    return Machine(cores=_cores(), gpus=_gpus(), fast_bf16_cpu=fast_bf16, compiler=_compiler())
+    gpus = _gpus()
+    return Machine(
+        cores=_cores(),
+        gpus=gpus,
+        fast_bf16_cpu=fast_bf16,
+        compiler=_compiler(),
+        capability=_capability() if gpus else None,
+        transformer_engine=_installed("transformer_engine"),
+    )
 
 
 def node_of_job(gpus: int) -> Machine:
@@ -73,13 +86,30 @@ def _torch_is_cpu_build() -> bool:
         return False
 
 
+def _installed(module: str) -> bool:
+    """Whether there is such a top-level module; it is not imported."""
+    return importlib.util.find_spec(module) is not None
+
+
+def _capability() -> tuple[int, int] | None:
+    """Of the best GPU: which of them a rank will have is not known here, and it looks again at its own."""
+    lines = _nvidia_smi("--query-gpu=compute_cap", "--format=csv,noheader")
+    found = [re.fullmatch(r"(\d+)\.(\d+)", line.strip()) for line in lines]
+    return max(((int(match[1]), int(match[2])) for match in found if match), default=None)
+
+
 def _gpus_by_driver() -> int:
     """Counts with nvidia-smi: where device files have other names (WSL)."""
+    return sum(line.startswith("GPU ") for line in _nvidia_smi("-L"))
+
+
+def _nvidia_smi(*arguments: str) -> list[str]:
+    """Lines of its answer; none where it is not there, or fails."""
     program = shutil.which("nvidia-smi")
     if program is None:
-        return 0
+        return []
     try:
-        result = subprocess.run([program, "-L"], capture_output=True, text=True, timeout=10)
+        result = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
-        return 0
-    return sum(line.startswith("GPU ") for line in result.stdout.splitlines()) if result.returncode == 0 else 0
+        return []
+    return result.stdout.splitlines() if result.returncode == 0 else []

@@ -2,6 +2,7 @@
 
 from scale_llm.config.optim import Optimizer
 from scale_llm.config.run import RunConfig
+from scale_llm.config.validate_precision import fp8_size_problems
 
 
 def world_size(cfg: RunConfig) -> int:
@@ -11,7 +12,8 @@ def world_size(cfg: RunConfig) -> int:
 
 def layout_problems(cfg: RunConfig) -> list[str]:
     """Sizes that do not divide each other."""
-    return [*_world(cfg), *_experts(cfg), *_heads(cfg), *_layers(cfg), *_sequence(cfg), *_overlap(cfg)]
+    found = [*_world(cfg), *_experts(cfg), *_heads(cfg), *_layers(cfg), *_sequence(cfg), *_overlap(cfg)]
+    return found or fp8_size_problems(cfg)
 
 
 def _world(cfg: RunConfig) -> list[str]:
