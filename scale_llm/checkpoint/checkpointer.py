@@ -287,9 +287,14 @@ def _check_shapes(path: Path, state: dict[str, Any]) -> None:
             )
             problems.append(f"{path}: holds no tensor {leaf.key}; {remedy}")
         elif _unlike(saved[leaf.key].global_shape, leaf):
+            remedy = (
+                "set precision.fp8_amax_history_len to what it was"
+                if "optimizer.fp8." in leaf.key
+                else "use the model group the checkpoint was trained with"
+            )
             problems.append(
                 f"{path}: {leaf.key} has shape {tuple(saved[leaf.key].global_shape)}, the model wants "
-                f"{tuple(leaf.global_shape)}; use the model group the checkpoint was trained with"
+                f"{tuple(leaf.global_shape)}; {remedy}"
             )
     gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, problems)

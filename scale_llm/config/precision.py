@@ -49,8 +49,6 @@ class PrecisionConfig:
     """delayed: micro-batches of which the largest number is remembered."""
     fp8_amax_compute_algo: AmaxAlgorithm = AmaxAlgorithm.most_recent
     """delayed: which of them sets the scale."""
-    fp8_wgrad: bool = True
-    """delayed: gradients of weights in FP8, too."""
     first_last_layers_bf16: bool = False
     """The first and last layers of the model stay in BF16. Not with delayed."""
     num_layers_at_start_in_bf16: int = 1

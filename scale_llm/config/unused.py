@@ -395,7 +395,7 @@ RULES = (
         "remove it, or set precision.fp8=hybrid",
     ),
     Rule(
-        "precision.fp8_margin precision.fp8_amax_history_len precision.fp8_amax_compute_algo precision.fp8_wgrad",
+        "precision.fp8_margin precision.fp8_amax_history_len precision.fp8_amax_compute_algo",
         lambda cfg: cfg.precision.fp8 is not None and cfg.precision.fp8_recipe is Fp8Recipe.delayed,
         "is for FP8 with fp8_recipe=delayed, which this run has not",
         "remove it, or set precision=fp8_delayed",

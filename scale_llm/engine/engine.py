@@ -24,8 +24,10 @@ from scale_llm.config.run import RunConfig
 from scale_llm.engine.counted import COUNTED, only_counted
 from scale_llm.engine.moe import load_balancing_losses
 from scale_llm.engine.offload import Offload, Offloaded
-from scale_llm.engine.optimizer import build_optimizer, build_scheduler
+from scale_llm.engine.optimizer import build_optimizer, build_scheduler, parts
+from scale_llm.engine.optimizer_kernels import name_of
 from scale_llm.engine.update import Update, update
+from scale_llm.models import fp8
 from scale_llm.models.adapters.layers import without_adapters
 from scale_llm.models.gpt import build_gpt
 from scale_llm.models.packing import PackedSequences, packed_sequences
@@ -80,7 +82,7 @@ class Engine:
         self.chunks: list[torch.nn.Module] = list(self.modules)
         low_rank = cfg.peft.method in LOW_RANK
         backend = choose_backend(cfg.model.backend, on_cuda=device.is_cuda, low_rank=low_rank)
-        self._fused = backend is Backend.transformer_engine
+        self.backend, self._fused = backend, backend is Backend.transformer_engine
         self.optimizer = self.scheduler = None
         self._clip_grad, self._count_zeros = cfg.optim.clip_grad, cfg.logging.log_num_zeros_in_grad
         self._gathers_late = trainable and cfg.parallel.overlap_param_gather
@@ -200,6 +202,20 @@ class Engine:
             group["lr"] = self.scheduler.get_lr(group)
 
     @property
+    def kernels(self) -> str:
+        """Whose layers, attention, weight gradients and optimizer it has, for the log."""
+        attention = {
+            Backend.transformer_engine: "flash, cuDNN's or Transformer Engine's own attention, as it chooses",
+            Backend.torch: "torch's scaled_dot_product_attention",
+            Backend.local: "megatron-core's attention",
+        }
+        said = [f"{self.backend.value} layers", attention[self.backend]]
+        said.append(f"weight gradients {'fused' if self.config.gradient_accumulation_fusion else 'not fused'}")
+        inner = [part.optimizer for part in parts(self.optimizer)] if self.optimizer is not None else []
+        said += sorted({name_of(optimizer) for optimizer in inner if optimizer is not None})
+        return ", ".join(said)
+
+    @property
     def has_adapters(self) -> bool:
         """Whether a frozen base lies under what is trained."""
         return self.peft.method is not PeftMethod.none
@@ -272,7 +288,8 @@ class Engine:
         self.gather_parameters()
         for chunk in self.chunks:
             chunk.eval()
-        return self._run(list(batches), loss_fn, forward_only=True, mean=False)
+        with fp8.unchanged(self.modules):
+            return self._run(list(batches), loss_fn, forward_only=True, mean=False)
 
     @torch.no_grad()
     def forward(self, batches: list[Batch], fn: Callable[[torch.Tensor, Batch], Any]) -> list[Any]:
@@ -281,7 +298,8 @@ class Engine:
         self.gather_parameters()
         for chunk in self.chunks:
             chunk.eval()
-        return self._schedule_of(batches, fn, forward_only=True, collect_non_loss_data=True)
+        with fp8.unchanged(self.modules):
+            return self._schedule_of(batches, fn, forward_only=True, collect_non_loss_data=True)
 
     @property
     def sequence_multiple(self) -> int:
