@@ -46,7 +46,8 @@ def resolve(cfg: RunConfig, machine: Machine) -> RunConfig:
     if cfg.parallel.expert_tensor_parallel_size is None:
         cfg.parallel.expert_tensor_parallel_size = cfg.parallel.tensor_model_parallel_size
     _resolve_stage(cfg)
-    if cfg.precision.fp8 is not None and cfg.model.backend is Backend.auto and cfg.peft.method not in LOW_RANK:
+    needs_te = cfg.precision.fp8 is not None or cfg.parallel.tp_comm_overlap
+    if needs_te and cfg.model.backend is Backend.auto and cfg.peft.method not in LOW_RANK:
         cfg.model.backend = Backend.transformer_engine
     _resolve_health(cfg)
     _resolve_paths(cfg)

@@ -33,7 +33,8 @@ def precision_problems(cfg: RunConfig) -> list[str]:
         )
     if precision.fp8 is not None:
         return [*found, *_fp8(cfg), *_delayed(cfg), *_layers_in_bf16(cfg)]
-    if cfg.model.backend is Backend.transformer_engine and cfg.cluster.device is Device.cpu:
+    asked = cfg.model.backend is Backend.transformer_engine and not cfg.parallel.tp_comm_overlap
+    if asked and cfg.cluster.device is Device.cpu:
         found.append("model.backend=transformer_engine: needs an NVIDIA GPU, and this run computes on a CPU; set "
                      "model.backend=auto")  # fmt: skip
     return found

@@ -26,7 +26,8 @@ POSITIVE = {
     "train": "micro_batch_size global_batch_size train_iters train_samples train_epochs eval_interval exit_interval "
     "exit_duration_in_mins log_interval recompute_num_layers",
     "parallel": "tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size "
-    "context_parallel_size expert_model_parallel_size expert_tensor_parallel_size distributed_timeout_minutes",
+    "context_parallel_size expert_model_parallel_size expert_tensor_parallel_size ddp_bucket_size "
+    "distributed_timeout_minutes",
     "precision": "initial_loss_scale min_loss_scale loss_scale_window hysteresis fp8_amax_history_len",
     "optim": "lr lr_decay_iters lr_decay_samples lr_wsd_decay_iters lr_wsd_decay_samples adam_eps",
     "checkpoint": "save_interval keep_last keep_every local_interval",

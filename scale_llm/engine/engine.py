@@ -33,6 +33,7 @@ from scale_llm.models.gpt import build_gpt
 from scale_llm.models.packing import PackedSequences, packed_sequences
 from scale_llm.models.spec import choose_backend
 from scale_llm.models.transformer_config import transformer_config
+from scale_llm.models.user_buffers import make_user_buffers
 from scale_llm.parallel.context import shard_sequence
 from scale_llm.parallel.device import Device
 from scale_llm.parallel.mesh import Mesh
@@ -74,6 +75,9 @@ class Engine:
         """vocab_size: tokens before padding. noise: NEFTune's alpha."""
         self.mesh, self.device, self.vocab_size = mesh, device, vocab_size
         self.config = transformer_config(cfg.model, cfg.parallel, cfg.precision, cfg.train, on_cuda=device.is_cuda)
+        if self.config.tp_comm_overlap:
+            tokens = cfg.model.seq_length * cfg.train.micro_batch_size // cfg.parallel.context_parallel_size
+            make_user_buffers(self.config, tokens=tokens)
         self.modules = build_gpt(
             cfg.model, self.config, mesh, vocab_size=vocab_size, seed=cfg.train.seed, on_cuda=device.is_cuda,
             peft=cfg.peft, noise=noise,
@@ -107,6 +111,8 @@ class Engine:
             overlap_grad_reduce=cfg.parallel.overlap_grad_reduce,
             overlap_param_gather=cfg.parallel.overlap_param_gather,
             use_distributed_optimizer=cfg.parallel.use_distributed_optimizer,
+            bucket_size=cfg.parallel.ddp_bucket_size,
+            pad_buckets_for_high_nccl_busbw=cfg.parallel.ddp_pad_buckets_for_high_nccl_busbw,
         )
         return [
             DistributedDataParallel(

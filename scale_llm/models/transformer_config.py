@@ -79,8 +79,11 @@ def transformer_config(
         **_fp8(precision),
         attention_softmax_in_fp32=True,
         # Batched point-to-point over gloo pairs the wrong messages where both neighbours are one rank (PP=2 with VPP).
-        batch_p2p_comm=on_cuda,
-        deallocate_pipeline_outputs=True,
+        batch_p2p_comm=on_cuda and not parallel.overlap_p2p_comm,
+        overlap_p2p_comm=parallel.overlap_p2p_comm,
+        tp_comm_overlap=parallel.tp_comm_overlap,
+        # gloo still reads what it sends when the schedule gives it up; NCCL's stream keeps it
+        deallocate_pipeline_outputs=on_cuda or not parallel.overlap_p2p_comm,
         calculate_per_token_loss=True,
         gradient_accumulation_fusion=(
             layers._grad_accum_fusion_available and precision.accumulate_allreduce_grads_in_fp32

@@ -72,6 +72,20 @@ def test_a_rank_of_sequence_and_context_parallelism_has_a_part_of_the_tokens():
     assert [found[:20] for found in problems(*words, "model.seq_length=96", gpus=4)] == ["model.seq_length=96:"]
 
 
+def test_overlap_of_tensor_parallelism_takes_transformer_engine_and_one_shape():
+    words = ["parallel=tp2_sp", "parallel.tp_comm_overlap=true", "cluster.nproc_per_node=2"]
+    assert problems(*words, gpus=2) == []
+    wrong = {
+        "is of Transformer Engine's layers": [*words, "model.backend=torch"],
+        "needs parallel.sequence_parallel=true": [*words, "parallel.sequence_parallel=false"],
+        "micro-batches of one shape": [*words, "stage=sft"],
+        "in one node": [*words, "cluster.nproc_per_node=1", "cluster.nnodes=2"],
+    }
+    for text, given in wrong.items():
+        found = [problem for problem in problems(*given, gpus=2) if problem.startswith("parallel.tp_comm_overlap=true")]
+        assert any(text in problem for problem in found), (text, found)
+
+
 def test_transformer_engine_that_is_not_installed_is_named():
     wanted = problems("model.backend=transformer_engine", transformer_engine=False)
     assert len(wanted) == 1 and "not installed" in wanted[0] and "model.backend=torch" in wanted[0]
