@@ -35,3 +35,18 @@ def test_fp8_scales_are_tensors_that_any_layout_loads_and_no_pickle_is_read(rank
 
 def test_fp8_begins_anew_from_a_checkpoint_of_bf16(ranks, tmp_path):
     assert ranks.fresh(1, "support.gpu_state:without_fp8", directory=str(tmp_path)) == [0]
+
+
+def test_fp8_is_on_in_training_and_evaluation_over_a_stages_ranks_and_off_in_generation(ranks):
+    """Delayed scaling opens one context a pass, here of one of two stages, each a rank; other recipes one a layer, of
+    which the first and last of four stay in BF16."""
+    for rank, run in enumerate(ranks(2, "support.gpu_state:fp8_contexts", recipe="delayed", first_last=False)):
+        passes = run["micro_batches"]
+        assert run["built"] == 1, "the state of step 0"
+        assert (run["trained"], run["evaluated"], run["generated"]) == (passes, passes, 0)
+        assert run["ranks"] == ("delayed", [rank])
+    for run in ranks(2, "support.gpu_state:fp8_contexts", recipe="tensorwise", first_last=True):
+        passes = run["micro_batches"]
+        assert run["built"] == 0, "weights are BF16"
+        assert (run["trained"], run["evaluated"], run["generated"]) == (2 * passes, 2 * passes, 0)
+        assert run["ranks"] == ("tensorwise", [0, 1])

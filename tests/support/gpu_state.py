@@ -4,6 +4,7 @@
 `fp8_meta`, saves it as a pickle and unpickles it on loading, as Transformer Engine 2.11's module/base.py does.
 """
 
+import contextlib
 import pickle
 import sys
 import types
@@ -16,9 +17,13 @@ import torch.distributed as dist
 from scale_llm.checkpoint.checkpointer import Checkpointer, load_sharded
 from scale_llm.config.checkpoint_files import iteration_dir
 from scale_llm.config.errors import UserError
+from scale_llm.config.precision import Fp8Format, Fp8Recipe
 from scale_llm.engine import optimizer_kernels, state
+from scale_llm.engine.generation.generator import Generator
+from scale_llm.engine.generation.samples import SamplingParams
 from scale_llm.engine.own_state import own_tensors
 from scale_llm.models import fp8
+from scale_llm.parallel.device import start
 from scale_llm.stages.run_state import _wanted
 from support.batches import GLOBAL_BATCH, samples
 from support.training import config, make_engine, micro_batches
@@ -190,3 +195,36 @@ def without_fp8(directory: str) -> int:
     engine, _ = _fp8_engine({"precision.bf16": True}, 4)
     asked = _wanted(engine, state.Weights.all, with_optimizer=True, loading=True)
     return len(load_sharded(iteration_dir(directory, 1), asked, optional=fp8.PREFIX).get("fp8", {}))
+
+
+def fp8_contexts(recipe: str, first_last: bool) -> dict[str, Any]:
+    """How often a training step, an evaluation and generation open Transformer Engine's FP8 context, and for which
+    ranks, on layers that have no FP8."""
+    opened: list[tuple[str, list[int]]] = []
+
+    @contextlib.contextmanager
+    def fp8_autocast(*, enabled, fp8_recipe, fp8_group):
+        assert enabled
+        opened.append((fp8_recipe, dist.get_process_group_ranks(fp8_group)))
+        yield
+
+    cfg = config({"precision.bf16": True, **({"parallel.pipeline_model_parallel_size": 2} if not first_last else {})})
+    cfg.precision.fp8, cfg.precision.fp8_recipe = Fp8Format.hybrid, Fp8Recipe(recipe)
+    cfg.precision.first_last_layers_bf16 = first_last
+    package, module = types.ModuleType("transformer_engine"), types.ModuleType("transformer_engine.pytorch")
+    package.__path__, package.pytorch, module.fp8_autocast = [], module, fp8_autocast
+    fp8.fp8_utils.get_fp8_recipe = lambda config: config.fp8_recipe
+    start("cpu", threads=1)
+    sys.modules |= {"transformer_engine": package, "transformer_engine.pytorch": module}
+    engine, loss = make_engine(cfg)
+    built = len(opened)
+    batches = micro_batches(samples(0), engine.mesh, 1)
+    engine.train_step(batches, loss, samples=GLOBAL_BATCH)
+    trained = len(opened) - built
+    engine.evaluate(batches, loss)
+    evaluated = len(opened) - built - trained
+    with engine.whole_parameters():
+        params = SamplingParams(temperature=0.0, max_new_tokens=2)
+        Generator(engine, max_batch_size=2, max_seq_length=16).generate([[1, 2, 3]], params, [0])
+    return {"micro_batches": len(batches), "built": built, "trained": trained, "evaluated": evaluated,
+            "generated": len(opened) - built - trained - evaluated, "ranks": opened[-1]}  # fmt: skip
