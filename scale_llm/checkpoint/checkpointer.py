@@ -247,7 +247,7 @@ def load_sharded(path: Path, state: dict[str, Any], *, optional: str | None = No
     read_plain(path)
     if optional is not None:
         saved = dist_checkpointing.load_tensors_metadata(str(path))
-        state = {part: _without(tensors, optional, saved) for part, tensors in state.items()}
+        state = _without(state, optional, saved)
     _check_shapes(path, state)
     try:
         return dist_checkpointing.load(
@@ -262,11 +262,11 @@ def load_sharded(path: Path, state: dict[str, Any], *, optional: str | None = No
         raise UserError([f"{path}: {text}" for text in dict.fromkeys(texts)]) from error
 
 
-def _without(tensors: dict[str, Any], prefix: str, saved: dict[str, Any]) -> dict[str, Any]:
-    """The tensors but for those whose names begin with the prefix and that were not saved."""
+def _without(state: dict[Any, Any], prefix: str, saved: dict[str, Any]) -> dict[Any, Any]:
+    """The state, however deep, but for tensors whose names begin with the prefix and that were not saved."""
     return {
-        name: leaf
-        for name, leaf in tensors.items()
+        name: _without(leaf, prefix, saved) if isinstance(leaf, dict) else leaf
+        for name, leaf in state.items()
         if not (isinstance(leaf, ShardedTensor) and leaf.key.startswith(prefix) and leaf.key not in saved)
     }
 
@@ -287,9 +287,14 @@ def _check_shapes(path: Path, state: dict[str, Any]) -> None:
             )
             problems.append(f"{path}: holds no tensor {leaf.key}; {remedy}")
         elif _unlike(saved[leaf.key].global_shape, leaf):
+            remedy = (
+                "set precision.fp8_amax_history_len to what it was"
+                if "optimizer.fp8." in leaf.key
+                else "use the model group the checkpoint was trained with"
+            )
             problems.append(
                 f"{path}: {leaf.key} has shape {tuple(saved[leaf.key].global_shape)}, the model wants "
-                f"{tuple(leaf.global_shape)}; use the model group the checkpoint was trained with"
+                f"{tuple(leaf.global_shape)}; {remedy}"
             )
     gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, problems)

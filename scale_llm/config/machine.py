@@ -2,6 +2,7 @@
 
 import functools
 import importlib.metadata
+import importlib.util
 import os
 import re
 import shutil
@@ -25,6 +26,10 @@ class Machine:
     """Of the largest GPU; None where it is not known."""
     memory_bytes: int | None = None
     """That processes of this machine, or of this container, may use together; None where it is not known."""
+    capability: tuple[int, int] | None = None
+    """The highest compute capability of its GPUs, such as (9, 0); None: not known."""
+    transformer_engine: bool | None = None
+    """Whether NVIDIA's Transformer Engine for torch is installed; None: not known."""
 
 
 def detect() -> Machine:
@@ -32,9 +37,15 @@ def detect() -> Machine:
     fast_bf16 = not _cpu_flags().isdisjoint({"amx_bf16", "avx512_bf16"})
     gpus = _gpus()
     return Machine(
-        cores=_cores(), gpus=gpus, fast_bf16_cpu=fast_bf16, compiler=_compiler(),
-        gpu_memory_bytes=_gpu_memory() if gpus else None, memory_bytes=_memory(),
-    )  # fmt: skip
+        cores=_cores(),
+        gpus=gpus,
+        fast_bf16_cpu=fast_bf16,
+        compiler=_compiler(),
+        gpu_memory_bytes=_gpu_memory() if gpus else None,
+        memory_bytes=_memory(),
+        capability=_capability() if gpus else None,
+        transformer_engine=_installed("transformer_engine"),
+    )
 
 
 def node_of_job(gpus: int) -> Machine:
@@ -82,17 +93,33 @@ def _torch_is_cpu_build() -> bool:
         return False
 
 
-def _gpus_by_driver() -> int:
-    """Counts with nvidia-smi: where device files have other names (WSL)."""
-    return sum(line.startswith("GPU ") for line in _nvidia_smi("-L"))
+def _installed(module: str) -> bool:
+    """Whether there is such a top-level module; it is not imported."""
+    return importlib.util.find_spec(module) is not None
+
+
+def _capability() -> tuple[int, int] | None:
+    """Of the best GPU: which of them a rank will have is not known here, and it looks again at its own."""
+    found = [re.fullmatch(r"(\d+)\.(\d+)", capability) for capability, _ in _cards()]
+    return max(((int(match[1]), int(match[2])) for match in found if match), default=None)
+
+
+def _gpu_memory() -> int | None:
+    """Of the largest: with several kinds it is not known here which ones CUDA_VISIBLE_DEVICES names."""
+    sizes = [int(mebibytes) for _, mebibytes in _cards() if mebibytes.isdigit()]  # [N/A] where CPU and GPU share theirs
+    return max(sizes) * 2**20 if sizes else None
 
 
 @functools.cache
-def _gpu_memory() -> int | None:
-    """Of the largest: with several kinds it is not known here which ones CUDA_VISIBLE_DEVICES names."""
-    lines = _nvidia_smi("--query-gpu=memory.total", "--format=csv,noheader,nounits")  # MiB
-    sizes = [int(line) for line in lines if line.strip().isdigit()]  # [N/A] where CPU and GPU share theirs
-    return max(sizes) * 2**20 if sizes else None
+def _cards() -> list[list[str]]:
+    """Compute capability and memory in MiB of each GPU, as nvidia-smi prints them."""
+    lines = _nvidia_smi("--query-gpu=compute_cap,memory.total", "--format=csv,noheader,nounits")
+    return [parts for line in lines if len(parts := [part.strip() for part in line.split(",")]) == 2]
+
+
+def _gpus_by_driver() -> int:
+    """Counts with nvidia-smi: where device files have other names (WSL)."""
+    return sum(line.startswith("GPU ") for line in _nvidia_smi("-L"))
 
 
 def _nvidia_smi(*arguments: str) -> list[str]:

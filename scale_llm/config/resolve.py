@@ -14,6 +14,7 @@ from scale_llm.config.machine import Machine
 from scale_llm.config.model import Backend, Head, ModelConfig
 from scale_llm.config.names import run_name
 from scale_llm.config.parallel import ParallelConfig
+from scale_llm.config.peft import LOW_RANK
 from scale_llm.config.policy import PolicyStageConfig, PpoConfig
 from scale_llm.config.reward import with_absolute_paths
 from scale_llm.config.run import RunConfig
@@ -45,6 +46,9 @@ def resolve(cfg: RunConfig, machine: Machine) -> RunConfig:
     if cfg.parallel.expert_tensor_parallel_size is None:
         cfg.parallel.expert_tensor_parallel_size = cfg.parallel.tensor_model_parallel_size
     _resolve_stage(cfg)
+    needs_te = cfg.precision.fp8 is not None or cfg.parallel.tp_comm_overlap
+    if needs_te and cfg.model.backend is Backend.auto and cfg.peft.method not in LOW_RANK:
+        cfg.model.backend = Backend.transformer_engine
     _resolve_health(cfg)
     _resolve_paths(cfg)
     return cfg

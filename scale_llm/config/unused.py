@@ -9,6 +9,7 @@ from scale_llm.config.health import HealthConfig
 from scale_llm.config.layout import LayoutConfig, RoleLayout
 from scale_llm.config.peft import LOW_RANK, PeftMethod
 from scale_llm.config.policy import AdvEstimator, KlCtrlType, PolicyStageConfig, limits_of
+from scale_llm.config.precision import Fp8Recipe
 from scale_llm.config.profile import ProfileConfig
 from scale_llm.config.reward import RewardFunctionConfig, weighted_functions
 from scale_llm.config.roles import ROLES, roles_of
@@ -399,6 +400,30 @@ RULES = (
         _prompt,
         "is for prompt_tuning, this is peft.method={cfg.peft.method.value}",
         "set peft=prompt_tuning, or remove it",
+    ),
+    Rule(
+        "precision.fp8",
+        lambda cfg: not isinstance(cfg.stage, GenerateConfig),
+        "is for training and evaluation, generation is in BF16",
+        "set precision=bf16",
+    ),
+    Rule(
+        "precision.fp8_recipe precision.first_last_layers_bf16",
+        lambda cfg: cfg.precision.fp8 is not None,
+        "is for FP8, and precision.fp8=null",
+        "remove it, or set precision.fp8=hybrid",
+    ),
+    Rule(
+        "precision.fp8_margin precision.fp8_amax_history_len precision.fp8_amax_compute_algo",
+        lambda cfg: cfg.precision.fp8 is not None and cfg.precision.fp8_recipe is Fp8Recipe.delayed,
+        "is for FP8 with fp8_recipe=delayed, which this run has not",
+        "remove it, or set precision=fp8_delayed",
+    ),
+    Rule(
+        "precision.num_layers_at_start_in_bf16 precision.num_layers_at_end_in_bf16",
+        lambda cfg: cfg.precision.first_last_layers_bf16,
+        "is for precision.first_last_layers_bf16=true",
+        "remove it, or set precision.first_last_layers_bf16=true",
     ),
     Rule(
         "stage.max_tokens_per_micro_batch",

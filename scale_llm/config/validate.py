@@ -20,6 +20,7 @@ from scale_llm.config.validate_layout import layout_problems
 from scale_llm.config.validate_model import model_problems
 from scale_llm.config.validate_peft import peft_problems
 from scale_llm.config.validate_policy import role_layout_problems
+from scale_llm.config.validate_precision import gpu_problems
 from scale_llm.config.validate_values import sign_problems, value_problems
 
 Rule = Callable[[RunConfig], list[str]]
@@ -65,7 +66,7 @@ def machine_problems(cfg: RunConfig, machine: Machine) -> list[str]:
             "model.compile_ops=true: torch.compile needs a C++ compiler (g++) and Python's headers (python3-dev), "
             "which are not found; install them or set model.compile_ops=false"
         )
-    return found + _gpu_problems(cfg, machine)
+    return found + _gpu_problems(cfg, machine) + gpu_problems(cfg, machine)
 
 
 def _gpu_problems(cfg: RunConfig, machine: Machine) -> list[str]:

@@ -1,7 +1,8 @@
 """Whether the layout fits the ranks and the model."""
 
-from scale_llm.config.optim import Optimizer
 from scale_llm.config.run import RunConfig
+from scale_llm.config.validate_overlap import overlap_problems
+from scale_llm.config.validate_precision import fp8_size_problems
 
 
 def world_size(cfg: RunConfig) -> int:
@@ -11,7 +12,8 @@ def world_size(cfg: RunConfig) -> int:
 
 def layout_problems(cfg: RunConfig) -> list[str]:
     """Sizes that do not divide each other."""
-    return [*_world(cfg), *_experts(cfg), *_heads(cfg), *_layers(cfg), *_sequence(cfg), *_overlap(cfg)]
+    found = [*_world(cfg), *_experts(cfg), *_heads(cfg), *_layers(cfg), *_sequence(cfg), *overlap_problems(cfg)]
+    return found or fp8_size_problems(cfg)
 
 
 def _world(cfg: RunConfig) -> list[str]:
@@ -126,19 +128,3 @@ def _sequence(cfg: RunConfig) -> list[str]:
             f"set model.seq_length={-(-length // (tp * cp)) * tp * cp}"
         )
     return found
-
-
-def _overlap(cfg: RunConfig) -> list[str]:
-    layout = cfg.parallel
-    if layout.use_distributed_optimizer and cfg.optim.optimizer is Optimizer.sgd:
-        return [
-            "parallel.use_distributed_optimizer=true, optim.optimizer=sgd: megatron-core's distributed optimizer is "
-            "Adam or AdamW; set optim=adamw or parallel.use_distributed_optimizer=false"
-        ]
-    if not layout.overlap_param_gather:
-        return []
-    lacking = [key for key in ("use_distributed_optimizer", "overlap_grad_reduce") if not getattr(layout, key)]
-    if not lacking:
-        return []
-    remedy = " ".join(f"parallel.{key}=true" for key in lacking)
-    return [f"parallel.overlap_param_gather=true: works only together with {' and '.join(lacking)}; set {remedy}"]

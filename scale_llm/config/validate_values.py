@@ -9,10 +9,10 @@ from scale_llm.config.data import DataConfig, LoaderKind
 from scale_llm.config.model import Head
 from scale_llm.config.optim import OptimConfig
 from scale_llm.config.policy import PolicyStageConfig
-from scale_llm.config.precision import PrecisionConfig
 from scale_llm.config.run import RunConfig
 from scale_llm.config.stage import EvaluateConfig, GenerateConfig, ScoreConfig, SequenceStageConfig
 from scale_llm.config.validate_policy import policy_problems
+from scale_llm.config.validate_precision import precision_problems
 from scale_llm.config.validate_profile import profile_problems
 from scale_llm.config.validate_reward import reward_problems
 from scale_llm.config.validate_sampling import prompt_problems, sampling_problems
@@ -27,8 +27,9 @@ POSITIVE = {
     "train": "micro_batch_size global_batch_size train_iters train_samples train_epochs eval_interval exit_interval "
     "exit_duration_in_mins log_interval recompute_num_layers",
     "parallel": "tensor_model_parallel_size pipeline_model_parallel_size virtual_pipeline_model_parallel_size "
-    "context_parallel_size expert_model_parallel_size expert_tensor_parallel_size distributed_timeout_minutes",
-    "precision": "initial_loss_scale min_loss_scale loss_scale_window hysteresis",
+    "context_parallel_size expert_model_parallel_size expert_tensor_parallel_size ddp_bucket_size "
+    "distributed_timeout_minutes",
+    "precision": "initial_loss_scale min_loss_scale loss_scale_window hysteresis fp8_amax_history_len",
     "optim": "lr lr_decay_iters lr_decay_samples lr_wsd_decay_iters lr_wsd_decay_samples adam_eps",
     "checkpoint": "save_interval keep_last keep_every local_interval",
     "health": "max_nan_steps loss_spike_sigmas loss_spike_window loss_spike_steps "
@@ -63,7 +64,7 @@ def value_problems(cfg: RunConfig) -> list[str]:
     """Problems that a single group shows, signs aside."""
     return [
         *_shares(cfg),
-        *precision_problems(cfg.precision),
+        *precision_problems(cfg),
         *optim_problems(cfg.optim),
         *split_problems(cfg.data),
         *loader_problems(cfg.data),
@@ -130,18 +131,6 @@ def loader_problems(data: DataConfig) -> list[str]:
         "constraints.txt '.[dali]', or set data.loader=auto"
     )
     return [] if found else [problem]
-
-
-def precision_problems(precision: PrecisionConfig) -> list[str]:
-    """Formats that exclude each other."""
-    if precision.bf16 and precision.fp16:
-        return ["precision.bf16=true, precision.fp16=true: one format at a time; set precision=bf16 or precision=fp16"]
-    if precision.min_loss_scale > precision.initial_loss_scale:
-        return [
-            f"precision.min_loss_scale={precision.min_loss_scale}: above "
-            f"precision.initial_loss_scale={precision.initial_loss_scale}; lower the one or raise the other"
-        ]
-    return []
 
 
 def optim_problems(optim: OptimConfig) -> list[str]:

@@ -24,13 +24,16 @@ from scale_llm.config.run import RunConfig
 from scale_llm.engine.counted import COUNTED, only_counted
 from scale_llm.engine.moe import load_balancing_losses
 from scale_llm.engine.offload import Offload, Offloaded
-from scale_llm.engine.optimizer import build_optimizer, build_scheduler
+from scale_llm.engine.optimizer import build_optimizer, build_scheduler, parts
+from scale_llm.engine.optimizer_kernels import name_of
 from scale_llm.engine.update import Update, update
+from scale_llm.models import fp8
 from scale_llm.models.adapters.layers import without_adapters
 from scale_llm.models.gpt import build_gpt
 from scale_llm.models.packing import PackedSequences, packed_sequences
 from scale_llm.models.spec import choose_backend
 from scale_llm.models.transformer_config import transformer_config
+from scale_llm.models.user_buffers import make_user_buffers
 from scale_llm.parallel.context import shard_sequence
 from scale_llm.parallel.device import Device
 from scale_llm.parallel.mesh import Mesh
@@ -73,6 +76,9 @@ class Engine:
         """vocab_size: tokens before padding. noise: NEFTune's alpha."""
         self.mesh, self.device, self.vocab_size = mesh, device, vocab_size
         self.config = transformer_config(cfg.model, cfg.parallel, cfg.precision, cfg.train, on_cuda=device.is_cuda)
+        if self.config.tp_comm_overlap:
+            tokens = cfg.model.seq_length * cfg.train.micro_batch_size // cfg.parallel.context_parallel_size
+            make_user_buffers(self.config, tokens=tokens)
         self.modules = build_gpt(
             cfg.model, self.config, mesh, vocab_size=vocab_size, seed=cfg.train.seed, on_cuda=device.is_cuda,
             peft=cfg.peft, noise=noise,
@@ -81,7 +87,7 @@ class Engine:
         self.chunks: list[torch.nn.Module] = list(self.modules)
         low_rank = cfg.peft.method in LOW_RANK
         backend = choose_backend(cfg.model.backend, on_cuda=device.is_cuda, low_rank=low_rank)
-        self._fused = backend is Backend.transformer_engine
+        self.backend, self._fused = backend, backend is Backend.transformer_engine
         self.optimizer = self.scheduler = None
         self._clip_grad, self._count_zeros = cfg.optim.clip_grad, cfg.logging.log_num_zeros_in_grad
         self._gathers_late = trainable and cfg.parallel.overlap_param_gather
@@ -106,6 +112,8 @@ class Engine:
             overlap_grad_reduce=cfg.parallel.overlap_grad_reduce,
             overlap_param_gather=cfg.parallel.overlap_param_gather,
             use_distributed_optimizer=cfg.parallel.use_distributed_optimizer,
+            bucket_size=cfg.parallel.ddp_bucket_size,
+            pad_buckets_for_high_nccl_busbw=cfg.parallel.ddp_pad_buckets_for_high_nccl_busbw,
         )
         return [
             DistributedDataParallel(
@@ -206,6 +214,20 @@ class Engine:
             group["lr"] = self.scheduler.get_lr(group)
 
     @property
+    def kernels(self) -> str:
+        """Whose layers, attention, weight gradients and optimizer it has, for the log."""
+        attention = {
+            Backend.transformer_engine: "flash, cuDNN's or Transformer Engine's own attention, as it chooses",
+            Backend.torch: "torch's scaled_dot_product_attention",
+            Backend.local: "megatron-core's attention",
+        }
+        said = [f"{self.backend.value} layers", attention[self.backend]]
+        said.append(f"weight gradients {'fused' if self.config.gradient_accumulation_fusion else 'not fused'}")
+        inner = [part.optimizer for part in parts(self.optimizer)] if self.optimizer is not None else []
+        said += sorted({name_of(optimizer) for optimizer in inner if optimizer is not None})
+        return ", ".join(said)
+
+    @property
     def has_adapters(self) -> bool:
         """Whether a frozen base lies under what is trained."""
         return self.peft.method is not PeftMethod.none
@@ -278,7 +300,8 @@ class Engine:
         self.gather_parameters()
         for chunk in self.chunks:
             chunk.eval()
-        return self._run(list(batches), loss_fn, forward_only=True, mean=False)
+        with fp8.unchanged(self.modules):
+            return self._run(list(batches), loss_fn, forward_only=True, mean=False)
 
     @torch.no_grad()
     def forward(self, batches: list[Batch], fn: Callable[[torch.Tensor, Batch], Any]) -> list[Any]:
@@ -287,7 +310,8 @@ class Engine:
         self.gather_parameters()
         for chunk in self.chunks:
             chunk.eval()
-        return self._schedule_of(batches, fn, forward_only=True, collect_non_loss_data=True)
+        with fp8.unchanged(self.modules):
+            return self._schedule_of(batches, fn, forward_only=True, collect_non_loss_data=True)
 
     @property
     def sequence_multiple(self) -> int:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from scale_llm.engine.optimizer import parts
+from scale_llm.models import fp8
 from scale_llm.models.adapters.layers import quantised_tensors
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class Offload:
         if self.is_away:
             return Offloaded()
         self._finish_gathering()
+        fp8.forget_copies(self._modules)
         self._device.synchronize()
         began = time.perf_counter()
         if self._optimizer is not None:

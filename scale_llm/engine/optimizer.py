@@ -17,6 +17,7 @@ from scale_llm.config.optim import DecayStyle, OptimConfig, Optimizer
 from scale_llm.config.parallel import ParallelConfig
 from scale_llm.config.precision import PrecisionConfig
 from scale_llm.config.train import TrainConfig
+from scale_llm.engine.optimizer_kernels import chosen, counts_steps_by_group
 from scale_llm.models.transformer_config import model_dtype
 from scale_llm.parallel.mesh import Mesh
 from scale_llm.parallel.ranges import timer
@@ -49,7 +50,7 @@ def build_optimizer(
         log_num_zeros_in_grad=logging.log_num_zeros_in_grad,
         timers=timer,
     )
-    with _objects_within(mesh.host_group):
+    with _objects_within(mesh.host_group), chosen():
         optimizer = get_megatron_optimizer(config, chunks, use_gloo_process_groups=False, pg_collection=mesh.groups)
     for part in parts(optimizer):
         if part.optimizer is not None:
@@ -119,6 +120,16 @@ def _allocate_state(optimizer: torch.optim.Optimizer) -> None:
                     state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
                 state["exp_avg"] = torch.zeros_like(param)
                 state["exp_avg_sq"] = torch.zeros_like(param)
+
+
+def set_steps(optimizer: torch.optim.Optimizer, steps: int) -> None:
+    """How many steps it has done, wherever it counts them."""
+    if counts_steps_by_group(optimizer):
+        for group in optimizer.param_groups:
+            group["step"] = steps
+    for state in optimizer.state.values():
+        if "step" in state:
+            state["step"].fill_(steps)
 
 
 def build_scheduler(optimizer: MegatronOptimizer, optim: OptimConfig, train: TrainConfig) -> OptimizerParamScheduler:

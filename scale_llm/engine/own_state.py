@@ -9,6 +9,7 @@ import torch
 from scale_llm.engine.engine import Engine
 from scale_llm.engine.optimizer import parts
 from scale_llm.engine.state import load_numbers
+from scale_llm.models import fp8
 from scale_llm.models.adapters.names import is_adapter
 
 
@@ -51,6 +52,7 @@ def _all(engine: Engine) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
             if not engine.has_adapters or is_adapter(name):
                 yield f"model{i}.{name}", tensor
+    yield from fp8.state(engine.modules).items()
     assert engine.optimizer is not None
     for i, part in enumerate(parts(engine.optimizer)):
         if part.optimizer is None:  # its ranks hold none of these parameters

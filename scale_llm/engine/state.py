@@ -11,17 +11,19 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedTensor, ShardedTensorFactory
+from megatron.core.dist_checkpointing.mapping import ShardedBase, ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 
 from scale_llm.engine.distributed_state import sharded_ranges
 from scale_llm.engine.engine import Engine
-from scale_llm.engine.optimizer import is_distributed, parts
+from scale_llm.engine.optimizer import is_distributed, parts, set_steps
+from scale_llm.models import fp8
 from scale_llm.models.adapters.names import is_adapter
 from scale_llm.models.heads import is_head
 
 _PREFIX = "optimizer.state"
+_EXTRA = "_extra_state"
 
 
 class Weights(Enum):
@@ -32,17 +34,39 @@ class Weights(Enum):
     adapters = "adapters"
 
 
-def sharded_model_state(engine: Engine, which: Weights = Weights.all) -> dict[str, Any]:
+def sharded_model_state(engine: Engine, which: Weights = Weights.all, *, loading: bool = False) -> dict[str, Any]:
     """{"model": ...} or, with virtual pipeline stages, {"model0": ..., "model1": ...}, as Megatron-LM saves them."""
     engine.gather_parameters()
     metadata = _metadata(engine)
     states = [module.sharded_state_dict(metadata=metadata) for module in engine.modules]
+    states = [_without_pickles(state, loading=loading) for state in states]
     if which is not Weights.all:
         wanted = which is Weights.adapters
         states = [{key: value for key, value in state.items() if is_adapter(key) == wanted} for state in states]
     if len(states) == 1:
         return {"model": states[0]}
     return {f"model{i}": state for i, state in enumerate(states)}
+
+
+def _without_pickles(state: dict[str, Any], *, loading: bool) -> dict[str, Any]:
+    """Without what Transformer Engine would unpickle: its `_extra_state` is bytes, that of megatron-core's own layers
+    None, as which all are saved. The state of FP8 is saved as tensors (`models.fp8`)."""
+    pickled = [
+        key for key, leaf in state.items() if isinstance(leaf, ShardedObject) and isinstance(leaf.data, torch.Tensor)
+    ]
+    if loading:
+        return {key: leaf for key, leaf in state.items() if key not in pickled}
+    return state | {key: replace(state[key], data=None) for key in pickled}
+
+
+def sharded_fp8_state(engine: Engine) -> dict[str, ShardedTensor]:
+    """Scales and histories of delayed scaling, tensors by their names."""
+    return fp8.sharded_state(engine.modules, engine.mesh.groups)
+
+
+def load_fp8_state(engine: Engine, tensors: dict[str, torch.Tensor]) -> None:
+    """What a checkpoint has of it; the rest begins anew."""
+    fp8.load(engine.modules, tensors)
 
 
 def sharded_optimizer_state(engine: Engine, model_state: dict[str, Any], *, loading: bool) -> dict[str, Any]:
@@ -109,7 +133,8 @@ def load_model_state(engine: Engine, state: dict[str, Any], *, main_weights: boo
     for i, module in enumerate(engine.modules):
         part = state["model" if len(engine.modules) == 1 else f"model{i}"]
         found = module.load_state_dict(part, strict=False)  # a base, its adapters and a new head are apart
-        apart = [key for key in found.missing_keys if not (is_adapter(key) or engine.has_adapters or is_head(key))]
+        ours = [key for key in found.missing_keys if not key.endswith(_EXTRA)]
+        apart = [key for key in ours if not (is_adapter(key) or engine.has_adapters or is_head(key))]
         assert not apart and not found.unexpected_keys, f"{apart}, {found.unexpected_keys}"
     if main_weights:
         follow_weights(engine)
@@ -134,9 +159,7 @@ def load_optimizer_state(engine: Engine, tensors: dict[str, Any], plain: dict[st
             _load_distributed(part, loaded)
         else:
             _copy_replicated_state(part, loaded)
-        for state in part.optimizer.state.values():
-            if "step" in state:
-                state["step"].fill_(plain["optimizer_steps"])
+        set_steps(part.optimizer, plain["optimizer_steps"])
         scaler = getattr(part, "grad_scaler", None)
         if scaler and plain["grad_scaler"]:
             _load_scaler(scaler, plain["grad_scaler"])
@@ -147,6 +170,8 @@ def load_numbers(engine: Engine, plain: dict[str, Any]) -> None:
     """What `plain_state` returned, into an engine that has its tensors back."""
     assert engine.optimizer is not None
     for part in parts(engine.optimizer):
+        if part.optimizer is not None:
+            set_steps(part.optimizer, plain["optimizer_steps"])
         scaler = getattr(part, "grad_scaler", None)
         if scaler and plain["grad_scaler"]:
             _load_scaler(scaler, plain["grad_scaler"])

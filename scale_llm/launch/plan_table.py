@@ -38,6 +38,8 @@ Rows = list[tuple[str, str]]
 
 def _run(cfg: RunConfig) -> Rows:
     precision = "bf16" if cfg.precision.bf16 else "fp16" if cfg.precision.fp16 else "fp32"
+    if cfg.precision.fp8 is not None:
+        precision += f" with fp8 ({cfg.precision.fp8_recipe.value})"
     threads = f", OMP_NUM_THREADS={cfg.cluster.omp_num_threads}" if cfg.cluster.device.value == "cpu" else ""
     return [
         ("stage", f"{cfg.stage.name} of {cfg.model.name}; {greeting(cfg)}"),

@@ -13,6 +13,7 @@ from scale_llm.config.model import Head, ModelConfig
 from scale_llm.config.parameters import padded_rows
 from scale_llm.config.peft import LOW_RANK, PeftConfig, PeftMethod
 from scale_llm.config.peft_targets import chosen_parts
+from scale_llm.models import fp8
 from scale_llm.models.adapters.layers import Adapted, adapt_spec
 from scale_llm.models.adapters.names import is_adapter
 from scale_llm.models.adapters.prompt import VirtualTokens
@@ -148,6 +149,8 @@ def build_gpt(
     """
     peft = peft or PeftConfig()
     backend = choose_backend(model.backend, on_cuda=on_cuda, low_rank=peft.method in LOW_RANK)
+    if config.fp8:
+        fp8.use_group(config, mesh.groups.tp_dp_cp)
     chunks = [
         _build_chunk(model, config, mesh, vocab_size, vp_stage=stage, backend=backend, peft=peft, noise=noise)
         for stage in range(mesh.sizes.vpp or 1)
@@ -156,6 +159,7 @@ def build_gpt(
         if on_cuda:
             chunk.cuda(torch.cuda.current_device())
     initialise(chunks, config, mesh, seed=seed)
+    fp8.begin(chunks, config)
     return chunks
 
 

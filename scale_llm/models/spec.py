@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
     get_gpt_layer_local_spec,
@@ -50,6 +51,9 @@ def block_spec(
         )
         for layer in block.layer_specs:
             layer.submodules.self_attention.module = CachedSelfAttention
+            _use_activation(layer.submodules.mlp, config)
+        # Transformer Engine's kernel in place of half a dozen passes; packed rows have one of their own
+        config.apply_rope_fusion = rope_utils.fused_apply_rotary_pos_emb_thd is not None
         return block
     layer = get_gpt_layer_local_spec(
         num_experts=config.num_moe_experts,
@@ -83,8 +87,14 @@ def _use_torch_layers(layer, norm, config: TransformerConfig) -> None:
     if config.num_moe_experts:
         # Experts read an unfused norm, under Transformer Engine too: it keeps its own name in checkpoints.
         layer.sharded_state_dict_keys_map = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+    _use_activation(layer.mlp, config)
+
+
+def _use_activation(mlp: ModuleSpec, config: TransformerConfig) -> None:
+    """One pass where megatron-core's MLP has several."""
     config.use_te_activation_func = True  # its way to say that the MLP's spec brings an activation module
-    mlp = layer.mlp.submodules
-    for spec in [mlp.experts.submodules, getattr(mlp, "shared_experts", None)] if config.num_moe_experts else [mlp]:
+    parts = mlp.submodules
+    experts = config.num_moe_experts is not None
+    for spec in [parts.experts.submodules, getattr(parts, "shared_experts", None)] if experts else [parts]:
         if spec is not None:
             spec.activation_func = Activation

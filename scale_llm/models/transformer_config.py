@@ -1,7 +1,10 @@
 """Our config groups -> megatron-core's TransformerConfig."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from scale_llm.config.model import ModelConfig, RouterBalancing
@@ -73,13 +76,18 @@ def transformer_config(
         params_dtype=dtype,
         bf16=precision.bf16,
         fp16=precision.fp16,
+        **_fp8(precision),
         attention_softmax_in_fp32=True,
         # Batched point-to-point over gloo pairs the wrong messages where both neighbours are one rank (PP=2 with VPP).
-        batch_p2p_comm=on_cuda,
-        deallocate_pipeline_outputs=True,
+        batch_p2p_comm=on_cuda and not parallel.overlap_p2p_comm,
+        overlap_p2p_comm=parallel.overlap_p2p_comm,
+        tp_comm_overlap=parallel.tp_comm_overlap,
+        # gloo still reads what it sends when the schedule gives it up; NCCL's stream keeps it
+        deallocate_pipeline_outputs=on_cuda or not parallel.overlap_p2p_comm,
         calculate_per_token_loss=True,
-        # On a CPU `parallel.cpu` brings the kernel; on a GPU it is Apex's or Transformer Engine's.
-        gradient_accumulation_fusion=not on_cuda and precision.accumulate_allreduce_grads_in_fp32,
+        gradient_accumulation_fusion=(
+            layers._grad_accum_fusion_available and precision.accumulate_allreduce_grads_in_fp32
+        ),
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
@@ -90,6 +98,22 @@ def transformer_config(
         recompute_modules=["core_attn"],
         use_cpu_initialization=False,
     )
+
+
+def _fp8(precision: PrecisionConfig) -> dict[str, Any]:
+    """megatron-core's keys of the same names; empty without FP8."""
+    if precision.fp8 is None:
+        return {}
+    return {
+        "fp8": precision.fp8.value,
+        "fp8_recipe": precision.fp8_recipe.value,
+        "fp8_margin": precision.fp8_margin,
+        "fp8_amax_history_len": precision.fp8_amax_history_len,
+        "fp8_amax_compute_algo": precision.fp8_amax_compute_algo.value,
+        "first_last_layers_bf16": precision.first_last_layers_bf16,
+        "num_layers_at_start_in_bf16": precision.num_layers_at_start_in_bf16,
+        "num_layers_at_end_in_bf16": precision.num_layers_at_end_in_bf16,
+    }
 
 
 def _aux_loss_coeff(model: ModelConfig, parallel: ParallelConfig) -> float:

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from scale_llm.config.model import Backend
+from scale_llm.config.precision import Fp8Recipe
 from scale_llm.parallel.fused import use_compiler
 from scale_llm.parallel.memory import keep_freed_memory
 
@@ -37,18 +39,25 @@ class Device:
 
 def start(
     kind: str, timeout_minutes: int = 10, threads: int | None = None, *, compile_ops: bool = False,
-    any_size: bool = False,
+    any_size: bool = False, backend: Backend = Backend.auto, fp8_recipe: Fp8Recipe | None = None,
 ) -> Device:  # fmt: skip
     """Joins the job as the rank that the environment names (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT).
 
     kind: `cpu` or `cuda`. On a CPU megatron-core is adapted first, so call this before importing it.
     threads: threads of one CPU operation; None leaves torch's choice. compile_ops, any_size: see
-    `fused.use_compiler`.
+    `fused.use_compiler`. backend, fp8_recipe: layers and FP8 of the run's models, see `gpu.prepare`.
+
+    Raises:
+        UserError: a GPU has not what its layers or FP8 need.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if kind == "cuda":
         device = Device(torch.device("cuda", local_rank), "nccl")
         torch.cuda.set_device(device.device)
+        from scale_llm.parallel import gpu
+
+        gpu.prepare(backend, fp8_recipe)
+        gpu.give_kernels(device.device)
     else:
         from scale_llm.parallel import cpu
 

@@ -60,6 +60,8 @@ def start_rank(cfg: RunConfig, prepared: Any = None, watchdog: NoWatchdog | None
         cfg.cluster.omp_num_threads,
         compile_ops=bool(cfg.model.compile_ops),
         any_size=not isinstance(cfg.stage, PretrainConfig | EvaluateConfig),
+        backend=cfg.model.backend,
+        fp8_recipe=cfg.precision.fp8_recipe if cfg.precision.fp8 is not None else None,
     )
     world = dist.get_world_size()
     # Roles have meshes of their own, so that of the job is for what all ranks tell each other

@@ -62,6 +62,8 @@ class Reporter:
             self._tensorboard = SummaryWriter(str(directory / "tensorboard"), purge_step=progress.iteration + 1)
         self._bar = ProgressBar(cfg.stage.name, iterations, progress.iteration, cfg.logging.progress)
         self.say([said] if said else [])
+        if engine is not None and run.device.is_cuda:
+            self._say(f"kernels: {engine.kernels}")
         self._add_timeline(progress.iteration)
         if progress.iteration:
             self._say(f"resumed at iteration {progress.iteration}, {progress.consumed_samples} samples consumed")

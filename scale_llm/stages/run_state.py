@@ -27,6 +27,7 @@ from scale_llm.engine import state as engine_state
 from scale_llm.engine.engine import Engine
 from scale_llm.engine.offload import on_device
 from scale_llm.engine.state import Weights
+from scale_llm.models.fp8 import PREFIX as FP8
 from scale_llm.models.heads import HEAD
 from scale_llm.parallel.rng import rng_state, set_rng_state
 from scale_llm.stages.base import Stage
@@ -56,8 +57,9 @@ def gradients(stage: Stage) -> list[torch.Tensor]:
 
 def _wanted(engine: Engine, weights: Weights, *, with_optimizer: bool, loading: bool) -> dict[str, Any]:
     """A model and its optimizer as sharded tensors."""
-    state = dict(engine_state.sharded_model_state(engine, weights))
+    state = dict(engine_state.sharded_model_state(engine, weights, loading=loading))
     if with_optimizer:
+        state |= {"fp8": scales} if (scales := engine_state.sharded_fp8_state(engine)) else {}
         state["optimizer"] = engine_state.sharded_optimizer_state(engine, dict(state), loading=loading)
     return state
 
@@ -127,7 +129,7 @@ def load_weights(run: RunContext, engine: Engine | None, path: Path) -> None:
 
 
 def _load(run: RunContext, engine: Engine | None, path: Path, weights: Weights) -> None:
-    wanted = {} if engine is None else engine_state.sharded_model_state(engine, weights)
+    wanted = {} if engine is None else engine_state.sharded_model_state(engine, weights, loading=True)
     if is_huggingface(path):
         load_huggingface(path, wanted, run.cfg.model)
         if engine is not None:
@@ -192,7 +194,7 @@ def restore(run: RunContext, stage: Stage, path: Path, *, own: bool) -> Progress
             wanted |= {name: engine_state.named(whole, name)} if name else whole
         if with_rng:
             wanted["rng_state"] = per_rank_object("rng_state", None)
-        loaded = load_sharded(path, wanted)
+        loaded = load_sharded(path, wanted, optional=FP8)
         for name, engine in stage.engines.items():
             if engine is None:
                 continue
@@ -201,6 +203,7 @@ def restore(run: RunContext, stage: Stage, path: Path, *, own: bool) -> Progress
             engine_state.load_model_state(engine, part, main_weights=not with_optimizer)
             if with_optimizer:
                 engine_state.load_optimizer_state(engine, part["optimizer"], own_plain)
+                engine_state.load_fp8_state(engine, part.get("fp8", {}))
             if not finetune:
                 engine_state.load_schedule(engine, own_plain)
     if finetune:

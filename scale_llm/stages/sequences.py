@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from scale_llm.config.precision import fp8_unit
 from scale_llm.config.run import RunConfig
 from scale_llm.config.stage import Batching, SequenceStageConfig
 from scale_llm.data.sequence_loader import Batch, SequenceLoader, Shape, TokenSequences
@@ -31,7 +32,8 @@ def stream_of(
 def row_unit(cfg: RunConfig, mesh: Mesh) -> int:
     """What the lengths of rows must be divisible by."""
     context = 2 * mesh.sizes.cp if mesh.sizes.cp > 1 else 1
-    return math.lcm(context * (mesh.sizes.tp if cfg.parallel.sequence_parallel else 1), ROW_UNIT)
+    shares = context * (mesh.sizes.tp if cfg.parallel.sequence_parallel else 1)
+    return math.lcm(shares * fp8_unit(cfg.precision), ROW_UNIT)
 
 
 def shape_of(cfg: RunConfig, mesh: Mesh, **asked: Any) -> Shape:

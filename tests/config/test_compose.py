@@ -55,7 +55,7 @@ def test_options_are_listed():
         "parallel": ["cp2", "distopt", "ep2", "pp2", "pp2_vpp2", "single", "tp2", "tp2_pp2", "tp2_sp"],
         "layout": ["colocated", "hybrid", "split"],
         "reward": ["default"],
-        "precision": ["auto", "bf16", "fp16", "fp32"],
+        "precision": ["auto", "bf16", "fp16", "fp32", "fp8_blockwise", "fp8_delayed", "fp8_tensorwise", "mxfp8"],
         "peft": ["dora", "lora", "none", "prompt_tuning", "qlora"],
         "optim": ["adam", "adamw", "sgd"],
         "checkpoint": ["default"],

@@ -37,7 +37,16 @@ DENSE_LAYOUTS = {
     "dp2_distributed_optimizer_overlap": (2, OVERLAP),
     "tp2_pp2": (4, {**TP2, **PP2}),
     "tp2_sp_cp2": (4, {**SP, **CP2}),
-    "pp2_vpp2_dp2_overlap": (4, {**VPP2, **OVERLAP}),
+    "pp2_vpp2_dp2_overlap_all": (
+        4,
+        {
+            **VPP2,
+            **OVERLAP,
+            "parallel.overlap_p2p_comm": True,
+            "parallel.ddp_bucket_size": 20000,
+            "parallel.ddp_pad_buckets_for_high_nccl_busbw": True,
+        },
+    ),
     "tp2_pp2_dp2": (8, {**SP, **PP2, **DISTRIBUTED}),
     "micro_batch_2": (1, {"train.micro_batch_size": 2}),
     "recompute_selective": (1, {"train.recompute_granularity": "selective"}),

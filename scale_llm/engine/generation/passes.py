@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from scale_llm.engine.engine import Engine
 from scale_llm.engine.generation.batching import Plan
+from scale_llm.models import fp8
 from scale_llm.models.kv_cache import CachedTokens, KeyValueCache
 from scale_llm.parallel.fused import uncompiled
 
@@ -48,7 +49,7 @@ class Passes:
         for module in engine.modules:  # one, or this rank's virtual stages in turn
             if not module.pre_process:
                 module.set_input_tensor(self._receive(tokens.numel()))
-            with uncompiled():  # calling a compiled pass takes longer than a few tokens' pass itself
+            with fp8.disabled(), uncompiled():  # calling a compiled pass takes longer than a few tokens' pass itself
                 out = module(tokens[None], positions[None], None, packed_seq_params=cached)
             if module.post_process:
                 logits = out
