@@ -2,8 +2,8 @@
 saving in the background, conversion.
 
 Each section is a process of its own with a budget of seconds: one that fails, or runs out of memory or time, loses
-nothing but what it has not yet measured. The file is written anew after every section: the machine, what became of each
-section, and rows as every benchmark has, with the section and the aim.
+nothing but what it has not yet measured. Two files are written anew after every section: rows as every benchmark has,
+with the section and the aim, and FILE.sections.json beside them, the machine and what became of each section.
 """
 
 import argparse
@@ -73,33 +73,38 @@ def _names(words: str) -> list[str]:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Writes the results itself, after every section."""
+    """Writes the rows itself, after every section."""
     if arguments.device == "cuda" and not detect().gpus:
         raise SystemExit(
             "benchmark.py gpu: no NVIDIA GPU that torch can use is visible here (nvidia-smi -L lists them); run it on "
             "a machine with one and a CUDA build of torch, or unset CUDA_VISIBLE_DEVICES. On a CPU: benchmark.py train"
         )
     began = time.monotonic()
-    results: dict[str, Any] = {"header": _header(arguments), "sections": {}, "rows": []}
-    for name in arguments.sections:
-        results["sections"][name] = {"status": "not measured", "reason": "not reached"}
-    write_json(results, arguments.out)
+    rows: list[dict[str, Any]] = []
+    machine = _header(arguments)
+    sections = {name: {"status": "not measured", "reason": "not reached"} for name in arguments.sections}
+
+    def write() -> None:
+        write_json({"header": machine, "sections": sections}, arguments.out.with_suffix(".sections.json"))
+        write_json(rows, arguments.out)
+
+    write()
     for name in arguments.sections:
         left = TOTAL_SECONDS - (time.monotonic() - began)
         seconds = min(SECTIONS[name].budget_seconds, left)
         if seconds < LEAST_SECONDS:
-            results["sections"][name] = {"status": "not measured", "reason": "the time of all sections is used up"}
+            sections[name] = {"status": "not measured", "reason": "the time of all sections is used up"}
         else:
             print(f"{name}: at most {seconds:.0f} s", flush=True)
-            outcome, rows = _run_section(SECTIONS[name].builder, arguments, seconds)
-            results["sections"][name] = outcome
-            results["rows"] += [{"section": name, **row} for row in rows]
+            outcome, found = _run_section(SECTIONS[name].builder, arguments, seconds)
+            sections[name] = outcome
+            rows += [{"section": name, **row} for row in found]
             reason = f", {outcome['reason']}" if outcome["reason"] else ""
             print(f"{name}: {outcome['status']} in {outcome['seconds']:.0f} s{reason}", flush=True)
-        write_json(results, arguments.out)
+        write()
     fields = Row.__dataclass_fields__
-    rows = [Row(**{key: value for key, value in row.items() if key in fields}) for row in results["rows"]]
-    print_table(rows, f"scale_llm benchmark: gpu ({results['header'].get('card') or 'no card'})")
+    shown = [Row(**{key: value for key, value in row.items() if key in fields}) for row in rows]
+    print_table(shown, f"scale_llm benchmark: gpu ({machine.get('card') or 'no card'})")
 
 
 def _run_section(builder: str, arguments: argparse.Namespace, seconds: float) -> tuple[dict[str, Any], list[dict]]:
