@@ -9,6 +9,7 @@ that write to the residual stream; norms 1, biases 0.
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from scale_llm.parallel.mesh import Mesh
 
 _NORMALS_PER_BLOCK = 8  # one Philox block: four 64-bit words, two 32-bit uniforms each
+_BLOCKS_PER_PART = 1 << 12
+"""Drawn at a time by one thread: what lies between stays in a cache, and torch divides no smaller tensors itself."""
 _SCALED = ("linear_proj.weight", "linear_fc2.weight")
 
 
@@ -86,14 +89,30 @@ def normals(name: str, start: int, stop: int) -> np.ndarray:
     Box and Muller's transform of two 32-bit uniforms gives two normals and, unlike rejection methods, uses a fixed
     number of random words.
     """
-    first = start // _NORMALS_PER_BLOCK
-    blocks = -(-stop // _NORMALS_PER_BLOCK) - first
+    first, last = start // _NORMALS_PER_BLOCK, -(-stop // _NORMALS_PER_BLOCK)
     key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:16], "little")
-    words = np.random.Philox(key=key).advance(first).random_raw(4 * blocks).view(np.uint32)
-    radius = np.sqrt(-2.0 * np.log((words[0::2] + 1.0) * 2.0**-32))
-    angle = words[1::2] * (2.0 * np.pi * 2.0**-32)
-    out = np.empty(words.size, dtype=np.float32)
-    out[0::2] = radius * np.cos(angle)
-    out[1::2] = radius * np.sin(angle)
+    out = torch.empty(((last - first) * _NORMALS_PER_BLOCK // 2, 2), dtype=torch.float32)
+
+    def draw(part: range) -> None:
+        pairs = _NORMALS_PER_BLOCK // 2
+        _draw_pairs(key, part, out[(part.start - first) * pairs : (part.stop - first) * pairs])
+
+    parts = [range(i, min(i + _BLOCKS_PER_PART, last)) for i in range(first, last, _BLOCKS_PER_PART)]
+    if len(parts) == 1 or torch.get_num_threads() == 1:
+        for part in parts:
+            draw(part)
+    else:
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            list(pool.map(draw, parts))
     skip = start - first * _NORMALS_PER_BLOCK
-    return out[skip : skip + stop - start]
+    return out.view(-1)[skip : skip + stop - start].numpy()
+
+
+def _draw_pairs(key: int, blocks: range, out: torch.Tensor) -> None:
+    """Normals of these blocks of the generator into out [n, 2]."""
+    words = np.random.Philox(key=key).advance(blocks.start).random_raw(4 * len(blocks)).view(np.uint32)
+    uniforms = torch.from_numpy(words.astype(np.float64)).view(-1, 2)
+    radius = torch.sqrt(torch.log((uniforms[:, 0] + 1.0) * 2.0**-32) * -2.0)
+    angle = uniforms[:, 1] * (2.0 * np.pi * 2.0**-32)
+    torch.mul(radius, torch.cos(angle), out=out[:, 0])
+    torch.mul(radius, torch.sin(angle), out=out[:, 1])
