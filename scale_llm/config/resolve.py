@@ -108,6 +108,8 @@ def _resolve_model(model: ModelConfig, tokenizer: TokenizerConfig) -> None:
 def _resolve_stage(cfg: RunConfig) -> None:
     """What trains on sequences takes weights alone from its base, and begins at iteration 0."""
     stage = cfg.stage
+    if cfg.data.reset_attention_mask and cfg.model.backend is Backend.auto:
+        cfg.model.backend = Backend.torch  # Transformer Engine passes over masks of its own causal attention
     if isinstance(stage, PolicyStageConfig):
         cfg.checkpoint.finetune = True
         if stage.max_tokens_per_micro_batch is None:

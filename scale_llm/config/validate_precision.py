@@ -31,6 +31,11 @@ def precision_problems(cfg: RunConfig) -> list[str]:
             f"precision.min_loss_scale={precision.min_loss_scale}: above "
             f"precision.initial_loss_scale={precision.initial_loss_scale}; lower the one or raise the other"
         )
+    if cfg.data.reset_attention_mask and cfg.model.backend is Backend.transformer_engine:
+        found.append(
+            "data.reset_attention_mask=true: Transformer Engine's causal attention passes over the mask, and "
+            "documents would see each other; set model.backend=torch, or reset_attention_mask=false"
+        )
     if precision.fp8 is not None:
         return [*found, *_fp8(cfg), *_delayed(cfg), *_layers_in_bf16(cfg)]
     asked = cfg.model.backend is Backend.transformer_engine and not cfg.parallel.tp_comm_overlap
@@ -59,6 +64,7 @@ def _fp8(cfg: RunConfig) -> list[str]:
     elif backend not in (Backend.auto, Backend.transformer_engine):
         cp = cfg.parallel.context_parallel_size
         why = f"; parallel.context_parallel_size={cp} with packed rows asks for them" if cp > 1 else ""
+        why += "; data.reset_attention_mask=true asks for them" if cfg.data.reset_attention_mask else ""
         found.append(f"{key}: the layers of model.backend={backend.value} have no FP8{why}; set precision=bf16 or "
                      "model.backend=transformer_engine")  # fmt: skip
     if cfg.model.num_experts is not None:

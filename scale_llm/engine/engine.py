@@ -371,10 +371,13 @@ class Engine:
         cut = {key: shard_sequence(value, dims[key], group) if key in dims else value for key, value in batch.items()}
         if self.modules[-1].is_language_model and not self.config.sequence_parallel:
             cut = only_counted(cut)
-        return {
-            key: value.to(self.device.device, non_blocking=True) if key in dims or key == COUNTED else value
-            for key, value in cut.items()
-        }
+        return {key: self._copied(value) if key in dims or key == COUNTED else value for key, value in cut.items()}
+
+    def _copied(self, value: torch.Tensor) -> torch.Tensor:
+        """On this rank's device. A copy of memory that is not pinned would wait for what the GPU has been given."""
+        if self.device.is_cuda and not value.is_cuda:
+            value = value.pin_memory()
+        return value.to(self.device.device, non_blocking=True)
 
     def _packed(self, batch: Batch) -> PackedSequences | None:
         """What a row of several sequences tells attention: batches have `boundaries` int32 [n + 1], on the host."""

@@ -54,6 +54,10 @@ def rank_variables(cfg: RunConfig) -> dict[str, str]:
     if cfg.cluster.device is Device.cuda and "CUDA_DEVICE_MAX_CONNECTIONS" not in os.environ:
         # One hardware queue keeps collectives of tensor parallelism ahead of the kernels they overlap with
         variables["CUDA_DEVICE_MAX_CONNECTIONS"] = "1"
+    fp32 = not (cfg.precision.bf16 or cfg.precision.fp16)
+    if cfg.cluster.device is Device.cuda and fp32 and "NVIDIA_TF32_OVERRIDE" not in os.environ:
+        # Transformer Engine's products of FP32 are TF32 otherwise, of 10 bits
+        variables["NVIDIA_TF32_OVERRIDE"] = "0"
     return variables
 
 

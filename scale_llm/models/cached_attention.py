@@ -6,6 +6,7 @@ Shapes: t tokens of the row, n query heads and g key/value groups on this tensor
 import math
 
 from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.identity_op import IdentityOp
 
 from scale_llm.models.kv_cache import CachedTokens
 from scale_llm.models.ops import rotary, split_rotary
@@ -47,7 +48,8 @@ class CachedSelfAttention(SelfAttention):
         """[s, b, g * (r + 2) * d] -> query [s, b, g, r, d] or [s, b, n, d], key and value [s, b, g, d], normed and
         turned."""
         groups, size = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
-        if self.q_layernorm is None and self.k_layernorm is None:
+        # Transformer Engine's spec says no norm by an identity
+        if all(norm is None or isinstance(norm, IdentityOp) for norm in (self.q_layernorm, self.k_layernorm)):
             return split_rotary(mixed, tables, groups=groups, head_size=size)
         query, key, value = split_rotary(mixed, None, groups=groups, head_size=size)
         query, key = self.q_layernorm(query.flatten(2, 3)), self.k_layernorm(key)

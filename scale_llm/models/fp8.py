@@ -8,6 +8,7 @@ them as a pickle (`_extra_state`) and unpickles it on loading, which runs whatev
 of a checkpoint like any other.
 """
 
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -132,6 +133,8 @@ def forget_copies(modules: Iterable[torch.nn.Module]) -> None:
     """Gives the memory of weights in FP8 back; the next pass makes them anew from those in BF16."""
     for _, layer in _linear_layers(modules):
         layer._fp8_workspaces.clear()
+    base = sys.modules.get("transformer_engine.pytorch.module.base")
+    getattr(base, "_dummy_wgrads", {}).clear()  # one of each shape of weight, for gradients that are elsewhere
 
 
 def _linear_layers(modules: Iterable[torch.nn.Module]) -> Iterator[tuple[str, Any]]:

@@ -109,17 +109,21 @@ def _norm_of_all(chunk_size, overflow_buffer, tensor_lists, per_tensor=False):
     return torch.linalg.vector_norm(norms).reshape(1), None
 
 
-def matmul_rate(device: Device, dtype: torch.dtype, size: int = 2048) -> float:
+def matmul_rate(device: Device, dtype: torch.dtype) -> float:
     """FLOP/s of a square matrix product on this rank, as measured: what model-FLOP utilisation is a share of."""
-    a = torch.ones(size, size, dtype=dtype, device=device.device)
+    # On a GPU several at a time: one of them takes no longer than its launch and the wait for it
+    size, products = (8192, 10) if device.is_cuda else (2048, 1)
+    generator = torch.Generator(device.device).manual_seed(1)  # of its own: those of the run stay where they are
+    a = torch.randn(size, size, dtype=dtype, device=device.device, generator=generator)
     best = float("inf")
     for _ in range(5):
         device.synchronize()
         began = time.perf_counter()
-        torch.mm(a, a)
+        for _ in range(products):
+            torch.mm(a, a)
         device.synchronize()
         best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best
+    return products * 2 * size**3 / best
 
 
 def stop() -> None:

@@ -24,6 +24,12 @@ def problems(*words: str, capability=BLACKWELL, gpus: int = 1, transformer_engin
     return problems_of(resolve(config_of("train.train_iters=10", *words), here), here)
 
 
+def test_masks_of_documents_take_torchs_layers():
+    here = Machine(cores=2, gpus=1, fast_bf16_cpu=False)
+    assert resolve(config_of("data.reset_attention_mask=true"), here).model.backend is Backend.torch
+    assert resolve(config_of(), here).model.backend is Backend.auto
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_fp8_is_valid_on_a_card_that_has_it_and_takes_transformer_engine(recipe):
     assert problems(f"precision={recipe}") == []
@@ -36,6 +42,7 @@ CASES = {
     "precision.fp8=hybrid: needs an NVIDIA GPU": ["precision=fp8_delayed", "cluster.device=cpu"],
     "precision.fp8=hybrid: the layers of model.backend=torch": ["precision=fp8_tensorwise", "model.backend=torch"],
     "precision.fp8=e4m3: the layers of model.backend=local": ["precision=fp8_blockwise", "model.backend=local"],
+    "data.reset_attention_mask=true": ["model.backend=transformer_engine", "data.reset_attention_mask=true"],
     "precision.fp8=hybrid: is for products of BF16": ["precision=fp16", "precision.fp8=hybrid"],
     "precision.fp8=hybrid: peft.method=lora": ["precision=fp8_tensorwise", "peft=lora", "stage=sft", "data.path=x",
                                                "checkpoint.load=y"],

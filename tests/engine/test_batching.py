@@ -25,7 +25,6 @@ WAYS = {
     "packed_dp2": (2, {}, "packed", {}),
     "packed_recompute_full": (1, {"train.recompute_granularity": "full"}, "packed", {}),
     "packed_recompute_selective": (1, {"train.recompute_granularity": "selective"}, "packed", {}),
-    "packed_compiled": (1, {"model.compile_ops": True}, "packed", {}),
     "padded_by_four": (1, {}, "padded", {"micro_batch_size": 4}),
     "padded_dp2": (2, {}, "padded", {"micro_batch_size": 3}),
     "padded_pp2": (2, PP2, "padded", {"micro_batch_size": 2}),

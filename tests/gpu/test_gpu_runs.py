@@ -14,10 +14,13 @@ STOP = "train.exit_interval=10"
     ["precision=bf16", "checkpoint.async_save=true", "checkpoint.save_interval=5"],
     ["precision=bf16", "model.hidden_dropout=0.1"],
     ["precision=fp32", "model.backend=torch"],
-], ids=["bf16_saved_in_the_background", "dropout", "fp32_torch"])  # fmt: skip
+    ["precision=fp8_delayed"],
+], ids=["bf16_saved_in_the_background", "dropout", "fp32_torch", "fp8_delayed"])  # fmt: skip
 def test_resume_is_bit_for_bit(gpu_runs, tmp_path, words):
     """20 steps equal 10, a stop and 10 more, in metrics.jsonl and in every tensor saved. Fused optimizers count steps
     elsewhere than torch's, and the tracker of generators holds a GPU's."""
+    if "precision=fp8_delayed" in words:
+        pytest.importorskip("transformer_engine")
     resumed, whole = tmp_path / "resumed", tmp_path / "whole"
     gpu_runs.command(resumed, *words, STOP)
     assert latest(resumed) == 10

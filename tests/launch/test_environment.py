@@ -10,6 +10,7 @@ from scale_llm.launch.environment import expand_hostlist, joined, rank_variables
 MACHINE = Machine(cores=4, gpus=1, fast_bf16_cpu=False)
 QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"
 PAGES = "THP_MEM_ALLOC_ENABLE"
+TF32 = "NVIDIA_TF32_OVERRIDE"
 SLURM = {
     "SLURM_JOB_ID": "40001",
     "SLURM_STEP_ID": "0",
@@ -68,10 +69,16 @@ def test_tasks_per_node():
 
 
 @pytest.mark.parametrize(
-    ("device", "names"), [("cpu", {"OMP_NUM_THREADS", PAGES}), ("cuda", {"OMP_NUM_THREADS", PAGES, QUEUES})]
+    ("device", "precision", "names"),
+    [
+        ("cpu", "fp32", {"OMP_NUM_THREADS", PAGES}),
+        ("cuda", "auto", {"OMP_NUM_THREADS", PAGES, QUEUES}),
+        ("cuda", "fp32", {"OMP_NUM_THREADS", PAGES, QUEUES, TF32}),
+    ],
 )
-def test_what_ranks_find_in_their_environment(device, names, monkeypatch):
-    for name in (QUEUES, PAGES):
+def test_what_ranks_find_in_their_environment(device, precision, names, monkeypatch):
+    for name in (QUEUES, PAGES, TF32):
         monkeypatch.delenv(name, raising=False)
-    cfg = resolve(compose([f"cluster.device={device}", "cluster.omp_num_threads=3"]), MACHINE)
+    words = [f"cluster.device={device}", f"precision={precision}", "cluster.omp_num_threads=3"]
+    cfg = resolve(compose(words), MACHINE)
     assert set(rank_variables(cfg)) == names and rank_variables(cfg)["OMP_NUM_THREADS"] == "3"

@@ -109,7 +109,7 @@ def test_traps_2_and_5_rollout_and_training_see_the_same_distribution(single):
 
 def role_of_one_rank():
     sizes = SimpleNamespace(pp=1, vpp=None, dp=1, cp=1, tp=1)
-    cfg = SimpleNamespace(parallel=SimpleNamespace(sequence_parallel=False))
+    cfg = SimpleNamespace(parallel=SimpleNamespace(sequence_parallel=False), precision=PrecisionConfig())
     return SimpleNamespace(cfg=cfg, run=SimpleNamespace(mesh=SimpleNamespace(sizes=sizes, dp_rank=0)))
 
 

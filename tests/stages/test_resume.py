@@ -13,7 +13,7 @@ DROPOUT = ["model.hidden_dropout=0.1", "model.attention_dropout=0.1"]
 
 def test_command_line_resumes_bit_for_bit(runs, tmp_path):
     """20 steps equal 10 + stop + 10 in metrics.jsonl and in every tensor saved, BF16 on two tensor-parallel ranks."""
-    words = ["precision=bf16", TP2, SP, "model.compile_ops=true"]
+    words = ["precision=bf16", TP2, SP]
     resumed, whole = tmp_path / "resumed", tmp_path / "whole"
     first = runs.command(resumed, *words, STOP)
     assert "train.exit_interval=10" in first and latest(resumed) == 10

@@ -3,6 +3,7 @@
 Legend: s sequence, t tokens of a row.
 """
 
+import importlib.util
 import linecache
 import warnings
 from pathlib import Path
@@ -44,10 +45,10 @@ def _no_kernels(precision: str) -> str:
         compose(["stage=pretrain", f"precision={precision}"])
     except UserError as error:
         return str(error)
-    try:
-        from transformer_engine.pytorch import fp8
-    except ImportError as error:
-        return str(error)
+    if importlib.util.find_spec("transformer_engine") is None:
+        return "Transformer Engine is not installed"
+    from transformer_engine.pytorch import fp8
+
     check = {"mxfp8": fp8.check_mxfp8_support, "fp8_blockwise": fp8.check_fp8_block_scaling_support}
     supported, reason = check.get(precision, fp8.check_fp8_support)()
     return "" if supported else reason

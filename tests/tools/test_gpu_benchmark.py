@@ -44,7 +44,7 @@ def gpu(tmp_path, monkeypatch):
 
 
 def measured(gpu, path: Path, *sections: str) -> dict:
-    chosen = Namespace(sections=list(sections), directory=None, scale="tiny", device="cpu", out=path)
+    chosen = Namespace(sections=list(sections), directory=None, seconds=None, scale="tiny", device="cpu", out=path)
     assert gpu.run(chosen) is None
     return {**json.loads(path.with_suffix(".sections.json").read_text()), "rows": json.loads(path.read_text())}
 

@@ -112,7 +112,7 @@ def threads() -> int:
 def alone() -> None:
     """A job of one rank, for code that expects one."""
     os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", str(20000 + os.getpid() % 20000))
+    os.environ["MASTER_PORT"] = str(20000 + os.getpid() % 20000)  # of its own: contestants run side by side
 
 
 def set_optimizer(cfg, learning_rate: float = LEARNING_RATE) -> None:

@@ -59,6 +59,7 @@ SECTIONS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sections", type=_names, default=list(SECTIONS), help=f"of {','.join(SECTIONS)}; all")
+    parser.add_argument("--seconds", type=float, help=f"of all chosen sections together (default: {TOTAL_SECONDS:.0f})")
     parser.add_argument("--directory", type=Path, help="where checkpoints go, 40 GB (default: temporary)")
     # For the tests: the same sections on a CPU, of models that take seconds
     parser.add_argument("--scale", choices=("full", "tiny"), default="full", help=argparse.SUPPRESS)
@@ -80,6 +81,8 @@ def run(arguments: argparse.Namespace) -> None:
             "a machine with one and a CUDA build of torch, or unset CUDA_VISIBLE_DEVICES. On a CPU: benchmark.py train"
         )
     began = time.monotonic()
+    if arguments.directory is not None:
+        arguments.directory.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     machine = _header(arguments)
     sections = {name: {"status": "not measured", "reason": "not reached"} for name in arguments.sections}
@@ -89,9 +92,13 @@ def run(arguments: argparse.Namespace) -> None:
         write_json(rows, arguments.out)
 
     write()
+    total = arguments.seconds or TOTAL_SECONDS
+    planned = sum(SECTIONS[name].budget_seconds for name in arguments.sections)
     for name in arguments.sections:
-        left = TOTAL_SECONDS - (time.monotonic() - began)
-        seconds = min(SECTIONS[name].budget_seconds, left)
+        left = total - (time.monotonic() - began)
+        # Its share of what is left, so that what others have not used is not lost
+        seconds = min(left, SECTIONS[name].budget_seconds * max(left / planned, 1.0))
+        planned -= SECTIONS[name].budget_seconds
         if seconds < LEAST_SECONDS:
             sections[name] = {"status": "not measured", "reason": "the time of all sections is used up"}
         else:

@@ -49,7 +49,7 @@ def _train(size: str, scale: str, device: str, deadline: float) -> Found:
     """Steps in BF16: ours, a bare megatron-core loop, transformers, and the card's own rate of products."""
     size = size if scale == "full" else "tiny"
     peers = [_trainer(MEGATRON, "bare_megatron", size, scale, device)]
-    peers.append(_trainer(TRANSFORMERS, "transformers_llama", size, scale, device, compiled=scale == "full"))
+    peers.append(_trainer(TRANSFORMERS, "transformers_llama", size, scale, device, compiled=_compiler(scale)))
     ours = _our_trainer(OURS, "bf16", size, scale, device)
     matmul = Contestant(
         name=MATMUL, build=f"{_TRAIN}:matmul", steps=50 if scale == "full" else 1,
@@ -62,7 +62,7 @@ def _train(size: str, scale: str, device: str, deadline: float) -> Found:
     def rows(found: Turns) -> list[tuple[Row, str]]:
         made = []
         tokens, manner = SIZES[size].tokens, "" if together else ", one after the other"
-        compiled = ", torch.compile, sdpa, fused AdamW" if scale == "full" else ", eager"
+        compiled = f", {'torch.compile' if _compiler(scale) else 'eager'}, sdpa, fused AdamW"
         for peer, kind, aim in ((peers[0], _megatron_kind(device), "over 1.0"), (peers[1], compiled, "over 1.3")):
             pair = _pair(found, OURS, peer.name)
             if pair:

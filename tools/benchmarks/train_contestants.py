@@ -157,8 +157,9 @@ def has_transformer_engine() -> bool:
 
 
 def _megatron_config(size: Size, dtype, device: str, fused: bool):
-    """Its fusions are on where Transformer Engine brings the kernels, as Megatron-LM has them; without it, attention on
-    a GPU is computed again in the backward pass, or the scores of all layers would not fit."""
+    """Its fusions are on where Transformer Engine brings the kernels; that of gradient accumulation is off, which for
+    its output layer needs Apex. Without Transformer Engine, attention on a GPU is computed again in the backward pass,
+    or the scores of all layers would not fit."""
     import torch.nn.functional as F
     from megatron.core.models.gpt import gpt_layer_specs as specs
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
@@ -171,6 +172,7 @@ def _megatron_config(size: Size, dtype, device: str, fused: bool):
         add_bias_linear=False, hidden_dropout=0.0, attention_dropout=0.0, params_dtype=dtype, pipeline_dtype=dtype,
         bf16=dtype.itemsize == 2, masked_softmax_fusion=False, bias_dropout_fusion=fused,
         gradient_accumulation_fusion=False, bias_activation_fusion=fused, apply_rope_fusion=fused,
+        cross_entropy_loss_fusion=fused, cross_entropy_fusion_impl="te" if fused else "native",
         persist_layer_norm=False, recompute_granularity="selective" if device == "cuda" and not fused else None,
         recompute_modules=["core_attn"],
     )  # fmt: skip
