@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -141,12 +142,15 @@ Turns = list[dict[str, list[float]]]
 
 
 def turns(
-    groups: list[list[Contestant]], *, rounds: int, threads: int, say=print, failures: dict[str, str] | None = None
-) -> Iterator[Turns]:
+    groups: list[list[Contestant]], *, rounds: int, threads: int, say=print, failures: dict[str, str] | None = None,
+    deadline: float | None = None,
+) -> Iterator[Turns]:  # fmt: skip
     """Groups one after the other, the contestants of each in turns; yields what is known after every round.
 
     Whoever is in the next group, too, goes on; others end before it begins, so that their memory is free.
     failures: who fails is left out from then on and is named there with its error. None: any failure ends all.
+    deadline: by time.time(); a group that has had two rounds gives way where those after it, each as long as it was,
+    would end later.
     """
     running: dict[str, _Process] = {}
     found: Turns = []
@@ -163,7 +167,8 @@ def turns(
             return None
 
     try:
-        for group in groups:
+        for number, group in enumerate(groups):
+            began, later = time.time(), len(groups) - 1 - number
             for name in running.keys() - {contestant.name for contestant in group}:
                 running.pop(name).close()
             found.append({})
@@ -182,6 +187,9 @@ def turns(
                 latest = ", ".join(f"{name} {seconds[-1]:.3f} s" for name, seconds in found[-1].items())
                 say(f"round {index + 1}/{rounds}: {latest}")
                 yield found
+                now = time.time()
+                if deadline is not None and later and index and now + later * (now - began) > deadline:
+                    break
     finally:
         for process in running.values():
             process.close()

@@ -91,7 +91,9 @@ def fp8(scale: str, device: str, deadline: float, directory: str) -> Found:
         raise Skipped("Transformer Engine is not installed: pip install .[gpu]")
     failed = ""
     known: list[tuple[Row, str]] = []
-    for size in ("8b_4_layers", "1b") if scale == "full" else ("tiny",):
+    sizes = ("8b_4_layers", "1b") if scale == "full" else ("tiny",)
+    for number, size in enumerate(sizes):
+        until = time.time() + (deadline - time.time()) / (len(sizes) - number)
         ours = _our_trainer(OURS, "bf16", size, scale, device)
         low = [_our_trainer(name, name, size, scale, device) for name in _FP8]
         together = _fit(size, device)
@@ -109,11 +111,18 @@ def fp8(scale: str, device: str, deadline: float, directory: str) -> Found:
             return made
 
         latest: list[tuple[Row, str]] = []
-        for latest, reason in _rounds(groups, rows, scale, deadline):
-            yield known + latest, "; ".join(filter(None, [failed, reason]))
+        reason = ""
+        try:
+            for latest, reason in _rounds(groups, rows, scale, until):
+                yield known + latest, "; ".join(filter(None, [failed, reason]))
+        except RuntimeError as error:  # of this size alone
+            reason = f"{size}: {error}"
         known, failed = known + latest, "; ".join(filter(None, [failed, reason]))
         if time.time() > deadline:
-            return
+            break
+    if not known:
+        raise RuntimeError(failed)
+    yield known, failed
 
 
 def rollout(scale: str, device: str, deadline: float, directory: str) -> Found:
@@ -232,7 +241,7 @@ def _rounds(groups: list[list[Contestant]], rows: Callable[[Turns], list], scale
         print(line, file=sys.stderr, flush=True)
 
     known: list[tuple[Row, str]] = []
-    for found in turns(groups, rounds=_ROUNDS[scale], threads=threads, say=say, failures=failures):
+    for found in turns(groups, rounds=_ROUNDS[scale], threads=threads, say=say, failures=failures, deadline=deadline):
         known = rows(found)
         yield known, _told(failures)
         if time.time() > deadline:
