@@ -17,7 +17,7 @@ from scale_llm.config.run import RunConfig
 from scale_llm.launch import restarts
 from scale_llm.launch.environment import rank_variables
 from scale_llm.launch.failures import first_failure, how_it_ended, is_for_a_person, text_of, user_problems
-from scale_llm.launch.processes import Outcome, run_ranks
+from scale_llm.launch.processes import Outcome, prepare_start, run_ranks
 from scale_llm.launch.rank import failure_text
 from scale_llm.launch.reached import iteration
 
@@ -28,6 +28,7 @@ HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 def launch(cfg: RunConfig) -> int:
     """Run all ranks to their end; returns the exit status (130 after Ctrl-C, as shells have it)."""
     set_environment(cfg)
+    prepare_start(cfg)
     from torch.distributed.elastic.multiprocessing import SignalException
 
     job = f"process {os.getpid()}"

@@ -4,6 +4,7 @@ Its agent is not used: after a failure it waits half a minute for the others, an
 """
 
 import logging
+import multiprocessing
 import os
 import signal
 import socket
@@ -11,10 +12,12 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from typing import Any
 
 import psutil
 
+from scale_llm.config.cluster import Device
 from scale_llm.config.exit_status import HUNG
 from scale_llm.config.run import RunConfig
 from scale_llm.launch.environment import Joined
@@ -27,6 +30,9 @@ SECONDS_TO_FAIL = 3.0
 """For the others once one rank has failed: they have lost a peer, and what they say of it is kept."""
 
 POLL_SECONDS = 0.05
+
+PRELOADED = "scale_llm.launch.preload"
+"""Module that the process imports from which ranks are forked."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +47,13 @@ class Outcome:
     silent: tuple[int, ...] = ()
 
 
+def prepare_start(cfg: RunConfig) -> None:
+    """Begin with what takes long in a start of ranks, beside what this process does before it needs them."""
+    if _can_fork(cfg):
+        multiprocessing.set_forkserver_preload([PRELOADED])
+        forkserver.ensure_running()
+
+
 def run_ranks(cfg: RunConfig) -> Outcome:
     """Start all ranks and wait for their end.
 
@@ -51,15 +64,17 @@ def run_ranks(cfg: RunConfig) -> Outcome:
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     count, port = cfg.cluster.nproc_per_node or 1, free_port()
-    command = ("-u", "-m", "scale_llm.launch.rank", cfg.run_dir)
+    environments = {rank: _place(rank, count, port).variables() for rank in range(count)}
     with tempfile.TemporaryDirectory(prefix="scale_llm_ranks_") as directory:
-        context = start_processes(
-            name="rank",
-            entrypoint=sys.executable,
-            args=dict.fromkeys(range(count), command),
-            envs={rank: _place(rank, count, port).variables() for rank in range(count)},
-            logs_specs=DefaultLogsSpecs(log_dir=directory),
-        )
+        logs = DefaultLogsSpecs(log_dir=directory)
+        if _can_fork(cfg):
+            from scale_llm.launch.forked_ranks import start_forked
+
+            context = start_forked(cfg.run_dir, environments, logs)
+        else:
+            command = ("-u", "-m", "scale_llm.launch.rank", cfg.run_dir)
+            arguments = dict.fromkeys(environments, command)
+            context = start_processes("rank", sys.executable, arguments, environments, logs)
         try:
             return _watch(context)
         except SignalException as stop:
@@ -69,6 +84,11 @@ def run_ranks(cfg: RunConfig) -> Outcome:
         except BaseException:
             context.close(death_sig=signal.SIGKILL)
             raise
+
+
+def _can_fork(cfg: RunConfig) -> bool:
+    """Whether ranks are forked from one process: not where they use CUDA, nor where forks are not safe."""
+    return cfg.cluster.device is Device.cpu and sys.platform == "linux"
 
 
 def _place(rank: int, count: int, port: int) -> Joined:

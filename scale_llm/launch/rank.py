@@ -24,6 +24,9 @@ from scale_llm.launch.environment import quiet_imports
 STACKS = signal.SIGUSR2
 """Has this rank write what every thread is doing into its log; from C, so that Python need not answer."""
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
+"""Ask a run to save and to stop, or to stop."""
+
 FINISHED = "logs/finished"
 """Below a run directory: rank 0 of a job's last start has done all. srun's status 0 does not say so: it ends with 0 too
 when a node dies under --no-kill."""
@@ -147,9 +150,17 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(set_parent_death_signal, int(signal.SIGKILL))
 
 
+def _show_name(rank: int) -> None:
+    """In ps and top: ranks that are forked have the command line of the process they come from."""
+    if sys.platform == "linux":
+        set_name = 15  # PR_SET_NAME
+        ctypes.CDLL(None).prctl(set_name, f"rank {rank}".encode())
+
+
 def main() -> None:
     """Entry point; --joined: no launcher of ours will point to the log; --job: a job script requeues on REQUEUE."""
     quiet_imports()
+    _show_name(int(os.environ["RANK"]))
     # Ctrl-C before the stage listens for it: there is nothing to save, and a traceback of imports tells nobody anything
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     run_dir, rank = Path(sys.argv[1]), int(os.environ["RANK"])

@@ -59,10 +59,12 @@ class Subject:
         """Rank -> process id of those that are alive."""
         found = {}
         with contextlib.suppress(psutil.Error):
-            for child in psutil.Process(self.launcher).children():
-                with contextlib.suppress(psutil.Error, KeyError):
-                    if "scale_llm.launch.rank" in child.cmdline() and child.status() != psutil.STATUS_ZOMBIE:
-                        found[int(child.environ()["RANK"])] = child.pid
+            children = psutil.Process(self.launcher).children()
+            for child in [*children, *(one for server in children for one in server.children())]:
+                with contextlib.suppress(psutil.Error):
+                    name, _, number = child.name().partition(" ")
+                    if name == "rank" and child.status() != psutil.STATUS_ZOMBIE:
+                        found.setdefault(int(number), child.pid)  # a child of a rank has its name
         return found
 
     def iteration(self) -> int:

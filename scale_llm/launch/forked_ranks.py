@@ -1,0 +1,84 @@
+"""Ranks on CPUs, forked from one process that has imported what they need: a start costs the imports once, not once a
+rank, and a start after a failure costs none. A forked process cannot use CUDA, so ranks on GPUs are processes of their own.
+"""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from typing import Any
+
+from torch.distributed.elastic.multiprocessing.api import SubprocessContext
+
+from scale_llm.launch import rank as rank_program
+
+class ForkedContext(SubprocessContext):
+    """torch's elastic context of processes, where a process is forked. args: rank -> (run directory,)."""
+
+    def _start(self) -> None:
+        for rank in range(self.nprocs):
+            process = ForkedProcess(self.args[rank][0], {**os.environ, **self.envs[rank]})
+            self.subprocess_handlers[rank] = ForkedHandler(rank, process)  # type: ignore[assignment]
+
+
+class ForkedProcess:
+    """A rank, with what subprocess.Popen has of a process."""
+
+    def __init__(self, run_dir: str, environment: dict[str, str]):
+        context = multiprocessing.get_context("forkserver")
+        self._process = context.Process(target=_rank, args=(run_dir, environment))
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid: int = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self.poll()
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        status = self.poll()
+        if status is None:
+            raise subprocess.TimeoutExpired("a rank", timeout or 0.0)
+        return status
+
+
+class ForkedHandler:
+    """What torch's context calls to end a process, and all that it has started."""
+
+    def __init__(self, rank: int, process: ForkedProcess):
+        self.local_rank_id, self.proc = rank, process
+
+    def close(self, death_sig: signal.Signals | None = None) -> None:
+        os.killpg(self.proc.pid, death_sig or signal.SIGTERM)
+
+
+def _rank(run_dir: str, environment: dict[str, str]) -> None:
+    """The life of a forked rank."""
+    os.setsid()
+    for number in rank_program.STOP_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
+    os.environ.clear()
+    os.environ.update(environment)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(write_through=True)  # type: ignore[union-attr]
+    sys.argv = [rank_program.__file__, run_dir]
+    rank_program.main()
+
+
+def start_forked(run_dir: str, environments: dict[int, dict[str, str]], logs_specs: Any) -> ForkedContext:
+    """One rank for every environment, started."""
+    context = ForkedContext(
+        name="rank", entrypoint="a rank", args=dict.fromkeys(environments, (run_dir,)), envs=environments,
+        logs_specs=logs_specs,
+    )  # fmt: skip
+    try:
+        context.start()
+    except BaseException:
+        context.close()
+        raise
+    return context
