@@ -34,6 +34,7 @@ from scale_llm.models.packing import PackedSequences, packed_sequences
 from scale_llm.models.spec import choose_backend
 from scale_llm.models.transformer_config import transformer_config
 from scale_llm.models.user_buffers import make_user_buffers
+from scale_llm.parallel import collectives
 from scale_llm.parallel.context import shard_sequence
 from scale_llm.parallel.device import Device
 from scale_llm.parallel.mesh import Mesh
@@ -192,7 +193,7 @@ class Engine:
             count += part
         if self._p2p is not None:  # only the last stage has counted
             dist.broadcast(count, src=self.mesh.last_stage_rank, group=self.mesh.groups.pp)
-        dist.all_reduce(count, group=self.mesh.groups.dp_cp)
+        collectives.all_reduce(count, group=self.mesh.groups.dp_cp)
         self._tokens = float(count) or 1.0
 
     @property
@@ -406,7 +407,7 @@ class Engine:
                 totals[i, 0] += result[name][0]
                 totals[i, 1] += result[name][1]
         if self.mesh.is_last_stage:
-            dist.all_reduce(totals, group=self.mesh.groups.dp_cp)
+            collectives.all_reduce(totals, group=self.mesh.groups.dp_cp)
         if self.mesh.sizes.pp > 1:
             dist.broadcast(totals, src=self.mesh.last_stage_rank, group=self.mesh.groups.pp)
         values = totals.tolist()

@@ -1,11 +1,11 @@
 """Norm of all parameters, each counted once whatever the layout."""
 
 import torch
-import torch.distributed as dist
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from megatron.core.transformer.module import param_is_not_shared
 
 from scale_llm.engine.engine import Engine
+from scale_llm.parallel import collectives
 
 
 def parameter_norm(engine: Engine) -> float:
@@ -20,6 +20,6 @@ def parameter_norm(engine: Engine) -> float:
             expert = not getattr(parameter, "allreduce", True)
             if expert or param_is_not_tensor_parallel_duplicate(parameter, tp_group=groups.tp):
                 totals[int(expert)] += parameter.detach().double().square().sum()
-    dist.all_reduce(totals[:1], group=groups.mp)
-    dist.all_reduce(totals[1:], group=groups.tp_ep_pp)
+    collectives.all_reduce(totals[:1], group=groups.mp)
+    collectives.all_reduce(totals[1:], group=groups.tp_ep_pp)
     return float(totals.sum().sqrt())

@@ -1,5 +1,5 @@
 """Ranks on CPUs, forked from one process that has imported what they need: a start costs the imports once, not once a
-rank, and a start after a failure costs none. A forked process cannot use CUDA, so ranks on GPUs are processes of their own.
+rank, and a start after a failure costs none. A forked process cannot use CUDA, so ranks on GPUs start by themselves.
 """
 
 import multiprocessing
@@ -12,6 +12,7 @@ from typing import Any
 from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 
 from scale_llm.launch import rank as rank_program
+
 
 class ForkedContext(SubprocessContext):
     """torch's elastic context of processes, where a process is forked. args: rank -> (run directory,)."""

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from scale_llm.parallel import collectives
+
 
 @torch.no_grad()
 def reward_on_last_token(rewards: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -149,7 +151,7 @@ def _centred(rewards: torch.Tensor) -> torch.Tensor:
 
 def _over_ranks(x: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
     if group is not None and group.size() > 1:
-        dist.all_reduce(x, group=group)
+        collectives.all_reduce(x, group=group)
     return x
 
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from scale_llm.losses.vocabulary import Shard, chunks, empty_log_sum, log_sum_exp, weights_of_ranks, widened
+from scale_llm.parallel import collectives
 from scale_llm.parallel.fused import fused
 
 
@@ -49,7 +50,7 @@ class _CrossEntropy(torch.autograd.Function):
         if shard.ranks > 1:
             weight, highest = weights_of_ranks(log_sum, group)
             sums = torch.stack([weight, wanted])
-            dist.all_reduce(sums, group=group)
+            collectives.all_reduce(sums, group=group)
             log_sum, wanted = highest + sums[0].log(), sums[1]
         ctx.save_for_backward(flat, log_sum, here, column)
         ctx.shard, ctx.temperature, ctx.smoothing, ctx.uniform = shard, temperature, smoothing, smoothing / vocab_size

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from scale_llm.losses.cross_entropy import vocab_parallel_cross_entropy
 from scale_llm.losses.vocabulary import Shard, chunks, empty_log_sum, weights_of_ranks, widened
+from scale_llm.parallel import collectives
 from scale_llm.parallel.fused import fused
 
 _NO_TOKEN = torch.iinfo(torch.int64).max
@@ -60,9 +61,9 @@ def vocab_parallel_argmax_matches(
     if shard.ranks > 1:
         mine = highest.float()  # gloo reduces no BF16; FP32 holds it exactly
         highest = mine.clone()
-        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=tp_group)
+        collectives.all_reduce(highest, op=dist.ReduceOp.MAX, group=tp_group)
         token = torch.where(mine == highest, token, _NO_TOKEN)
-        dist.all_reduce(token, op=dist.ReduceOp.MIN, group=tp_group)
+        collectives.all_reduce(token, op=dist.ReduceOp.MIN, group=tp_group)
     return token.view(labels.shape) == labels
 
 
@@ -84,7 +85,7 @@ class _Entropy(torch.autograd.Function):
         if shard.ranks > 1:
             weight, highest = weights_of_ranks(log_sum, group)
             sums = torch.stack([weight, weight * entropy + torch.special.entr(weight)])
-            dist.all_reduce(sums, group=group)
+            collectives.all_reduce(sums, group=group)
             log_sum, entropy = highest + sums[0].log(), sums[1] / sums[0] + sums[0].log()
         ctx.save_for_backward(flat, log_sum, entropy)
         ctx.shard, ctx.temperature = shard, temperature

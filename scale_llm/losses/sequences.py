@@ -7,6 +7,8 @@ its tokens by how few they are. Legend: s sequence, b batch, n segments (sequenc
 import torch
 import torch.distributed as dist
 
+from scale_llm.parallel import collectives
+
 
 def masked_sum(values: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum of the values whose mask is not 0, and how many those are. values, mask: [...].
@@ -53,7 +55,7 @@ class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group):
         total = x.clone()
-        dist.all_reduce(total, group=group)
+        collectives.all_reduce(total, group=group)
         return total
 
     @staticmethod

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from scale_llm.parallel import collectives
 from scale_llm.parallel.fused import compiling, fused
 
 CHUNK_ELEMENTS = 1 << 19
@@ -55,7 +56,7 @@ def chunks(flat: torch.Tensor, shard: Shard) -> list[slice]:
 def weights_of_ranks(log_sum: torch.Tensor, group: dist.ProcessGroup) -> tuple[torch.Tensor, torch.Tensor]:
     """This rank's sum of exponentials [n] over the largest rank's, and that one's logarithm [n]."""
     highest = log_sum.clone()
-    dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
+    collectives.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
     return (log_sum - highest).exp(), highest
 
 

@@ -7,6 +7,8 @@ same work on every rank.
 import torch
 import torch.distributed as dist
 
+from scale_llm.parallel import collectives
+
 
 def sequence_chunks(group: dist.ProcessGroup) -> tuple[int, int]:
     """Which two of the 2c chunks this rank holds, in the order it holds them."""
@@ -34,12 +36,12 @@ class _GatherSequence(torch.autograd.Function):
         ctx.group = group
         size = group.size()
         gathered = x.new_empty((size * x.size(0), *x.shape[1:]))
-        dist.all_gather_into_tensor(gathered, x.contiguous(), group=group)
+        collectives.all_gather_into_tensor(gathered, x.contiguous(), group=group)
         halves = gathered.view(size, 2, x.size(0) // 2, *x.shape[1:])
         return torch.cat([halves[:, 0].flatten(0, 1), halves[:, 1].flip(0).flatten(0, 1)])
 
     @staticmethod
     def backward(ctx, grad):
         grad = grad.contiguous()
-        dist.all_reduce(grad, group=ctx.group)
+        collectives.all_reduce(grad, group=ctx.group)
         return shard_sequence(grad, 0, ctx.group), None

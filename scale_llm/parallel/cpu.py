@@ -19,11 +19,21 @@ import warnings
 
 import torch
 
+from scale_llm.parallel import collectives
 from scale_llm.parallel.weight_gradient import accumulate_weight_gradient
 
 _FACTORIES = ("tensor", "empty", "zeros", "ones", "full", "arange", "rand", "randn", "randint",
               "empty_like", "zeros_like", "ones_like", "full_like", "linspace", "eye")  # fmt: skip
 
+
+_OWN_NAMES = {
+    "dist_all_gather_func": collectives.all_gather_into_tensor,
+    "dist_reduce_scatter_func": collectives.reduce_scatter_tensor,
+}
+"""What megatron-core's modules call functions of torch.distributed of which they keep one of several."""
+
+_COALESCING = "megatron.core.distributed"
+"""Collects torch's own operations and starts them together."""
 
 _GPU_PACKAGES = ("transformer_engine", "apex", "amp_C", "fused_weight_gradient_mlp_cuda")
 """megatron-core takes these wherever they can be imported, and their optimizers and kernels fail without a GPU. Also,
@@ -94,7 +104,8 @@ def _on_cpu(factory):
     return make
 
 
-def _cpu_view() -> _View:
+def _cpu_view(*, shared_memory: bool = True) -> _View:
+    """shared_memory: collectives that are waited for may go through it."""
     stream = _NoStream()
     random = _View(
         torch.cuda.random,
@@ -133,7 +144,8 @@ def _cpu_view() -> _View:
     def autocast(device_type, *args, **kwargs):
         return torch.autocast("cpu" if device_type == "cuda" else device_type, *args, **kwargs)
 
-    distributed = _View(torch.distributed, all_gather=_all_gather, reduce_scatter=_reduce_scatter)
+    own = {"all_reduce": collectives.all_reduce} if shared_memory else {}
+    distributed = _View(torch.distributed, all_gather=_all_gather, reduce_scatter=_reduce_scatter, **own)
     return _View(torch, cuda=cuda, autocast=autocast, compile=_identity_decorator, distributed=distributed, **factories)
 
 
@@ -168,8 +180,8 @@ def _identity_decorator(function=None, **kwargs):
 class _ViewLoader(importlib.abc.Loader):
     """Loads a megatron-core module as usual, then gives it the view of torch."""
 
-    def __init__(self, loader, view):
-        self._loader, self._view = loader, view
+    def __init__(self, loader, view, shared_memory):
+        self._loader, self._view, self._shared_memory = loader, view, shared_memory
 
     def create_module(self, spec):
         return self._loader.create_module(spec)
@@ -183,20 +195,25 @@ class _ViewLoader(importlib.abc.Loader):
             torch.compile = compile_
         if module.__dict__.get("torch") is torch:
             module.torch = self._view
+        for name, ours in _OWN_NAMES.items():
+            if self._shared_memory and name in module.__dict__:
+                setattr(module, name, ours)
 
 
 class _ViewFinder(importlib.abc.MetaPathFinder):
-    """Finds megatron-core's modules and has them loaded with the view."""
+    """Finds megatron-core's modules and has them loaded with a view."""
 
-    def __init__(self, view):
-        self._view = view
+    def __init__(self):
+        self._view, self._coalescing_view = _cpu_view(), _cpu_view(shared_memory=False)
 
     def find_spec(self, name, path, target=None):
         if not name.startswith("megatron.core"):
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
         if spec is not None and isinstance(spec.loader, importlib.machinery.SourceFileLoader):
-            spec.loader = _ViewLoader(spec.loader, self._view)
+            coalescing = name.startswith(_COALESCING)
+            view = self._coalescing_view if coalescing else self._view
+            spec.loader = _ViewLoader(spec.loader, view, not coalescing)
         return spec
 
 
@@ -280,7 +297,7 @@ def adapt() -> None:
         raise RuntimeError("scale_llm.parallel.cpu.adapt() must come before the first import of megatron.core")
     for name in _GPU_PACKAGES:
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # an import now fails, as where it is absent
-    sys.meta_path.insert(0, _ViewFinder(_cpu_view()))
+    sys.meta_path.insert(0, _ViewFinder())
     _cuda_type_names()
     # On a CPU there are no CUDA connections to limit, nor CUDA graphs to name the scope of.
     warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS.*")

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from scale_llm.config.model import Backend
 from scale_llm.config.precision import Fp8Recipe
+from scale_llm.parallel.collectives import forget_all
 from scale_llm.parallel.fused import use_compiler
 from scale_llm.parallel.memory import keep_freed_memory
 
@@ -129,6 +130,7 @@ def matmul_rate(device: Device, dtype: torch.dtype) -> float:
 def stop() -> None:
     """Leaves the job."""
     if dist.is_initialized():
+        forget_all()
         dist.destroy_process_group()
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
+from scale_llm.parallel.collectives import share
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MeshSizes:
@@ -144,6 +146,8 @@ def build_mesh(
     if dist.get_rank() not in ranks:
         return None
     assert world_group is not None and host_group is not None
+    if backend == "gloo":
+        _share_memory(collection, world_group, timeout_minutes)
     position = ranks.index(dist.get_rank())
     at = dict(zip(dense, np.unravel_index(position, list(dense.values())), strict=True))
     expert_at = dict(zip(expert, np.unravel_index(position, list(expert.values())), strict=True))
@@ -160,6 +164,15 @@ def build_mesh(
         ep_rank=int(expert_at["ep"]),
         etp_rank=int(expert_at["tp"]),
     )
+
+
+def _share_memory(collection: Any, world_group: dist.ProcessGroup, timeout_minutes: float | None) -> None:
+    """For what ranks of a mesh on CPUs wait for; all ranks of a group come to it in one order."""
+    seconds = 60 * (timeout_minutes or 30)
+    share(collection.tp, seconds, at_once=True)
+    for name in ("cp", "dp", "mp", "tp_cp", "dp_cp", "tp_dp_cp", "ep", "expt_tp", "tp_ep", "tp_ep_pp"):
+        share(getattr(collection, name), seconds)
+    share(world_group, seconds)
 
 
 def _collection(make: _Groups, dense: dict[str, int], expert: dict[str, int]):

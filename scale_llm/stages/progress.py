@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from scale_llm.parallel import collectives
+
 
 @dataclass(slots=True)
 class Progress:
@@ -78,7 +80,7 @@ class StopRequest:
         """Why all ranks stop after this iteration; None to go on."""
         late = self._deadline is not None and time.monotonic() >= self._deadline
         votes = torch.tensor([self._signal or 0, int(late)])
-        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=self._group)
+        collectives.all_reduce(votes, op=dist.ReduceOp.MAX, group=self._group)
         number, late_votes = votes.tolist()
         if number:
             StopRequest.granted = True

@@ -10,6 +10,7 @@ from scale_llm.engine.engine import Engine
 from scale_llm.engine.generation.batching import Plan
 from scale_llm.models import fp8
 from scale_llm.models.kv_cache import CachedTokens, KeyValueCache
+from scale_llm.parallel import collectives
 from scale_llm.parallel.fused import uncompiled
 
 
@@ -33,7 +34,7 @@ class Passes:
         if not self._together:
             return busy
         flag = torch.tensor([float(busy)], device=self._engine.device.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._engine.mesh.groups.tp_dp_cp)
+        collectives.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._engine.mesh.groups.tp_dp_cp)
         return bool(flag.item())
 
     def __call__(self, plan: Plan) -> torch.Tensor | None:

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from scale_llm.engine.generation.noise import gumbel, id_words
 from scale_llm.engine.generation.samples import SamplingParams
 from scale_llm.losses.vocabulary import Shard
+from scale_llm.parallel import collectives
 from scale_llm.parallel.fused import fused
 
 NUCLEUS = 1024
@@ -72,13 +73,18 @@ class Sampler:
         values = torch.nn.functional.pad(values, (0, room), value=-torch.inf)
         tokens = torch.nn.functional.pad(tokens, (0, room))
         mine = torch.cat([values.double(), tokens.double(), log_sum.double()[:, None]], dim=1)
-        every = [torch.empty_like(mine) for _ in range(ranks)]
-        dist.all_gather(every, mine, group=self._group)
+        every = self._of_all_ranks(mine)
         values = torch.cat([part[:, :count] for part in every], dim=1)
         tokens = torch.cat([part[:, count:-1] for part in every], dim=1)
         values, places = values.topk(count, dim=1)
-        log_sum = torch.logsumexp(torch.stack([part[:, -1] for part in every]), dim=0)
+        log_sum = torch.logsumexp(every[:, :, -1], dim=0)
         return values.float(), tokens.gather(1, places).long(), log_sum.float()
+
+    def _of_all_ranks(self, mine: torch.Tensor) -> torch.Tensor:
+        """[a, b] of every rank -> [p, a, b]."""
+        every = mine.new_empty(self._group.size() * mine.size(0), mine.size(1))
+        collectives.all_gather_into_tensor(every, mine.contiguous(), group=self._group)
+        return every.view(self._group.size(), *mine.shape)
 
     def _winner(self, score, token, value, log_sum):
         """Over the ranks: the token of the largest score, and its value less the logarithm of all exponentials."""
@@ -86,9 +92,7 @@ class Sampler:
         if ranks == 1:
             return token, value - log_sum
         mine = torch.stack([score.double(), token.double(), value.double(), log_sum.double()])  # ids are exact in FP64
-        every = [torch.empty_like(mine) for _ in range(ranks)]
-        dist.all_gather(every, mine, group=self._group)
-        scores, tokens, values, log_sums = torch.stack(every, dim=1)  # [p, n] each
+        scores, tokens, values, log_sums = self._of_all_ranks(mine).transpose(0, 1)  # [p, n] each
         winner = scores.argmax(dim=0, keepdim=True)
         log_prob = values.gather(0, winner)[0] - torch.logsumexp(log_sums, dim=0)
         return tokens.gather(0, winner)[0].long(), log_prob.float()

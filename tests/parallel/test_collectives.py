@@ -1,0 +1,44 @@
+"""Collectives through shared memory give what torch.distributed's give, and end when a peer does."""
+
+import pytest
+
+from scale_llm.launch.failures import LOST_PEER
+
+
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_results_are_those_of_torch(ranks, size):
+    """From an empty tensor to some that take several exchanges; reduce-scatter cuts the slot in as many parts."""
+    from support.collectives import SLOT
+
+    counts = [0, 1, 7, 1024, SLOT // size, SLOT, SLOT + 1, 3 * SLOT + 5]
+    assert ranks(size, "support.collectives:as_torch", counts=counts) == [[]] * size
+
+
+def test_all_ranks_have_the_same_bits_without_pauses(ranks):
+    found = ranks(4, "support.collectives:same_bits")
+    assert all(one == found[0] for one in found)
+    assert len(set(found[0])) > 900
+
+
+def test_autograd_sees_no_change(ranks):
+    assert ranks(2, "support.collectives:saved_for_backward")[0] == pytest.approx(2 * 3 * 2.718281828)
+
+
+def test_asynchronous_sums(ranks):
+    assert ranks(2, "support.collectives:asynchronous") == [[True] * 4] * 2
+
+
+def test_a_peer_that_ends_is_named_at_once(ranks, tmp_path):
+    """In words that the launcher knows for those of a rank that has lost another."""
+    words = tmp_path / "words"
+    with pytest.raises(FileNotFoundError, match=r"rank_2\.pt"):  # which the rank that ended has not written
+        ranks.fresh(3, "support.collectives:without_a_peer", words=str(words), ends=True)
+    assert words.read_text().startswith("PeerLost after 0 s: connection closed by peer: rank 2 of this group")
+    assert LOST_PEER.search(words.read_text())
+
+
+def test_a_peer_that_does_not_come_is_waited_for_until_the_timeout(ranks, tmp_path):
+    words = tmp_path / "words"
+    ranks.fresh(3, "support.collectives:without_a_peer", words=str(words), ends=False)
+    first = words.read_text()
+    assert first.startswith("TimeoutError after 3 s: rank 2 of this group") and "distributed_timeout_minutes" in first
