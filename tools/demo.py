@@ -50,7 +50,8 @@ def stages(root: Path) -> list[DemoStage]:
 
 CURATED = "curate"
 """Below the root: where the curated corpus and its report lie."""
-CURATION = ("curate=duplicates", "curate.sentences.enabled=false", "curate.pii.enabled=true", "tasks=2")
+TASKS = 2
+CURATION = ("curate=duplicates", "curate.sentences.enabled=false", "curate.pii.enabled=true", f"tasks={TASKS}")
 """Lines of code that many files have are no boilerplate, so sentences stay."""
 TRAINED = ("pretrain", "sft", "reward", "dpo", "ppo", "grpo")
 """Stages with a curve."""
@@ -72,14 +73,17 @@ def curate(root: Path, console: Console) -> None:
         return
     from scale_llm.data.corpus import embedded_files, read_embedded
 
-    raw = root / "data" / "raw" / "stdlib.jsonl.gz"
-    raw.parent.mkdir(parents=True, exist_ok=True)
-    if not raw.exists():  # the curation that goes on after an interruption knows its input by its time
-        partial = raw.with_name(f".{raw.name}.partial")
-        with gzip.open(partial, "wt", compresslevel=1, encoding="utf-8") as file:
-            file.writelines(f"{json.dumps({'text': text})}\n" for text in read_embedded(embedded_files()))
-        os.replace(partial, raw)
-    command = ["tools/curate_data.py", *CURATION, f"input={raw.parent}", f"output={root / CURATED}"]
+    raw = root / "data" / "raw"
+    raw.mkdir(parents=True, exist_ok=True)
+    files = embedded_files()
+    for part in range(TASKS):  # a task reads whole files
+        path = raw / f"stdlib_{part}.jsonl.gz"
+        if not path.exists():  # the curation that goes on after an interruption knows its input by its time
+            partial = path.with_name(f".{path.name}.partial")
+            with gzip.open(partial, "wt", compresslevel=1, encoding="utf-8") as file:
+                file.writelines(f"{json.dumps({'text': text})}\n" for text in read_embedded(files[part::TASKS]))
+            os.replace(partial, path)
+    command = ["tools/curate_data.py", *CURATION, f"input={raw}", f"output={root / CURATED}"]
     console.rule(f"[bold]{CURATED}")
     console.print("python", *command, style="dim", highlight=False)
     tool = Path(__file__).with_name("curate_data.py")

@@ -30,8 +30,8 @@ def share(group: Any, timeout_seconds: float, *, at_once: bool = False) -> None:
     operations, on other groups too, in one order: tensor parallelism.
     """
     if group in _channels:
-        channel, before = _channels[group]
-        _channels[group] = (channel, before or at_once)
+        known, before = _channels[group]
+        _channels[group] = (known, before or at_once)
     elif group.size() > 1 and (channel := channel_of(group, timeout_seconds)) is not None:
         _channels[group] = (channel, at_once)
 
