@@ -18,7 +18,7 @@ sys.path[:0] = [str(_TOOLS), str(_TOOLS.parent)]
 
 from benchmarks.rows import print_table, write_rows  # noqa: E402
 
-SUBCOMMANDS = ("train", "sft", "dpo", "rollout", "ppo", "convert", "checkpoint", "data", "gpu")
+SUBCOMMANDS = ("train", "sft", "dpo", "rollout", "ppo", "convert", "checkpoint", "data", "collectives", "gpu")
 
 
 def main() -> None:

@@ -16,8 +16,8 @@ _KINDS = {dist.ReduceOp.SUM: "sum", dist.ReduceOp.MAX: "max", dist.ReduceOp.MIN:
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32)
 
 # The names of newer versions of torch; the older ones are deprecated there
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+torch_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+torch_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 _channels: dict[Any, tuple[Channel, bool]] = {}
 """Group -> (its memory, whether operations that need not be waited for are done at once, too)."""
@@ -86,7 +86,7 @@ def all_reduce(tensor, op=dist.ReduceOp.SUM, group=None, async_op=False):
 def all_gather_into_tensor(output, tensor, group=None, async_op=False):
     channel = _channel(group, async_op, tensor)
     if channel is None:
-        return _all_gather(output, tensor, group=group, async_op=async_op)
+        return torch_all_gather(output, tensor, group=group, async_op=async_op)
     channel.all_gather(_outside_autograd(output), _outside_autograd(tensor).contiguous())
     return _Done() if async_op else None
 
@@ -94,6 +94,6 @@ def all_gather_into_tensor(output, tensor, group=None, async_op=False):
 def reduce_scatter_tensor(output, tensor, op=dist.ReduceOp.SUM, group=None, async_op=False):
     channel = _channel(group, async_op, tensor) if op == dist.ReduceOp.SUM else None
     if channel is None:
-        return _reduce_scatter(output, tensor, op=op, group=group, async_op=async_op)
+        return torch_reduce_scatter(output, tensor, op=op, group=group, async_op=async_op)
     channel.reduce_scatter(_outside_autograd(output), _outside_autograd(tensor).contiguous())
     return _Done() if async_op else None

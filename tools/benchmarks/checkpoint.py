@@ -11,14 +11,11 @@ is done. What a save costs in all is the time until it is published, less that o
 """
 
 import argparse
-import json
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from statistics import median
 
+from benchmarks.ranks import on_ranks
 from benchmarks.rows import Row, faster, shorter
 
 HELP = "stall of an asynchronous save against a synchronous one, steps slowed by it, and the rate of a plain write"
@@ -26,7 +23,6 @@ EXAMPLES = """examples:
   python tools/benchmark.py checkpoint --out checkpoint.json
   python tools/benchmark.py checkpoint --out checkpoint.json --layers 2 --rounds 5 --layouts one
 """
-_TOOLS = Path(__file__).resolve().parents[1]
 
 LAYOUTS = {
     "one": ("1 rank", 1, {}),
@@ -54,34 +50,8 @@ def run(arguments: argparse.Namespace) -> list[Row]:
         title, ranks, settings = LAYOUTS[name]
         with tempfile.TemporaryDirectory(prefix="checkpoint_", dir=arguments.directory) as directory:
             settings = {**settings, "layers": arguments.layers, "rounds": arguments.rounds, "directory": directory}
-            rows += _rows(title, _job(ranks, settings))
+            rows += _rows(title, on_ranks("benchmarks.checkpoint_rank", ranks, settings))
     return rows
-
-
-def _job(ranks: int, settings: dict) -> dict[str, list[float]]:
-    """Starts the ranks, two threads over all of them; returns what rank 0 prints."""
-    path = os.pathsep.join([str(_TOOLS), str(_TOOLS.parent), os.environ.get("PYTHONPATH", "")])
-    port = str(20000 + os.getpid() % 20000)
-    shared = {
-        **os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(2 // ranks), "WORLD_SIZE": str(ranks),
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "THP_MEM_ALLOC_ENABLE": "1",
-    }  # fmt: skip
-    command = [sys.executable, "-m", "benchmarks.checkpoint_rank", json.dumps(settings)]
-    processes = [
-        subprocess.Popen(
-            command, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True,
-            stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
-        )
-        for rank in range(ranks)
-    ]  # fmt: skip
-    try:
-        output, _ = processes[0].communicate()
-        if any([process.wait() for process in processes]):
-            raise RuntimeError(f"{' '.join(command)} failed")
-    finally:
-        for process in processes:
-            process.kill()
-    return json.loads(output)
 
 
 def _rows(title: str, found: dict[str, list[float]]) -> list[Row]:
