@@ -5,6 +5,7 @@ Called where a step has many: by megatron-core's layers, losses, norms and gener
 """
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -67,6 +68,17 @@ def _channel(group: Any, async_op: bool, tensor: torch.Tensor) -> Channel | None
 def _outside_autograd(tensor: torch.Tensor) -> torch.Tensor:
     """The same memory: as with torch.distributed, writing to it does not count as a change of what was saved."""
     return tensor.data
+
+
+def awaited(collective: Callable) -> Callable:
+    """The same where it is waited for; torch's own where it is not."""
+    plain = {all_reduce: dist.all_reduce, all_gather_into_tensor: torch_all_gather,
+             reduce_scatter_tensor: torch_reduce_scatter}[collective]  # fmt: skip
+
+    def call(*args, async_op=False, **kwargs):
+        return plain(*args, async_op=True, **kwargs) if async_op else collective(*args, **kwargs)
+
+    return call
 
 
 def all_reduce(tensor, op=dist.ReduceOp.SUM, group=None, async_op=False):

@@ -26,14 +26,8 @@ _FACTORIES = ("tensor", "empty", "zeros", "ones", "full", "arange", "rand", "ran
               "empty_like", "zeros_like", "ones_like", "full_like", "linspace", "eye")  # fmt: skip
 
 
-_OWN_NAMES = {
-    "dist_all_gather_func": collectives.all_gather_into_tensor,
-    "dist_reduce_scatter_func": collectives.reduce_scatter_tensor,
-}
-"""What megatron-core's modules call functions of torch.distributed of which they keep one of several."""
-
 _COALESCING = "megatron.core.distributed"
-"""Collects torch's own operations and starts them together."""
+"""Has torch collect its own asynchronous operations and start them together."""
 
 _GPU_PACKAGES = ("transformer_engine", "apex", "amp_C", "fused_weight_gradient_mlp_cuda")
 """megatron-core takes these wherever they can be imported, and their optimizers and kernels fail without a GPU. Also,
@@ -104,8 +98,7 @@ def _on_cpu(factory):
     return make
 
 
-def _cpu_view(*, shared_memory: bool = True) -> _View:
-    """shared_memory: collectives that are waited for may go through it."""
+def _cpu_view(all_reduce) -> _View:
     stream = _NoStream()
     random = _View(
         torch.cuda.random,
@@ -144,8 +137,9 @@ def _cpu_view(*, shared_memory: bool = True) -> _View:
     def autocast(device_type, *args, **kwargs):
         return torch.autocast("cpu" if device_type == "cuda" else device_type, *args, **kwargs)
 
-    own = {"all_reduce": collectives.all_reduce} if shared_memory else {}
-    distributed = _View(torch.distributed, all_gather=_all_gather, reduce_scatter=_reduce_scatter, **own)
+    distributed = _View(
+        torch.distributed, all_gather=_all_gather, reduce_scatter=_reduce_scatter, all_reduce=all_reduce
+    )
     return _View(torch, cuda=cuda, autocast=autocast, compile=_identity_decorator, distributed=distributed, **factories)
 
 
@@ -180,8 +174,9 @@ def _identity_decorator(function=None, **kwargs):
 class _ViewLoader(importlib.abc.Loader):
     """Loads a megatron-core module as usual, then gives it the view of torch."""
 
-    def __init__(self, loader, view, shared_memory):
-        self._loader, self._view, self._shared_memory = loader, view, shared_memory
+    def __init__(self, loader, view, kept):
+        """kept: functions of torch.distributed of which modules keep one of several, by the name that they give it."""
+        self._loader, self._view, self._kept = loader, view, kept
 
     def create_module(self, spec):
         return self._loader.create_module(spec)
@@ -195,25 +190,28 @@ class _ViewLoader(importlib.abc.Loader):
             torch.compile = compile_
         if module.__dict__.get("torch") is torch:
             module.torch = self._view
-        for name, ours in _OWN_NAMES.items():
-            if self._shared_memory and name in module.__dict__:
-                setattr(module, name, ours)
+        for name in self._kept.keys() & module.__dict__.keys():
+            setattr(module, name, self._kept[name])
 
 
 class _ViewFinder(importlib.abc.MetaPathFinder):
     """Finds megatron-core's modules and has them loaded with a view."""
 
     def __init__(self):
-        self._view, self._coalescing_view = _cpu_view(), _cpu_view(shared_memory=False)
+        ours = [collectives.all_reduce, collectives.all_gather_into_tensor, collectives.reduce_scatter_tensor]
+        awaited = [collectives.awaited(each) for each in ours]
+        self._of_all, self._of_coalescing = (
+            (_cpu_view(all_reduce), {"dist_all_gather_func": all_gather, "dist_reduce_scatter_func": reduce_scatter})
+            for all_reduce, all_gather, reduce_scatter in (ours, awaited)
+        )
 
     def find_spec(self, name, path, target=None):
         if not name.startswith("megatron.core"):
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
         if spec is not None and isinstance(spec.loader, importlib.machinery.SourceFileLoader):
-            coalescing = name.startswith(_COALESCING)
-            view = self._coalescing_view if coalescing else self._view
-            spec.loader = _ViewLoader(spec.loader, view, not coalescing)
+            given = self._of_coalescing if name.startswith(_COALESCING) else self._of_all
+            spec.loader = _ViewLoader(spec.loader, *given)
         return spec
 
 

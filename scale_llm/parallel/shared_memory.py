@@ -7,6 +7,7 @@ parts of all in the order of ranks.
 What the ranks share is anonymous memory of the group's first rank, which the kernel frees with the last of them.
 """
 
+import ctypes
 import mmap
 import os
 import secrets
@@ -14,6 +15,7 @@ import select
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from platform import machine
 
 import torch
@@ -22,12 +24,34 @@ import torch.distributed as dist
 SLOT_BYTES = 1 << 20
 """Of a rank's part of one exchange. Larger tensors take several."""
 
-_LINE = 64
-"""Bytes of a cache line: ranks do not write to a line that another rank writes to."""
+_LINE = 8
+"""Words of a cache line: ranks do not write to a line that another rank writes to. A rank's first word counts the
+exchanges that it has come to."""
+_ASLEEP = 1
+"""Word of a rank's line: where the line begins, plus 1, of the rank that it sleeps for; 0: it is awake."""
 
-_SPINS, _YIELDING_SECONDS, _NAP_SECONDS, _LOOK_SECONDS = 300, 0.002, 0.0002, 0.05
-"""A rank that waits looks without a pause at first, then lets others run in between, then sleeps in between; every
-_LOOK_SECONDS it looks whether all peers are alive."""
+_SPINS = 400
+"""Looks at another's count before a rank sleeps, some 30 microseconds: as long as falling asleep and waking up take."""
+
+_FUTEX_WAIT, _FUTEX_WAKE = 0, 1
+_FUTEX = 202
+"""Number of the system call on x86-64."""
+
+
+class _Timespec(ctypes.Structure):
+    _fields_ = [("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long)]
+
+
+_LONGEST_SLEEP = _Timespec(0, 50_000_000)
+"""After which a rank looks whether its peers are alive."""
+
+_syscall = ctypes.CDLL(None).syscall
+
+
+def _futex(address: int, operation: int, value: int, timeout: _Timespec | None) -> None:
+    """Linux's futex(2) on a word that processes share; what it returns is told by the word, too."""
+    until = None if timeout is None else ctypes.byref(timeout)
+    _syscall(_FUTEX, ctypes.c_void_p(address), operation, ctypes.c_uint32(value), until, None, 0)
 
 
 class PeerLost(RuntimeError):
@@ -46,9 +70,10 @@ class Channel:
         self._handles = {os.pidfd_open(process): i for i, process in enumerate(processes) if i != rank}
         for handle in self._handles:
             self._watch.register(handle, select.POLLIN)
-        self._arrived = memoryview(memory)[: size * _LINE].cast("q")
-        self._mine = rank * (_LINE // 8)
-        self._others = [i * (_LINE // 8) for i in range(size) if i != rank]
+        self._address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        self._words = memoryview(memory)[: 8 * size * _LINE].cast("q")
+        self._mine = rank * _LINE
+        self._others = [i * _LINE for i in range(size) if i != rank]
         self._slots = torch.frombuffer(memory, dtype=torch.uint8, offset=_offset(size), count=2 * size * SLOT_BYTES)
         self._count = 0
         self._views: dict[tuple[int, torch.dtype, int], list[torch.Tensor]] = {}
@@ -137,31 +162,31 @@ class Channel:
 
     def _meet(self) -> None:
         """Say that this rank has written its part, and wait for all others'."""
-        arrived, self._count = self._arrived, self._count + 1
-        count = self._count
-        arrived[self._mine] = count  # x86 shows others this write after those before it
+        words, self._count = self._words, self._count + 1
+        count, mine = self._count, self._mine
+        words[mine] = count  # x86 shows others this write after those before it
         for other in self._others:
-            if arrived[other] < count:
+            if words[other + _ASLEEP] == mine + 1:
+                _futex(self._address + 8 * mine, _FUTEX_WAKE, self.size, None)
+                break
+        for other in self._others:
+            if words[other] < count:
                 self._wait(other, count)
 
     def _wait(self, other: int, count: int) -> None:
-        arrived = self._arrived
+        words = self._words
         for _ in range(_SPINS):
-            if arrived[other] >= count:
+            if words[other] >= count:
                 return
         began = time.monotonic()
-        while time.monotonic() - began < _YIELDING_SECONDS:
-            for _ in range(10):
-                os.sched_yield()
-                if arrived[other] >= count:
-                    return
-        looked = time.monotonic()
-        while arrived[other] < count:
-            time.sleep(_NAP_SECONDS)
-            now = time.monotonic()
-            if now - looked > _LOOK_SECONDS:
-                looked = now
-                self._look(other, count, now - began)
+        words[self._mine + _ASLEEP] = other + 1
+        while (seen := words[other]) < count:
+            # The kernel lets this rank sleep only if the count is still the one seen. A rank that counted without
+            # seeing this one asleep wakes nobody, so that the sleep has an end
+            _futex(self._address + 8 * other, _FUTEX_WAIT, seen & 0xFFFFFFFF, _LONGEST_SLEEP)
+            if words[other] < count:
+                self._look(other, count, time.monotonic() - began)
+        words[self._mine + _ASLEEP] = 0
 
     def _look(self, other: int, count: int, waited: float) -> None:
         """
@@ -170,18 +195,18 @@ class Channel:
             TimeoutError: none has, and yet one does not come.
         """
         ended = {self._handles[handle] for handle, _ in self._watch.poll(0)}
-        lost = [rank for rank in sorted(ended) if self._arrived[rank * (_LINE // 8)] < count]
+        lost = [rank for rank in sorted(ended) if self._words[rank * _LINE] < count]
         if lost:
             process = self._processes[lost[0]]
             raise PeerLost(f"connection closed by peer: rank {lost[0]} of this group (process {process}) has ended")
         if waited > self._timeout:
-            raise TimeoutError(f"rank {other // (_LINE // 8)} of this group did not come in {waited:.0f} s "
+            raise TimeoutError(f"rank {other // _LINE} of this group did not come in {waited:.0f} s "
                                "(parallel.distributed_timeout_minutes)")  # fmt: skip
 
 
 def _offset(size: int) -> int:
     """Where slots begin, after the counters."""
-    return -(-size * _LINE // mmap.PAGESIZE) * mmap.PAGESIZE
+    return -(-8 * size * _LINE // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 def channel_of(group: dist.ProcessGroup, timeout_seconds: float) -> Channel | None:
@@ -194,26 +219,24 @@ def channel_of(group: dist.ProcessGroup, timeout_seconds: float) -> Channel | No
     length = _offset(size) + 2 * size * SLOT_BYTES
     file, told = -1, [None, 0, b""]
     if rank == 0 and able:
-        mark = secrets.token_bytes(32)
-        file = os.memfd_create("scale_llm", os.MFD_CLOEXEC)
-        os.ftruncate(file, length)
-        os.pwrite(file, mark, _offset(size))
-        told = [os.getpid(), file, mark]
+        with suppress(OSError):  # beyond a limit of this process, on memory or on the length of files
+            mark = secrets.token_bytes(32)
+            file = os.memfd_create("scale_llm", os.MFD_CLOEXEC)
+            os.ftruncate(file, length)
+            os.pwrite(file, mark, _offset(size))
+            told = [os.getpid(), file, mark]
     every: list = [None] * size
     dist.all_gather_object(every, (os.getpid(), *told), group=group)
     owner, number, mark = every[0][1:]
     memory = None
-    try:
-        if able and owner is not None:
-            # A rank elsewhere finds no such file, or one without the mark
+    if able and owner is not None:
+        with suppress(OSError):  # a rank elsewhere finds no such file, or one without the mark
             opened = os.open(f"/proc/{owner}/fd/{number}", os.O_RDWR)
             try:
                 if os.pread(opened, len(mark), _offset(size)) == mark:
                     memory = mmap.mmap(opened, length)
             finally:
                 os.close(opened)
-    except OSError:
-        pass
     shared: list = [None] * size
     dist.all_gather_object(shared, memory is not None, group=group)
     if file >= 0:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from scale_llm.checkpoint.snapshot import SharedMemory
 from scale_llm.engine.engine import Engine
 from scale_llm.engine.generation.generator import Generator
 from scale_llm.engine.generation.samples import SamplingParams
@@ -73,8 +74,10 @@ def _away_and_back(engine: Engine) -> dict[str, Any]:
 def _tensors() -> dict[int, int]:
     """Storage -> bytes, of all tensors of this process. Host buffers are among them."""
     gc.collect()
+    shared = SharedMemory()  # of ranks for collectives: no engine's
     tensors = [found for found in gc.get_objects() if type(found) in (torch.Tensor, torch.nn.Parameter)]
-    return {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors if t.device.type == "cpu"}
+    tensors = [tensor for tensor in tensors if tensor.device.type == "cpu" and not shared.holds(tensor)]
+    return {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
 
 
 def _storages(engine: Engine) -> list[torch.UntypedStorage]:
