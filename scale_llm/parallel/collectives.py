@@ -70,7 +70,7 @@ def _outside_autograd(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.data
 
 
-def awaited(collective: Callable) -> Callable:
+def awaited(collective: Callable[..., Any]) -> Callable[..., Any]:
     """The same where it is waited for; torch's own where it is not."""
     plain = {all_reduce: dist.all_reduce, all_gather_into_tensor: torch_all_gather,
              reduce_scatter_tensor: torch_reduce_scatter}[collective]  # fmt: skip
