@@ -34,6 +34,9 @@ POLL_SECONDS = 0.05
 PRELOADED = "scale_llm.launch.preload"
 """Module that the process imports from which ranks are forked."""
 
+COMPILER = "torch._inductor.compile_fx"
+"""The same, for ranks that compile."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
@@ -50,7 +53,8 @@ class Outcome:
 def prepare_start(cfg: RunConfig) -> None:
     """Begin with what takes long in a start of ranks, beside what this process does before it needs them."""
     if _can_fork(cfg):
-        multiprocessing.set_forkserver_preload([PRELOADED])
+        compiler = [COMPILER] if cfg.model.compile_ops else []
+        multiprocessing.set_forkserver_preload([PRELOADED, *compiler])
         forkserver.ensure_running()
 
 

@@ -199,7 +199,11 @@ class _ViewFinder(importlib.abc.MetaPathFinder):
     """Finds megatron-core's modules and has them loaded with a view."""
 
     def __init__(self):
-        ours: list[Callable] = [collectives.all_reduce, collectives.all_gather_into_tensor, collectives.reduce_scatter_tensor]
+        ours: list[Callable] = [
+            collectives.all_reduce,
+            collectives.all_gather_into_tensor,
+            collectives.reduce_scatter_tensor,
+        ]
         awaited = [collectives.awaited(each) for each in ours]
         self._of_all, self._of_coalescing = (
             (_cpu_view(all_reduce), {"dist_all_gather_func": all_gather, "dist_reduce_scatter_func": reduce_scatter})

@@ -26,7 +26,7 @@ def preload() -> None:
     torch.set_num_threads(1)
     for name in ("support.training", "scale_llm.stages.loop", "scale_llm.stages.pretrain", "scale_llm.stages.evaluate",
                  "scale_llm.stages.sft", "scale_llm.stages.reward", "scale_llm.stages.dpo",
-                 "scale_llm.stages.policy.stage", "torch._dynamo", "torch.utils.tensorboard",
+                 "scale_llm.stages.policy.stage", "torch._inductor.compile_fx", "torch.utils.tensorboard",
                  "megatron.core.dist_checkpointing"):  # fmt: skip
         importlib.import_module(name)
 
