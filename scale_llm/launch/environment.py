@@ -46,7 +46,7 @@ def quiet_imports() -> None:
 
 
 def rank_variables(cfg: RunConfig) -> dict[str, str]:
-    """What a rank must find in its environment before it imports torch."""
+    """What a rank, or the process that it is forked from, must find in its environment before it imports torch."""
     variables = {"OMP_NUM_THREADS": str(cfg.cluster.omp_num_threads)}
     if "THP_MEM_ALLOC_ENABLE" not in os.environ:
         # torch asks for huge pages: a fork copies a page's entry, and background saves fork (checkpoint/forked.py)

@@ -7,6 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from torch.distributed.elastic.multiprocessing.api import SubprocessContext
@@ -29,7 +32,8 @@ class ForkedProcess:
     def __init__(self, run_dir: str, environment: dict[str, str]):
         context = multiprocessing.get_context("forkserver")
         self._process = context.Process(target=_rank, args=(run_dir, environment))
-        self._process.start()
+        with _nothing_to_run_again():
+            self._process.start()
         assert self._process.pid is not None
         self.pid: int = self._process.pid
 
@@ -55,18 +59,36 @@ class ForkedHandler:
         self.local_rank_id, self.proc = rank, process
 
     def close(self, death_sig: signal.Signals | None = None) -> None:
-        os.killpg(self.proc.pid, death_sig or signal.SIGTERM)
+        try:
+            os.killpg(self.proc.pid, death_sig or signal.SIGTERM)
+        except ProcessLookupError:  # it has ended, or has no group of its own yet, and then nothing to save either
+            with suppress(ProcessLookupError):
+                os.kill(self.proc.pid, signal.SIGKILL)
+
+
+@contextmanager
+def _nothing_to_run_again() -> Iterator[None]:
+    """Processes started meanwhile do not begin by running the main program of this one, as multiprocessing has it."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _rank(run_dir: str, environment: dict[str, str]) -> None:
     """The life of a forked rank."""
     os.setsid()
+    rank_program.die_with_parent()
+    launcher = multiprocessing.parent_process()
+    if launcher is None or not launcher.is_alive():  # and so ended before this rank was bound to its end
+        os._exit(1)
+    multiprocessing.set_start_method(None, force=True)  # that of other programs, in code that a user brings
     for number in rank_program.STOP_SIGNALS:
         signal.signal(number, signal.SIG_DFL)
     os.environ.clear()
     os.environ.update(environment)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(write_through=True)  # type: ignore[union-attr]
     sys.argv = [rank_program.__file__, run_dir]
     rank_program.main()
 
@@ -80,6 +102,6 @@ def start_forked(run_dir: str, environments: dict[int, dict[str, str]], logs_spe
     try:
         context.start()
     except BaseException:
-        context.close()
+        context.close(signal.SIGKILL)
         raise
     return context

@@ -5,6 +5,7 @@ imports may happen here: threads, and memory in use by an operation, do not surv
 """
 
 import signal
+from contextlib import suppress
 
 from scale_llm.launch.environment import quiet_imports
 from scale_llm.launch.rank import STOP_SIGNALS, die_with_parent
@@ -14,10 +15,11 @@ for _number in STOP_SIGNALS:  # they are for the launcher, which passes them on,
     signal.signal(_number, signal.SIG_IGN)
 quiet_imports()
 
-from scale_llm.parallel import cpu  # noqa: E402
+with suppress(Exception):  # the ranks will meet it, too, and say it
+    import scale_llm.launch.forked_ranks
+    from scale_llm.parallel import cpu
 
-cpu.adapt()  # before megatron-core is first imported
-
-import scale_llm.stages.evaluate  # noqa: E402, F401
-import scale_llm.stages.loop  # noqa: E402, F401
-import scale_llm.stages.pretrain  # noqa: E402, F401
+    cpu.adapt()  # before megatron-core is first imported
+    import scale_llm.stages.evaluate
+    import scale_llm.stages.loop
+    import scale_llm.stages.pretrain  # noqa: F401

@@ -8,9 +8,11 @@ import multiprocessing
 import os
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing import forkserver
 from typing import Any
@@ -34,6 +36,7 @@ POLL_SECONDS = 0.05
 PRELOADED = "scale_llm.launch.preload"
 """Module that the process imports from which ranks are forked."""
 
+UNBUFFERED = "PYTHONUNBUFFERED"
 COMPILER = "torch._inductor.compile_fx"
 """The same, for ranks that compile."""
 
@@ -55,7 +58,14 @@ def prepare_start(cfg: RunConfig) -> None:
     if _can_fork(cfg):
         compiler = [COMPILER] if cfg.model.compile_ops else []
         multiprocessing.set_forkserver_preload([PRELOADED, *compiler])
-        forkserver.ensure_running()
+        before = os.environ.get(UNBUFFERED)
+        os.environ[UNBUFFERED] = "1"  # what a rank prints is in its log when the rank is killed
+        try:
+            forkserver.ensure_running()
+        finally:
+            os.environ.pop(UNBUFFERED)
+            if before is not None:
+                os.environ[UNBUFFERED] = before
 
 
 def run_ranks(cfg: RunConfig) -> Outcome:
@@ -114,8 +124,7 @@ def _forward_signals(context) -> None:
 
     def forward(number: int, frame) -> None:
         for handler in context.subprocess_handlers.values():
-            if handler.proc.poll() is None:
-                os.kill(handler.proc.pid, number)
+            _send(handler.proc, number)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, forward)
@@ -152,14 +161,17 @@ def _end_the_rest(processes: dict[int, Any], *, hung: bool) -> tuple[list[int], 
         time.sleep(POLL_SECONDS)
     killed = [rank for rank, process in left.items() if process.poll() is None]
     for rank in killed:
-        os.killpg(left[rank].pid, signal.SIGKILL)
-        left[rank].wait()
+        with suppress(ProcessLookupError):
+            os.killpg(left[rank].pid, signal.SIGKILL)
+        with suppress(subprocess.TimeoutExpired):
+            left[rank].wait(SECONDS_TO_FAIL)
     return (sorted({*stopped, *killed}) if hung else []), killed
 
 
 def _send(process, number: int) -> None:
     if process.poll() is None:
-        os.kill(process.pid, number)
+        with suppress(ProcessLookupError):  # it has ended since
+            os.kill(process.pid, number)
 
 
 def _is_stopped(pid: int) -> bool:

@@ -1,4 +1,5 @@
-"""One rank: python -m scale_llm.launch.rank RUN_DIR [--joined] [--job]. Reads config.yaml and runs its stage.
+"""One rank: python -m scale_llm.launch.rank RUN_DIR [--joined] [--job], or forked (forked_ranks.py). Reads config.yaml
+and runs its stage.
 
 Every rank but the last writes its output to RUN_DIR/logs/rank_<n>.log. The last keeps the terminal, which its
 log line and progress bar need, and copies to its log file.

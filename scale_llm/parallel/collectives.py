@@ -5,11 +5,13 @@ Called where a step has many: by megatron-core's layers, losses, norms and gener
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _coalescing_manager as coalescing_manager
 
 from scale_llm.parallel.shared_memory import Channel, channel_of
 
@@ -79,6 +81,17 @@ def awaited(collective: Callable[..., Any]) -> Callable[..., Any]:
         return plain(*args, async_op=True, **kwargs) if async_op else collective(*args, **kwargs)
 
     return call
+
+
+@contextmanager
+def coalesced(group=None, device=None, async_ops=False) -> Iterator[Any]:
+    """torch's manager of operations that start together, where they are asynchronous; those that are waited for are
+    done one by one."""
+    if not async_ops:
+        yield None
+        return
+    with coalescing_manager(group, device, async_ops) as manager:
+        yield manager
 
 
 def all_reduce(tensor, op=dist.ReduceOp.SUM, group=None, async_op=False):

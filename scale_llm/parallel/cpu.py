@@ -1,9 +1,10 @@
 """Lets megatron-core run on ranks without a GPU: the one place that knows what its wheel assumes of CUDA.
 
 `adapt()` gives every module of megatron-core a view of torch in which the current accelerator is the CPU: factories
-that ask for `device="cuda"` make CPU tensors, streams and events do nothing, and the CUDA generator is the CPU's. torch
-itself stays as it is, apart from `Tensor.cuda` (returns the tensor) and `Tensor.type()` (megatron-core's optimizers
-compare it with the names of CUDA types). On a GPU nothing here is called.
+that ask for `device="cuda"` make CPU tensors, streams and events do nothing, the CUDA generator is the CPU's, and
+collectives that are waited for may go through shared memory (collectives.py). torch itself stays as it is, apart from
+`Tensor.cuda` (returns the tensor) and `Tensor.type()` (megatron-core's optimizers compare it with the names of CUDA
+types). On a GPU nothing here is called.
 
 Call it before megatron-core is first imported. Tried with megatron-core 0.16.1.
 """
@@ -206,9 +207,10 @@ class _ViewFinder(importlib.abc.MetaPathFinder):
         ]
         awaited = [collectives.awaited(each) for each in ours]
         self._of_all, self._of_coalescing = (
-            (_cpu_view(all_reduce), {"dist_all_gather_func": all_gather, "dist_reduce_scatter_func": reduce_scatter})
+            (_cpu_view(all_reduce), {"dist_all_gather_func": all_gather, "dist_reduce_scatter_func": reduce_scatter,
+                                     "_coalescing_manager": collectives.coalesced})
             for all_reduce, all_gather, reduce_scatter in (ours, awaited)
-        )
+        )  # fmt: skip
 
     def find_spec(self, name, path, target=None):
         if not name.startswith("megatron.core"):

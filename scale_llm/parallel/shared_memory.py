@@ -14,7 +14,7 @@ import secrets
 import select
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from platform import machine
 
@@ -45,6 +45,12 @@ class _Timespec(ctypes.Structure):
 _LONGEST_SLEEP = _Timespec(0, 50_000_000)
 """After which a rank looks whether its peers are alive."""
 
+_LONGEST_COUNTED = 0.5
+"""Seconds of one sleep that count for the timeout."""
+
+_LARGE = 1 << 16
+"""Bytes from which on more than two ranks share the work of a sum."""
+
 _syscall = ctypes.CDLL(None).syscall
 
 
@@ -62,12 +68,12 @@ class Channel:
     """One group's shared memory, of 2 slots a rank, used in turns: who writes into a slot again has seen all others
     arrive at the exchange after the one that they read it in."""
 
-    def __init__(self, memory: mmap.mmap, rank: int, processes: Sequence[int], timeout_seconds: float):
-        size = len(processes)
+    def __init__(self, memory: mmap.mmap, rank: int, peers: dict[int, int], timeout_seconds: float):
+        """peers: rank -> open pidfd of every other rank of the group."""
+        size = len(peers) + 1
         self.rank, self.size, self._timeout = rank, size, timeout_seconds
-        self._processes = processes
         self._watch = select.poll()
-        self._handles = {os.pidfd_open(process): i for i, process in enumerate(processes) if i != rank}
+        self._handles = {handle: peer for peer, handle in peers.items()}
         for handle in self._handles:
             self._watch.register(handle, select.POLLIN)
         self._address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
@@ -87,12 +93,20 @@ class Channel:
     def all_reduce(self, tensor: torch.Tensor, kind: str = "sum") -> None:
         """In place: the sum, the largest or the smallest of all ranks' tensors, element by element."""
         flat = tensor.view(-1)
-        for piece in self._pieces(flat, 1):
+        if kind == "sum" and self.size > 2 and flat.nbytes > _LARGE:
+            # Each rank adds a share of it up for all: otherwise every rank would read all of every other's
+            each = flat.numel() // self.size
+            whole, share = flat[: each * self.size], flat.new_empty(each)
+            self.reduce_scatter(share, whole)
+            self.all_gather(whole, share)
+            flat = flat[each * self.size :]
+        for piece, _ in self._pieces_at(flat, 1):
             self._reduced(self._exchange(piece), piece, kind)
 
     def all_gather(self, output: torch.Tensor, tensor: torch.Tensor) -> None:
         """output: all ranks' tensors, one after the other."""
         each = tensor.numel()
+        self._check(output, self.size * each, tensor.dtype)
         flat, out = tensor.view(-1), output.view(self.size, each)
         for piece, start in self._pieces_at(flat, 1):
             for target, part in zip(out, self._exchange(piece), strict=True):
@@ -101,6 +115,7 @@ class Channel:
     def reduce_scatter(self, output: torch.Tensor, tensor: torch.Tensor) -> None:
         """output: this rank's share of the sum of all tensors, which are cut in as many shares as there are ranks."""
         each = output.numel()
+        self._check(tensor, self.size * each, output.dtype)
         shares, out = tensor.view(self.size, each), output.view(-1)
         for piece, start in self._pieces_at(out, self.size):
             count = piece.numel()
@@ -110,8 +125,10 @@ class Channel:
             self._meet()
             self._reduced([view[self.rank * count : (self.rank + 1) * count] for view in views], piece, "sum")
 
-    def _pieces(self, flat: torch.Tensor, parts: int) -> list[torch.Tensor]:
-        return [piece for piece, _ in self._pieces_at(flat, parts)]
+    @staticmethod
+    def _check(whole: torch.Tensor, count: int, dtype: torch.dtype) -> None:
+        if whole.numel() != count or whole.dtype != dtype:
+            raise ValueError(f"{whole.numel()} elements of {whole.dtype} where {count} of {dtype} are exchanged")
 
     def _pieces_at(self, flat: torch.Tensor, parts: int) -> list[tuple[torch.Tensor, int]]:
         """(part, where it begins) such that `parts` of its size fill no more than a slot."""
@@ -178,14 +195,17 @@ class Channel:
         for _ in range(_SPINS):
             if words[other] >= count:
                 return
-        began = time.monotonic()
+        looked, waited = time.monotonic(), 0.0
         words[self._mine + _ASLEEP] = other + 1
         while (seen := words[other]) < count:
             # The kernel lets this rank sleep only if the count is still the one seen. A rank that counted without
             # seeing this one asleep wakes nobody, so that the sleep has an end
             _futex(self._address + 8 * other, _FUTEX_WAIT, seen & 0xFFFFFFFF, _LONGEST_SLEEP)
             if words[other] < count:
-                self._look(other, count, time.monotonic() - began)
+                now = time.monotonic()
+                waited += min(now - looked, _LONGEST_COUNTED)  # a job that was suspended has not waited so long
+                looked = now
+                self._look(other, count, waited)
         words[self._mine + _ASLEEP] = 0
 
     def _look(self, other: int, count: int, waited: float) -> None:
@@ -197,8 +217,7 @@ class Channel:
         ended = {self._handles[handle] for handle, _ in self._watch.poll(0)}
         lost = [rank for rank in sorted(ended) if self._words[rank * _LINE] < count]
         if lost:
-            process = self._processes[lost[0]]
-            raise PeerLost(f"connection closed by peer: rank {lost[0]} of this group (process {process}) has ended")
+            raise PeerLost(f"connection closed by peer: rank {lost[0]} of this group has ended")
         if waited > self._timeout:
             raise TimeoutError(f"rank {other // _LINE} of this group did not come in {waited:.0f} s "
                                "(parallel.distributed_timeout_minutes)")  # fmt: skip
@@ -215,7 +234,7 @@ def channel_of(group: dist.ProcessGroup, timeout_seconds: float) -> Channel | No
     Other processors than x86 may show a rank another's writes in another order than they were made.
     """
     rank, size = group.rank(), group.size()
-    able = sys.platform == "linux" and machine() == "x86_64" and hasattr(os, "pidfd_open")
+    able = sys.platform == "linux" and machine() == "x86_64"
     length = _offset(size) + 2 * size * SLOT_BYTES
     file, told = -1, [None, 0, b""]
     if rank == 0 and able:
@@ -228,10 +247,13 @@ def channel_of(group: dist.ProcessGroup, timeout_seconds: float) -> Channel | No
     every: list = [None] * size
     dist.all_gather_object(every, (os.getpid(), *told), group=group)
     owner, number, mark = every[0][1:]
-    memory = None
+    memory, peers = None, {}
     if able and owner is not None:
-        with suppress(OSError):  # a rank elsewhere finds no such file, or one without the mark
-            opened = os.open(f"/proc/{owner}/fd/{number}", os.O_RDWR)
+        with suppress(OSError, AttributeError):  # a rank elsewhere finds no such file, or one without the mark
+            for peer, (process, *_) in enumerate(every):
+                if peer != rank:
+                    peers[peer] = os.pidfd_open(process)
+            opened = os.open(f"/proc/{owner}/fd/{number}", os.O_RDWR | os.O_NOCTTY)
             try:
                 if os.pread(opened, len(mark), _offset(size)) == mark:
                     memory = mmap.mmap(opened, length)
@@ -242,5 +264,7 @@ def channel_of(group: dist.ProcessGroup, timeout_seconds: float) -> Channel | No
     if file >= 0:
         os.close(file)
     if memory is None or not all(shared):
+        for handle in peers.values():
+            os.close(handle)
         return None
-    return Channel(memory, rank, [process for process, *_ in every], timeout_seconds)
+    return Channel(memory, rank, peers, timeout_seconds)

@@ -1,14 +1,16 @@
 """What ranks do in the tests of collectives through shared memory."""
 
+import gc
 import os
+import random
 import time
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from scale_llm.parallel import collectives
-from scale_llm.parallel.device import start, stop
+from scale_llm.parallel import collectives, shared_memory
+from scale_llm.parallel.device import start
 from scale_llm.parallel.mesh import MeshSizes, build_mesh
 from scale_llm.parallel.shared_memory import SLOT_BYTES
 
@@ -30,7 +32,7 @@ def _drawn(shape, dtype, rank: int) -> torch.Tensor:
 
 
 def as_torch(counts: list[int]) -> list[str]:
-    """Every operation beside torch.distributed's, many times in a row; returns where they differ."""
+    """Every operation beside torch.distributed's; returns where they differ."""
     group = _joined()
     rank, size = group.rank(), group.size()
     wrong = []
@@ -76,15 +78,91 @@ def as_torch(counts: list[int]) -> list[str]:
     return wrong
 
 
-def same_bits() -> list[float]:
-    """A thousand sums with no pause between them; what every rank must have alike."""
+def mixed(turns: int) -> dict:
+    """Operations of all kinds and sizes one after another, nothing between them but, now and then, a rank that is late:
+    what they gave is compared with sums over all ranks' tensors when all is done."""
     group = _joined()
+    rank, size = group.rank(), group.size()
+    plan, own = random.Random(5), random.Random(rank)
+    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32)
+    kinds = ("all_reduce", "all_gather", "reduce_scatter")
+    turns_planned = [
+        (turn, plan.choice(kinds), plan.choice(dtypes), plan.choice([0, 1, 5, 700, 40_000, SLOT // 2, SLOT + 3]))
+        for turn in range(turns)
+    ]
+    outputs = []
+    for turn, kind, dtype, count in turns_planned:
+        if own.random() < 0.05:
+            time.sleep(own.random() * 0.02)
+        outputs.append(
+            _done(kind, _drawn(count * (size if kind == "reduce_scatter" else 1), dtype, rank + 7 * turn), group)
+        )
+    wrong = []
+    for (turn, kind, dtype, count), output in zip(turns_planned, outputs, strict=True):
+        every = [_drawn(count * (size if kind == "reduce_scatter" else 1), dtype, i + 7 * turn) for i in range(size)]
+        if kind == "all_gather":
+            wanted = torch.cat(every)
+        else:
+            half = dtype in (torch.bfloat16, torch.float16)
+            wanted = sum((each.float() for each in every[1:]), every[0].float()).to(dtype) if half else sum(every)
+            wanted = wanted.view(size, count)[rank] if kind == "reduce_scatter" else wanted
+        if not torch.equal(output, wanted):
+            wrong.append(f"{turn} {kind} {dtype} {count}")
+    channel, _ = collectives._channels[group]
+    return {"wrong": wrong, "exchanges": channel._count}
+
+
+def _done(kind: str, mine: torch.Tensor, group) -> torch.Tensor:
+    size = group.size()
+    if kind == "all_reduce":
+        collectives.all_reduce(mine, group=group)
+        return mine
+    if kind == "all_gather":
+        output = mine.new_empty(size * mine.numel())
+        collectives.all_gather_into_tensor(output, mine, group=group)
+        return output
+    output = mine.new_empty(mine.numel() // size)
+    collectives.reduce_scatter_tensor(output, mine, group=group)
+    return output
+
+
+def mismatched() -> list[str]:
+    """What is said of tensors that do not go together, before anything is exchanged."""
+    group = _joined()
+    said = []
+    for output, tensor in ((torch.empty(4), torch.empty(3)), (torch.empty(4), torch.empty(2, dtype=torch.bfloat16))):
+        try:
+            collectives.all_gather_into_tensor(output, tensor, group=group)
+        except ValueError as error:
+            said.append(str(error))
+    return said
+
+
+def handles_left() -> list[int]:
+    """Open files after a job has ended, for each of three jobs' meshes."""
+    start("cpu", threads=1)
     found = []
-    for turn in range(1000):
-        value = _drawn(5, torch.float32, 7 * turn + group.rank())
-        collectives.all_reduce(value, group=group)
-        found.append(value.sum().item())
+    for _ in range(3):
+        build_mesh(MeshSizes(tp=2), "gloo")
+        collectives.forget_all()
+        gc.collect()
+        found.append(sum("pidfd" in os.readlink(f"/proc/self/fd/{name}") for name in _open_files()))
     return found
+
+
+def _open_files() -> list[str]:
+    return [name for name in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{name}")]
+
+
+def where_there_is_none() -> float:
+    """A sum where the kernel does not let ranks share: gloo's."""
+    shared_memory.machine = lambda: "riscv64"
+    start("cpu", threads=1)
+    mesh = build_mesh(MeshSizes(tp=2), "gloo")
+    assert mesh is not None and mesh.groups.tp not in collectives._channels
+    value = torch.ones(3)
+    collectives.all_reduce(value, group=mesh.groups.tp)
+    return value.sum().item()
 
 
 def saved_for_backward() -> float:
@@ -98,20 +176,19 @@ def saved_for_backward() -> float:
 
 
 def asynchronous() -> list[bool]:
-    """Whether an asynchronous sum is done when it was waited for, within tensor parallelism and outside."""
+    """Whether an asynchronous sum is done when it was waited for, and which way it went: through shared memory within
+    tensor parallelism, through gloo elsewhere."""
     start("cpu", threads=1)
     found = []
-    for sizes in (MeshSizes(tp=2), MeshSizes(dp=2)):
+    for sizes in (MeshSizes(dp=2), MeshSizes(tp=2)):
         mesh = build_mesh(sizes, "gloo")
         group = mesh.groups.tp if sizes.tp == 2 else mesh.groups.dp
+        before = collectives._channels[group][0]._count
         value = torch.ones(3)
         handle = collectives.all_reduce(value, group=group, async_op=True)
         handle.wait()
-        found += [value.sum().item() == 6, handle.is_completed()]
-        stop()
-        if sizes.tp == 2:
-            os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
-            start("cpu", threads=1)
+        shared = collectives._channels[group][0]._count > before
+        found += [value.sum().item() == 6, handle.is_completed(), shared == (sizes.tp == 2)]
     return found
 
 
