@@ -152,10 +152,13 @@ def die_with_parent() -> None:
 
 
 def _show_name(rank: int) -> None:
-    """In ps and top: ranks that are forked have the command line of the process they come from."""
+    """In ps and top: ranks that are forked have the command line of the process they come from.
+
+    Without a space: Slurm's proctrack/linuxproc reads the words of /proc/<pid>/stat, and would lose the task.
+    """
     if sys.platform == "linux":
         set_name = 15  # PR_SET_NAME
-        ctypes.CDLL(None).prctl(set_name, f"rank {rank}".encode())
+        ctypes.CDLL(None).prctl(set_name, f"rank_{rank}".encode())
 
 
 def main() -> None:

@@ -62,7 +62,7 @@ class Subject:
             children = psutil.Process(self.launcher).children()
             for child in [*children, *(one for server in children for one in server.children())]:
                 with contextlib.suppress(psutil.Error):
-                    name, _, number = child.name().partition(" ")
+                    name, _, number = child.name().partition("_")
                     if name == "rank" and child.status() != psutil.STATUS_ZOMBIE:
                         found.setdefault(int(number), child.pid)  # a child of a rank has its name
         return found
