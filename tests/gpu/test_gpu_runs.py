@@ -5,6 +5,8 @@ import torch
 from support.parity import relative
 from support.runs import latest, losses
 
+from scale_llm.config import timeline
+
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
 
 STOP = "train.exit_interval=10"
@@ -27,6 +29,15 @@ def test_resume_is_bit_for_bit(gpu_runs, tmp_path, words):
     gpu_runs.command(resumed, *words)
     gpu_runs.command(whole, *words)
     gpu_runs.assert_same_bits(resumed, whole)
+
+
+def test_kernels_are_in_the_straggler_report(gpu_runs, tmp_path):
+    """Where the CUPTI module of nvidia-resiliency-ext is built for this machine."""
+    pytest.importorskip("nvrx_cupti_module")
+    gpu_runs.command(tmp_path, "health.straggler_interval=4")
+    reports = [event for event in timeline.read(tmp_path) if event["event"] == "straggler report"]
+    assert reports and all(report["kernels_relative"] == 1.0 for report in reports), "one rank is the fastest"
+    assert all(0 < report["kernels_individual"] <= 1.0 for report in reports)
 
 
 @pytest.mark.parametrize("there", ["cpu_to_gpu", "gpu_to_cpu"])

@@ -145,6 +145,21 @@ def test_the_odd_one_of_four_is_named(runs, tmp_path):
 def test_a_slow_rank_is_named(runs, tmp_path):
     words = [*WORDS, RANKS2, "health.straggler_interval=4", "health.straggler_factor=3"]
     assert runs.on_ranks("support.health:run_with_slow_rank", tmp_path, *words, rank=1) == [[], []]
-    found = events(tmp_path, "straggler")
-    assert [(event["iteration"], event["rank"]) for event in found] == [(8, 1), (12, 1)], "not the first time"
+    found = [event for event in events(tmp_path, "straggler") if event["than"] == "the median"]
+    assert [(event["iteration"], event["rank"]) for event in found] == [(12, 1)], "the second time"
     assert all(event["times"] > 3 and event["host"] for event in found)
+
+
+def test_the_report_of_nvidias_package_compares_a_rank_with_its_own_best(runs, tmp_path):
+    """The rank that becomes slow, and its score beside the other's."""
+    pytest.importorskip("nvidia_resiliency_ext.straggler")
+    words = [*WORDS, RANKS2, "health.straggler_interval=4", "health.straggler_factor=3"]
+    assert runs.on_ranks("support.health:run_with_slow_rank", tmp_path, *words, rank=1) == [[], []]
+    found = [event for event in events(tmp_path, "straggler") if event["than"] == "at its own best"]
+    assert [(event["iteration"], event["rank"]) for event in found] == [(12, 1)]
+    first, second, third = events(tmp_path, "straggler report")
+    assert first["individual"] == 1.0, "nothing is known yet"
+    for report in (second, third):
+        assert report["relative_rank"] == report["individual_rank"] == 1
+        assert report["relative"] < 1 / 3 and report["individual"] < 1 / 3
+        assert "kernels_relative" not in report, "CUPTI has seen none"

@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 
-from scale_llm.stages.health.stragglers import Stragglers
+from scale_llm.stages.health.stragglers import Slow, Stragglers
 from scale_llm.stages.pretrain import Pretrain
 from support.stage import run
 
@@ -33,13 +33,15 @@ def flip(weight: torch.Tensor) -> None:
 
 
 def run_with_slow_rank(run_dir: str, rank: int) -> list[str]:
-    """The stage, where the matrices that one rank multiplies are larger, as if it were slower."""
-    init = Stragglers.__init__
+    """The stage, where the matrices that one rank multiplies are larger from the second time on, as if it had become
+    slower."""
+    slow_ranks = Stragglers.slow_ranks
 
-    def slow(self, *arguments) -> None:
-        init(self, *arguments)
+    def becoming_slow(self) -> list[Slow]:
+        found = slow_ranks(self)
         if dist.get_rank() == rank:
             self._matrix = torch.randn(1536, 1536)
+        return found
 
-    Stragglers.__init__ = slow  # type: ignore[method-assign]
+    Stragglers.slow_ranks = becoming_slow  # type: ignore[method-assign]
     return run(run_dir)

@@ -1,6 +1,7 @@
 """The health of one run: what the loop asks before, in and after every step. Decisions are the same on every rank."""
 
 import socket
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -35,9 +36,11 @@ class Health:
         self._left_out = set(run.cfg.train.iterations_to_skip) | on_first(self._group, self._left_out_before)
         self._resumed_at, self._is_good, self._went_back = 0, False, False
         self._rewinds, self._unlike = 0, set[int]()
-        wanted = self._health.straggler_interval is not None
-        factor = self._health.straggler_factor
-        self._stragglers = Stragglers(run.device, self._group, factor) if wanted else None
+        self._stragglers = None
+        if self._health.straggler_interval is not None:
+            self._stragglers = Stragglers(
+                run.device, self._group, self._health.straggler_factor, sees_kernels=run.cfg.profile.start is None
+            )
 
     def _left_out_before(self) -> set[int]:
         """By starts of this run before: the timeline is what remembers."""
@@ -67,7 +70,8 @@ class Health:
             engine = next(engine for engine in self._stage.engines.values() if engine is not None)
             engine.spoil_next_gradient()
         before = rng_state()
-        result = self._stage.step(progress.consumed_samples, size)
+        with self._watched(progress.iteration + 1):
+            result = self._stage.step(progress.consumed_samples, size)
         if result.broken is not None and result.skipped:
             set_rng_state(before)
         return result
@@ -93,11 +97,29 @@ class Health:
         interval = self._health.check_weight_hash_across_dp_replicas_interval
         if interval is not None and progress.iteration % interval == 0:
             self.check_replicas(progress)
-        interval, remarks = self._health.straggler_interval, []
-        if self._stragglers is not None and interval is not None and progress.iteration % interval == 0:
-            for rank, host, times in self._stragglers.slow_ranks():
-                remarks.append(f"rank {rank} on {host} takes {times:.1f} times as long as the median for the same work")
-                self._note("straggler", iteration=progress.iteration, rank=rank, host=host, times=round(times, 2))
+        return self._slow_ranks(progress.iteration) if self._times_ranks(progress.iteration) else []
+
+    def _times_ranks(self, iteration: int) -> bool:
+        interval = self._health.straggler_interval
+        return interval is not None and iteration % interval == 0
+
+    def _watched(self, iteration: int) -> AbstractContextManager:
+        """Around the step to this iteration: the last before ranks are timed shows its kernels, too."""
+        if self._stragglers is None or not self._times_ranks(iteration):
+            return nullcontext()
+        return self._stragglers.watched()
+
+    def _slow_ranks(self, iteration: int) -> list[str]:
+        """Times the ranks and notes what is found; remarks."""
+        assert self._stragglers is not None
+        slow, remarks = self._stragglers.slow_ranks(), []
+        if self._stragglers.scores is not None:
+            self._note("straggler report", iteration=iteration, **self._stragglers.scores.lowest())
+        for one in slow:
+            remarks.append(f"rank {one.rank} on {one.host} takes {one.times:.1f} times as long as {one.than} for the "
+                           "same work")  # fmt: skip
+            self._note("straggler", iteration=iteration, rank=one.rank, host=one.host, times=round(one.times, 2),
+                       than=one.than)  # fmt: skip
         return remarks
 
     def check_replicas(self, progress: Progress) -> None:
