@@ -16,6 +16,7 @@ from scale_llm.config.unused import unused_problems
 from scale_llm.config.validate_batch import batch_problems
 from scale_llm.config.validate_cluster import cluster_problems
 from scale_llm.config.validate_files import file_problems
+from scale_llm.config.validate_graphs import graph_problems
 from scale_llm.config.validate_layout import layout_problems
 from scale_llm.config.validate_model import model_problems
 from scale_llm.config.validate_peft import peft_problems
@@ -35,7 +36,7 @@ DIVIDED = ("model.", "parallel.", "train.", "cluster.")
 def problems_of(cfg: RunConfig, machine: Machine | None = None) -> list[str]:
     """Every problem of a resolved configuration; on this machine, if one is given."""
     signs = sign_problems(cfg)
-    found = signs + value_problems(cfg) + peft_problems(cfg) + unused_problems(cfg)
+    found = signs + value_problems(cfg) + peft_problems(cfg) + graph_problems(cfg) + unused_problems(cfg)
     if not any(sign.startswith(DIVIDED) for sign in signs):
         found += [problem for rule in _arithmetic(cfg) for problem in rule(cfg)]
     found += cluster_problems(cfg.cluster) + file_problems(cfg)

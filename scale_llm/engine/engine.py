@@ -18,7 +18,7 @@ from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
-from scale_llm.config.model import Backend
+from scale_llm.config.model import Backend, CudaGraphImpl
 from scale_llm.config.peft import LOW_RANK, BaseQuantization, PeftMethod
 from scale_llm.config.run import RunConfig
 from scale_llm.engine.counted import COUNTED, only_counted
@@ -30,6 +30,7 @@ from scale_llm.engine.update import Update, update
 from scale_llm.models import fp8
 from scale_llm.models.adapters.layers import without_adapters
 from scale_llm.models.gpt import build_gpt
+from scale_llm.models.layer_graphs import graph_layers
 from scale_llm.models.packing import PackedSequences, packed_sequences
 from scale_llm.models.spec import choose_backend
 from scale_llm.models.transformer_config import transformer_config
@@ -96,6 +97,7 @@ class Engine:
         self._counts: list[torch.Tensor] = []  # of the micro-batches of this step, on the last stage
         self._tokens = 1.0  # that counted in the last global batch
         self._spoils = False
+        self._waits_for_graphs = trainable and cfg.model.cuda_graph_impl is CudaGraphImpl.local
         self.updates = 0  # optimizer steps that were not skipped
         if trainable:
             self.chunks = self._wrap(cfg)
@@ -146,6 +148,9 @@ class Engine:
         self.optimizer.zero_grad()
         with named("data"):
             micro_batches = list(batches)
+        if self._waits_for_graphs:  # for weights that are loaded, and for the shape
+            graph_layers(self.modules[0], *micro_batches[0]["tokens"].shape)
+            self._waits_for_graphs = False
         metrics = self._run(micro_batches, loss_fn, forward_only=False)
         if self.config.num_moe_experts and self.config.moe_aux_loss_coeff:
             metrics |= load_balancing_losses(
@@ -224,6 +229,8 @@ class Engine:
         }
         said = [f"{self.backend.value} layers", attention[self.backend]]
         said.append(f"weight gradients {'fused' if self.config.gradient_accumulation_fusion else 'not fused'}")
+        if self._waits_for_graphs:
+            said.append("layers as CUDA graphs")
         inner = [part.optimizer for part in parts(self.optimizer)] if self.optimizer is not None else []
         said += sorted({name_of(optimizer) for optimizer in inner if optimizer is not None})
         return ", ".join(said)

@@ -93,6 +93,30 @@ def test_overlap_of_tensor_parallelism_takes_transformer_engine_and_one_shape():
         assert any(text in problem for problem in found), (text, found)
 
 
+def test_cuda_graphs_take_what_is_the_same_in_every_step():
+    words = ["model.cuda_graph_impl=local", "model.backend=torch", "precision=bf16"]
+    assert problems(*words) == problems(*words, "parallel.use_distributed_optimizer=true") == []
+    wrong = {
+        "stage=sft": ["stage=sft", "data.path=/"],
+        "parallel.tensor_model_parallel_size=2": ["parallel=tp2_sp", "cluster.nproc_per_node=2"],
+        "parallel.pipeline_model_parallel_size=2": ["parallel=pp2", "cluster.nproc_per_node=2"],
+        "parallel.context_parallel_size=2": ["parallel=cp2", "cluster.nproc_per_node=2"],
+        "parallel.overlap_param_gather=true": [
+            f"parallel.{key}=true"
+            for key in ("use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather")
+        ],
+        "model.hidden_dropout=0.1": ["model.hidden_dropout=0.1"],
+        "model.num_experts=4": ["model=tiny_moe"],
+        "model.backend=auto": ["model.backend=auto"],
+        "train.recompute_granularity=full": ["train.recompute_granularity=full"],
+        "peft.method=lora": ["peft=lora"],
+        "data.reset_attention_mask=true": ["data.reset_attention_mask=true"],
+    }
+    for start, given in wrong.items():
+        found = [problem for problem in problems(*words, *given, gpus=2) if f"=local, {start}:" in problem]
+        assert len(found) == 1 and "; set " in found[0], (start, problems(*words, *given, gpus=2))
+
+
 def test_transformer_engine_that_is_not_installed_is_named():
     wanted = problems("model.backend=transformer_engine", transformer_engine=False)
     assert len(wanted) == 1 and "not installed" in wanted[0] and "model.backend=torch" in wanted[0]

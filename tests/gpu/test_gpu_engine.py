@@ -51,6 +51,22 @@ def test_compiled_ops_are_the_same(gpu_ranks):
     assert max(map(relative, compiled["loss"], plain["loss"])) < TOLERANCE
 
 
+@pytest.mark.parametrize("overrides", [{}, GPT2, BF16, {**BF16, "model.compile_ops": True}],
+                         ids=["llama", "gpt2", "bf16", "compiled"])  # fmt: skip
+def test_cuda_graphs_are_the_same(gpu_ranks, overrides):
+    """The same kernels, launched at once. Also in evaluations between, of which no graph is, and in a step of another
+    shape."""
+    plain, graphed = (
+        gpu_ranks(1, "support.graphs:train", overrides=overrides, steps=10, replayed=replayed, on_gpu=True)[0]
+        for replayed in (False, True)
+    )
+    tolerance = 3e-3 if "precision.bf16" in overrides else TOLERANCE
+    for what in ("loss", "grad_norm", "evaluated"):
+        assert max(map(relative, graphed[what], plain[what])) < tolerance, what
+    assert relative(graphed["another_shape"], plain["another_shape"]) < tolerance
+    assert graphed["loss"][-1] < graphed["loss"][0]
+
+
 @pytest.mark.parametrize("model", ["llama", "gpt2", "moe"])
 def test_equals_plain_pytorch(gpu_ranks, backend, model):
     """The oracle of tests/engine/test_oracle.py, on the CPU."""

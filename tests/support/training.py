@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from scale_llm.config.model import Backend, Normalization, PositionEmbedding
+from scale_llm.config.model import Backend, CudaGraphImpl, Normalization, PositionEmbedding
 from scale_llm.config.optim import DecayStyle, Optimizer
 from scale_llm.config.peft import BaseQuantization, PeftMethod
 from scale_llm.config.run import RunConfig
@@ -29,7 +29,8 @@ TINY = {
     "train.train_iters": 20, "train.micro_batch_size": 1, "train.global_batch_size": GLOBAL_BATCH, "optim.lr": 1e-3,
 }  # fmt: skip
 _ENUMS = {
-    "model.backend": Backend, "model.normalization": Normalization, "model.position_embedding_type": PositionEmbedding,
+    "model.backend": Backend, "model.cuda_graph_impl": CudaGraphImpl,
+    "model.normalization": Normalization, "model.position_embedding_type": PositionEmbedding,
     "optim.optimizer": Optimizer, "optim.lr_decay_style": DecayStyle,
     "peft.method": PeftMethod, "peft.quantize_base": BaseQuantization,
     "train.recompute_granularity": RecomputeGranularity, "train.recompute_method": RecomputeMethod,
