@@ -16,8 +16,14 @@ _BUILDERS = "benchmarks.sft_contestants"
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k_train.jsonl"
 
 
+def _file(name: str) -> Path:
+    if not Path(name).is_file():
+        raise argparse.ArgumentTypeError(f"{name}: no such file; give GSM8K's train.jsonl, lines of question and answer")
+    return Path(name)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", type=Path, default=DATA, help="GSM8K as JSONL, fields question and answer")
+    parser.add_argument("--data", type=_file, default=str(DATA), help="GSM8K as JSONL, fields question and answer")
     common_arguments(parser, rounds=7)
 
 
