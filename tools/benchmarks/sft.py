@@ -18,7 +18,7 @@ DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k_train.js
 
 def _file(name: str) -> Path:
     if not Path(name).is_file():
-        raise argparse.ArgumentTypeError(f"{name}: no such file; give GSM8K's train.jsonl, lines of question and answer")
+        raise argparse.ArgumentTypeError(f"{name}: no such file; give GSM8K as JSONL, fields question and answer")
     return Path(name)
 
 
