@@ -5,8 +5,10 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from scale_llm.config import timeline
@@ -155,6 +157,30 @@ def test_ctrl_c_lets_ranks_save(words, tmp_path):
     assert err.strip().splitlines()[-1] == f"stopped by SIGINT; the same command resumes {tmp_path}"
     for rank in (0, 1):
         assert "saved after [2]" in (tmp_path / f"logs/rank_{rank}.log").read_text(), "one signal, and time to save"
+
+
+def started_below(pid: int, what: str) -> list[int]:
+    """Processes of a launcher: the server that ranks are forked from, or ranks by their names."""
+    found = []
+    with suppress(psutil.Error):
+        for process in psutil.Process(pid).children(recursive=True):
+            with suppress(psutil.Error):
+                if process.name().startswith(what) or what in " ".join(process.cmdline()):
+                    found.append(process.pid)
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ranks are forked on Linux")
+def test_ctrl_c_while_ranks_start(words, tmp_path):
+    """There is nothing to save: it ends at once, and leaves no process."""
+    for what in ("forkserver", "rank_0"):
+        process = start(words, tmp_path / what, "wait")
+        wait_for(lambda: started_below(process.pid, what))  # noqa: B023 - called before the next
+        pids = started_below(process.pid, "")
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+        assert process.returncode == 130 and "Traceback" not in err, err
+        wait_for(lambda: not any(alive(str(pid)) for pid in pids))  # noqa: B023
 
 
 def test_under_torchrun_it_joins(words, tmp_path):
