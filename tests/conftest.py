@@ -45,7 +45,7 @@ def runs(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 def base(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoints of a pretrained model that knows a little, its tokenizer with them."""
     path = tmp_path_factory.mktemp("base") / "run"
-    assert runs(path) == []
+    assert runs(path, "train.micro_batch_size=2") == []
     return path / "checkpoints"
 
 

@@ -99,11 +99,14 @@ def run_to_end(command: list[str], name: str, console: Console) -> None:
             break
         except KeyboardInterrupt:
             interrupted = True
-    if interrupted:
-        console.print(f"{name} was interrupted; run the same command again to go on", highlight=False)
-        sys.exit(130)
+    _go_on_after(130 if interrupted else status, name, console)
+
+
+def _go_on_after(status: int, name: str, console: Console) -> None:
+    """Ends the demo where what was run has not ended well."""
     if status:
-        console.print(f"{name} failed (exit status {status}); run the same command again to go on", highlight=False)
+        how = "was interrupted" if status == 130 else f"failed (exit status {status})"
+        console.print(f"{name} {how}; run the same command again to go on", highlight=False)
         sys.exit(status)
 
 
@@ -125,12 +128,18 @@ def is_done(stage: DemoStage, root: Path, extra: list[str]) -> bool:
 
 
 def run(stage: DemoStage, root: Path, extra: list[str], console: Console) -> None:
-    """Runs one stage as a user would; its output is the user's to see."""
-    command = ["scale-llm", *words(stage, root, extra)]
+    """Runs one stage as a user would; its output is the user's to see. In this process, as points of a sweep are: what
+    ranks import is then imported once for all stages."""
+    from scale_llm.launch.cli import main as scale_llm
+
+    arguments = words(stage, root, extra)
     console.rule(f"[bold]{stage.name}")
-    console.print(" ".join(command), style="dim", highlight=False)
+    console.print(" ".join(["scale-llm", *arguments]), style="dim", highlight=False)
     began = time.monotonic()
-    run_to_end([sys.executable, "-m", "scale_llm.launch.cli", *command[1:]], stage.name, console)
+    try:
+        scale_llm(arguments)
+    except SystemExit as end:
+        _go_on_after(int(end.code or 0), stage.name, console)
     if stage.result == "done.json":
         (root / stage.name / stage.result).write_text(json.dumps({"seconds": time.monotonic() - began}))
 

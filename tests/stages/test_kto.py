@@ -8,8 +8,8 @@ from support.runs import BUDGET, PADDED, RANKS2, SP, SPLITS, TP2, assert_close, 
 from scale_llm.config.errors import UserError
 
 WORDS = ["stage=dpo", "stage.loss=kto", "model=from_checkpoint", "model.seq_length=96", "data.split='80,20,0'",
-         "optim.lr=1e-3", "train.global_batch_size=8", "train.train_iters=8", "train.eval_interval=4",
-         "optim.lr_warmup_iters=0", "stage.undesirable_weight=1.5"]  # fmt: skip
+         "optim.lr=1e-3", "train.global_batch_size=8", "train.micro_batch_size=2", "train.train_iters=8",
+         "train.eval_interval=4", "optim.lr_warmup_iters=0", "stage.undesirable_weight=1.5"]  # fmt: skip
 words = words_from(WORDS)
 
 

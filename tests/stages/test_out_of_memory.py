@@ -28,7 +28,7 @@ def parsed(text: str) -> float:
 def test_a_run_says_who_holds_the_memory(runs, tmp_path):
     """The allocator's own error, in the second step: a person has to mend it, and gets numbers, names and keys. FP32
     Adam holds as much for gradients as for weights, and twice that for its moments."""
-    words = ["train.train_iters=3", "train.global_batch_size=2", "train.eval_iters=0"]
+    words = ["train.train_iters=3", "train.global_batch_size=2", "train.micro_batch_size=2", "train.eval_iters=0"]
     ((told, log),) = runs.on_ranks("support.stage:run_without_memory", tmp_path / "run", *words)
     assert told[0] == "TryAgain", "one step is learnt, so a restart may get further"
     (said,) = told[1:]

@@ -17,8 +17,8 @@ from scale_llm.stages.health.watchdog import NoWatchdog
 from scale_llm.stages.profile import Profile
 from scale_llm.stages.report import TIMES
 
-WORDS = [RANKS2, "train.train_iters=4", "train.eval_interval=2", "checkpoint.save_interval=3", "profile.start=1",
-         "profile.stop=3"]  # fmt: skip
+WORDS = [RANKS2, "train.micro_batch_size=2", "train.train_iters=4", "train.eval_interval=2",
+         "checkpoint.save_interval=3", "profile.start=1", "profile.stop=3"]  # fmt: skip
 
 NAMES = {"iteration 2", "iteration 3", "data", "forward-backward", "forward-compute", "backward-compute",
          "reduction of gradients", "all-grads-sync", "optimizer", "optimizer-inner-step", "evaluation",

@@ -12,7 +12,8 @@ from support.ranks import environment
 from support.runs import BUDGET, PADDED, PP2, RANKS2, SP, TP2, last_validation, latest, losses, words_from
 
 WORDS = ["stage=sft", "model=from_checkpoint", "model.seq_length=128", "data.split='90,10,0'", "stage.num_samples=2",
-         "stage.max_new_tokens=6", "optim.lr=3e-3", "train.global_batch_size=4"]  # fmt: skip
+         "stage.max_new_tokens=6", "optim.lr=3e-3", "train.global_batch_size=4",
+         "train.micro_batch_size=2"]  # fmt: skip
 words = words_from(WORDS)
 LORA = ["peft=lora", "peft.rank=4", "peft.dropout=0.1"]
 

@@ -15,7 +15,7 @@ WORDS = [
     "model=tiny", "model.num_layers=4", "model.hidden_size=64", "model.num_attention_heads=4",
     "model.num_query_groups=2",
     "model.ffn_hidden_size=176", "model.seq_length=64", "tokenizer.vocab_size=512", "data.embedded_megabytes=0.5",
-    "data.split='90,10,0'", "train.micro_batch_size=2", "train.global_batch_size=8", "train.train_iters=20",
+    "data.split='90,10,0'", "train.micro_batch_size=4", "train.global_batch_size=8", "train.train_iters=20",
     "train.eval_interval=5", "train.eval_iters=1", "optim.lr=1e-3", "optim.lr_warmup_iters=5", "precision=fp32",
     "cluster=local_cpu", "cluster.omp_num_threads=1", "model.compile_ops=false",
 ]  # fmt: skip
@@ -120,11 +120,15 @@ def rows(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def assert_close(run_dir: Path, other: Path, tolerance: float = 3e-5) -> None:
-    """Every metric of training and validation of two runs, relative to 1 or the value."""
+    """Every metric of training and validation of two runs, relative to 1 or the value. While a policy is its reference
+    rounding alone decides whose reward is higher, so of such rows the accuracies are left out."""
     found, wanted = rows(run_dir), rows(other)
     assert [row.keys() for row in found] == [row.keys() for row in wanted]
     for row, like in zip(found, wanted, strict=True):
+        unlike = abs(like.get("rewards/margins", 1.0)) > 1e-4
         for key, value in like.items():
+            if key == "rewards/accuracies" and not unlike:
+                continue
             assert abs(row[key] - value) <= tolerance * max(1.0, abs(value)), (row["iteration"], key, row[key], value)
 
 
