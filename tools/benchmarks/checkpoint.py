@@ -1,7 +1,8 @@
 """What saving costs a run: the stall of an asynchronous save, the steps that it slows, and the rate of a write.
 
 A real engine (BF16 weights, FP32 main weights, Adam) saves its whole state to one disk; steps of training go on while a
-background save writes. In turns: a plain write of the same bytes in as many files, with an fsync each; the same with
+background save writes. Whoever is measured has a job of its own, as a fork takes longer the more memory a process has
+held. In turns: a plain write of the same bytes in as many files, with an fsync each; the same with
 the kernel asked to begin writing to the disk at once; a synchronous save; background saves of ours, of megatron-core
 (its own queue and writer) and of torch.distributed.checkpoint. Before each, files of the one before are removed and the
 disk is quiet. Medians of rounds.
@@ -11,11 +12,14 @@ is done. What a save costs in all is the time until it is published, less that o
 """
 
 import argparse
+import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
+from typing import Any
 
-from benchmarks.ranks import on_ranks
+from benchmarks.ranks import Job
 from benchmarks.rows import Row, faster, shorter
 
 HELP = "stall of an asynchronous save against a synchronous one, steps slowed by it, and the rate of a plain write"
@@ -31,6 +35,12 @@ LAYOUTS = {
 }
 """name -> (in rows, ranks, settings of the engine)."""
 
+JOBS = {
+    "ours": ["sync", "ours"], "plain": ["sync", "plain", "behind"], "megatron": ["megatron"], "torch": ["torch"],
+}  # fmt: skip
+"""Each with whom it measures; a plain write is of as many bytes as a synchronous save wrote."""
+WARM = 2
+"""Rounds that are left out: plans are made twice before they serve, memory grows to what it will be."""
 PEERS = {"megatron": "megatron-core, asynchronous", "torch": "torch's async_save"}
 
 
@@ -49,9 +59,30 @@ def run(arguments: argparse.Namespace) -> list[Row]:
     for name in arguments.layouts:
         title, ranks, settings = LAYOUTS[name]
         with tempfile.TemporaryDirectory(prefix="checkpoint_", dir=arguments.directory) as directory:
-            settings = {**settings, "layers": arguments.layers, "rounds": arguments.rounds, "directory": directory}
-            rows += _rows(title, on_ranks("benchmarks.checkpoint_rank", ranks, settings))
+            settings = {**settings, "layers": arguments.layers}
+            rows += _rows(title, _measured(Path(directory), ranks, settings, arguments.rounds))
     return rows
+
+
+def _measured(directory: Path, ranks: int, settings: dict[str, Any], rounds: int) -> dict[str, list[float]]:
+    """Values of every round, by name. One job at a time is at work."""
+    found: dict[str, list[float]] = {}
+    with ExitStack() as running:
+        jobs = {}
+        for name, contestants in JOBS.items():
+            (directory / name).mkdir()
+            own = {**settings, "directory": str(directory / name), "contestants": contestants}
+            jobs[name] = running.enter_context(Job("benchmarks.checkpoint_rank", ranks, own))
+        for index in range(WARM + rounds):
+            names = list(jobs)[index % len(jobs) :] + list(jobs)[: index % len(jobs)]
+            turns = {name: jobs[name].turn() for name in names}
+            values = {**turns["megatron"], **turns["torch"], **turns["plain"], **turns["ours"]}  # its own where shared
+            if index >= WARM:
+                for key, value in values.items():
+                    found.setdefault(key, []).append(value)
+                shown = ", ".join(f"{key} {value:.3f}" for key, value in values.items() if key != "bytes")
+                print(f"round {index - WARM + 1}/{rounds}: {shown}", file=sys.stderr, flush=True)
+    return found
 
 
 def _rows(title: str, found: dict[str, list[float]]) -> list[Row]:

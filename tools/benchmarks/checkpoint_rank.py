@@ -1,6 +1,8 @@
-"""A rank of the benchmark of checkpoints. Rank 0 prints {name: a value of every round}.
+"""A rank of a job of the benchmark of checkpoints. For every line that it reads rank 0 prints {name: value}.
 
-python -m benchmarks.checkpoint_rank '{"directory": ..., "layers": 8, "rounds": 7, "tp": 1, "distributed": false}'
+python -m benchmarks.checkpoint_rank '{"directory": ..., "contestants": ["sync", "ours"], "layers": 8, "tp": 1}'
+
+Settings: also `distributed`, the distributed optimizer; `size` of `common.SIZES`, `device`, `longest`.
 """
 
 import json
@@ -17,8 +19,6 @@ from typing import Any
 from benchmarks.common import quick_weights, set_optimizer, shape, threads
 
 BATCH, SEQUENCE, HIDDEN, FFN, VOCABULARY = 2, 256, 1024, 2816, 8192
-WARM = 2
-"""Rounds that are left out: plans are made twice before they serve, memory grows to what it will be."""
 UNDISTURBED = 3
 """Steps of a round without a save."""
 BACKGROUND = ("ours", "megatron", "torch")
@@ -30,42 +30,32 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     settings = json.loads(sys.argv[1])
-    found = measure(Path(settings["directory"]), settings)
-    if found is not None:
-        print(json.dumps(found), file=answers, flush=True)
-
-
-def measure(
-    directory: Path, settings: dict[str, Any], each_round: Callable[[dict[str, list[float]]], None] | None = None
-) -> dict[str, list[float]] | None:
-    """settings: beside those above, `contestants`, names of those that take part; `size` of `common.SIZES` and
-    `device`; `warm`, rounds that are left out. each_round: called with what is known after every round."""
+    directory = Path(settings["directory"])
     step, contestants = build(directory, settings)
-    contestants = {name: contestants[name] for name in settings.get("contestants", contestants)}
-    warm = settings.get("warm", WARM)
     import torch.distributed as dist
 
     from scale_llm.parallel.device import stop
 
-    found: dict[str, list[float]] = {}
-    for index in range(warm + settings["rounds"]):
-        names = list(contestants)
-        for name in names[index % len(names) :] + names[: index % len(names)]:
+    names = settings["contestants"]
+    while told():
+        values = {}
+        for name in names:
             quiet(directory)
             undisturbed = timed_steps(step) if name in BACKGROUND else 0.0
-            values = contestants[name](undisturbed)
-            values |= {"undisturbed": undisturbed} if name in BACKGROUND else {}
-            if index >= warm:
-                for key, value in values.items():
-                    found.setdefault(key, []).append(value)
-        if dist.get_rank() == 0 and index >= warm:
-            shown = ", ".join(f"{key} {values[-1]:.3f}" for key, values in found.items() if key != "bytes")
-            print(f"round {index - warm + 1}/{settings['rounds']}: {shown}", file=sys.stderr, flush=True)
-            if each_round is not None:
-                each_round(found)
-    first = dist.get_rank() == 0
+            values |= contestants[name](undisturbed) | ({"undisturbed": undisturbed} if name in BACKGROUND else {})
+        names = names[1:] + names[:1]
+        if dist.get_rank() == 0:
+            print(json.dumps(values), file=answers, flush=True)
     stop()
-    return found if first else None
+
+
+def told() -> bool:
+    """Whether there is another turn, which rank 0 reads; the others wait for what it says."""
+    import torch.distributed as dist
+
+    lines = [sys.stdin.readline() if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(lines)
+    return bool(lines[0])
 
 
 def quiet(directory: Path) -> None:
@@ -225,10 +215,9 @@ def build(directory: Path, settings: dict[str, Any]):
         "sync": sync, "ours": background, "plain": plain("plain", begin_early=False),
         "behind": plain("behind", begin_early=True),
     }  # fmt: skip
-    if "contestants" in settings:
-        return step, contestants
-    contestants["megatron"] = in_background("megatron", step, *_megatron(directory / "megatron", state))
-    contestants["torch"] = in_background("torch", step, *_torch(directory / "torch", state))
+    for name, peer in {"megatron": _megatron, "torch": _torch}.items():
+        if name in settings["contestants"]:
+            contestants[name] = in_background(name, step, *peer(directory / name, state))
     return step, contestants
 
 

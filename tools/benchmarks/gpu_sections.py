@@ -156,8 +156,7 @@ def checkpoint(scale: str, device: str, deadline: float, directory: str) -> Foun
     alone()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     size = "1b" if scale == "full" else "tiny"
-    settings = {"size": size, "device": device, "contestants": ["sync", "ours"],
-                "warm": 0, "rounds": 1, "longest": 10**6}  # fmt: skip
+    settings = {"size": size, "device": device, "contestants": ["sync", "ours"], "longest": 10**6}
     step, contestants = checkpoint_rank.build(Path(directory), settings)
     values: list[dict[str, float]] = []
     for _ in range(1 + (3 if scale == "full" else 1)):
