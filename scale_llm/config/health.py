@@ -22,8 +22,8 @@ class HealthConfig:
     every save; None: never. Where they differ the run goes back to its last checkpoint."""
     straggler_interval: int | None = None
     """Iterations between timings of the same products and copies on every rank; None: never. Where
-    nvidia-resiliency-ext is installed its straggler report is made of them, and of the kernels of the step before where
-    it has CUPTI."""
+    nvidia-resiliency-ext is installed its straggler report is made of them; in pretraining also of the kernels of the
+    step before, where it has CUPTI."""
     straggler_factor: float = 1.5
     """A rank that takes so many times as long as the median (or, by that report, as at its own best, or its kernels as
     the fastest rank's), twice in a row, is named with its host."""

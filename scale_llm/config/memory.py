@@ -9,7 +9,7 @@ from scale_llm.config.plan import Memory, make_layout, make_plan
 from scale_llm.config.policy import PolicyStageConfig
 from scale_llm.config.run import RunConfig
 from scale_llm.config.stage import Batching, SequenceStageConfig, UntrainedStageConfig
-from scale_llm.config.train import RecomputeGranularity
+from scale_llm.config.train import CudaGraphImpl, RecomputeGranularity
 
 
 def memory_problems(cfg: RunConfig, machine: Machine) -> list[str]:
@@ -88,7 +88,9 @@ def _fewer_activations(cfg: RunConfig) -> list[str]:
         found.append(f"a smaller stage.max_tokens_per_micro_batch={stage.max_tokens_per_micro_batch}")
     elif train.micro_batch_size > 1:
         found.append(f"train.micro_batch_size={train.micro_batch_size // 2} (the same batch in more parts)")
-    if train.recompute_granularity is not RecomputeGranularity.full:
+    if train.cuda_graph_impl is CudaGraphImpl.local:
+        found.append("train.cuda_graph_impl=none")
+    elif train.recompute_granularity is not RecomputeGranularity.full:
         found.append("train.recompute_granularity=full")
     if parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel:
         found.append("parallel.sequence_parallel=true")

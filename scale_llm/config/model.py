@@ -21,11 +21,6 @@ class Backend(Enum):
     local = "local"
 
 
-class CudaGraphImpl(Enum):
-    none = "none"
-    local = "local"
-
-
 class Head(Enum):
     language_model = "language_model"
     reward = "reward"
@@ -109,6 +104,3 @@ class ModelConfig:
     compile_ops: bool | None = None
     """torch.compile for the element-wise passes of the torch backend (norms, SwiGLU, RoPE, softmax): seconds at the
     first start of a shape, then a third faster. None: yes where this machine has the compiler for it."""
-    cuda_graph_impl: CudaGraphImpl = CudaGraphImpl.none
-    """local: the forward and the backward pass of each layer are one launch, which pays where kernels are short. For
-    pretraining with backend=torch and data parallelism alone; weight gradients are then not fused."""

@@ -17,6 +17,7 @@ from scale_llm.config.peft import PeftMethod
 from scale_llm.config.policy import PolicyStageConfig
 from scale_llm.config.run import RunConfig
 from scale_llm.config.stage import UntrainedStageConfig
+from scale_llm.config.train import CudaGraphImpl
 from scale_llm.config.validate_layout import world_size
 
 
@@ -176,10 +177,12 @@ def estimate_memory(
     in_fp32 = cfg.precision.accumulate_allreduce_grads_in_fp32 or _weight_bytes(cfg) == 4
     distributed = cfg.parallel.use_distributed_optimizer
     dense_share, expert_share = (layout.dp * layout.cp, layout.expert_dp) if distributed else (1, 1)
+    # Graphs of layers have a place for the gradients of their weights, beside those that are summed
+    graphs = weights if cfg.train.cuda_graph_impl is CudaGraphImpl.local else 0
     owned = -(-rank.dense // dense_share) + -(-rank.experts // expert_share)
     return Memory(
         weights=weights,
-        gradients=rank.total * (4 if in_fp32 else 2),
+        gradients=rank.total * (4 if in_fp32 else 2) + graphs,
         optimizer=owned * _optimizer_bytes(cfg),
         activations=activations,
     )

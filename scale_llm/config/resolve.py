@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 from scale_llm.config.cluster import Device, Launcher
+from scale_llm.config.data import LoaderKind
 from scale_llm.config.machine import Machine
 from scale_llm.config.model import Backend, Head, ModelConfig
 from scale_llm.config.names import run_name
@@ -29,6 +30,7 @@ from scale_llm.config.stage import (
     answers_in_a_row,
 )
 from scale_llm.config.tokenizer import TokenizerConfig
+from scale_llm.config.train import CudaGraphImpl
 
 
 def resolve(cfg: RunConfig, machine: Machine) -> RunConfig:
@@ -110,6 +112,8 @@ def _resolve_stage(cfg: RunConfig) -> None:
     stage = cfg.stage
     if cfg.data.reset_attention_mask and cfg.model.backend is Backend.auto:
         cfg.model.backend = Backend.torch  # Transformer Engine passes over masks of its own causal attention
+    if cfg.train.cuda_graph_impl is CudaGraphImpl.local and cfg.data.loader is LoaderKind.auto:
+        cfg.data.loader = LoaderKind.torch  # DALI's threads would call CUDA while graphs are captured
     if isinstance(stage, PolicyStageConfig):
         cfg.checkpoint.finetune = True
         if stage.max_tokens_per_micro_batch is None:

@@ -15,6 +15,11 @@ class RecomputeMethod(Enum):
     block = "block"
 
 
+class CudaGraphImpl(Enum):
+    none = "none"
+    local = "local"
+
+
 @dataclass(kw_only=True, slots=True)
 class TrainConfig:
     micro_batch_size: int = 1
@@ -45,3 +50,7 @@ class TrainConfig:
     """Activations computed again in the backward pass: none, attention only (selective), whole layers (full)."""
     recompute_method: RecomputeMethod = RecomputeMethod.uniform
     recompute_num_layers: int = 1
+    cuda_graph_impl: CudaGraphImpl = CudaGraphImpl.none
+    """local: the forward and the backward pass of each layer are one launch, which pays where kernels are short. For
+    pretraining with model.backend=torch and data parallelism alone. Weight gradients are then not fused, and a second
+    copy of the layers' own stays in memory."""

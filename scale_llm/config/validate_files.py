@@ -17,7 +17,6 @@ FREE = {
     "name",
     "backend",
     "compile_ops",
-    "cuda_graph_impl",
     "architecture",
     "rope_scaling",
     "rope_scaling_factor",

@@ -1,19 +1,20 @@
 """Whether layers can be replayed as CUDA graphs: what a graph has recorded happens again, and nothing else."""
 
 from scale_llm.config.cluster import Device
-from scale_llm.config.model import Backend, CudaGraphImpl
+from scale_llm.config.data import LoaderKind
+from scale_llm.config.model import Backend
 from scale_llm.config.peft import PeftMethod
 from scale_llm.config.run import RunConfig
 from scale_llm.config.stage import PretrainConfig
-from scale_llm.config.train import RecomputeGranularity
+from scale_llm.config.train import CudaGraphImpl, RecomputeGranularity
 
-KEY = "model.cuda_graph_impl=local"
-NONE = "model.cuda_graph_impl=none"
+KEY = "train.cuda_graph_impl=local"
+NONE = "train.cuda_graph_impl=none"
 
 
 def graph_problems(cfg: RunConfig) -> list[str]:
     """Keys that it cannot be used with."""
-    if cfg.model.cuda_graph_impl is CudaGraphImpl.none:
+    if cfg.train.cuda_graph_impl is CudaGraphImpl.none:
         return []
     if cfg.cluster.device is Device.cpu:
         return [f"{KEY}: CUDA graphs need an NVIDIA GPU; set {NONE}"]
@@ -28,6 +29,8 @@ def graph_problems(cfg: RunConfig) -> list[str]:
         found.append((f"precision.fp8={cfg.precision.fp8.value}", "its scales change between steps", "null"))
     if cfg.peft.method is not PeftMethod.none:
         found.append((f"peft.method={cfg.peft.method.value}", "graphs are of layers that are trained whole", "none"))
+    if cfg.data.loader is LoaderKind.dali:
+        found.append(("data.loader=dali", "its threads would call CUDA while a graph is captured", "torch"))
     if cfg.data.reset_attention_mask:
         found.append(("data.reset_attention_mask=true", "every sample has a mask of its own", "false"))
     return [f"{KEY}, {key}: {why}; set {key.split('=')[0]}={value}, or {NONE}" for key, why, value in found]

@@ -7,7 +7,7 @@ micro-batches and data- and context-parallel ranks.
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +18,10 @@ from megatron.core.optimizer_param_scheduler import get_canonical_lr_for_logging
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
-from scale_llm.config.model import Backend, CudaGraphImpl
+from scale_llm.config.model import Backend
 from scale_llm.config.peft import LOW_RANK, BaseQuantization, PeftMethod
 from scale_llm.config.run import RunConfig
+from scale_llm.config.train import CudaGraphImpl
 from scale_llm.engine.counted import COUNTED, only_counted
 from scale_llm.engine.moe import load_balancing_losses
 from scale_llm.engine.offload import Offload, Offloaded
@@ -30,7 +31,7 @@ from scale_llm.engine.update import Update, update
 from scale_llm.models import fp8
 from scale_llm.models.adapters.layers import without_adapters
 from scale_llm.models.gpt import build_gpt
-from scale_llm.models.layer_graphs import graph_layers
+from scale_llm.models.layer_graphs import capturable, graph_layers
 from scale_llm.models.packing import PackedSequences, packed_sequences
 from scale_llm.models.spec import choose_backend
 from scale_llm.models.transformer_config import transformer_config
@@ -97,10 +98,11 @@ class Engine:
         self._counts: list[torch.Tensor] = []  # of the micro-batches of this step, on the last stage
         self._tokens = 1.0  # that counted in the last global batch
         self._spoils = False
-        self._waits_for_graphs = trainable and cfg.model.cuda_graph_impl is CudaGraphImpl.local
+        self._replays = self._waits_for_graphs = trainable and cfg.train.cuda_graph_impl is CudaGraphImpl.local
         self.updates = 0  # optimizer steps that were not skipped
         if trainable:
-            self.chunks = self._wrap(cfg)
+            with capturable() if self._replays and device.is_cuda else nullcontext():
+                self.chunks = self._wrap(cfg)
             self.optimizer = build_optimizer(self.chunks, mesh, cfg.optim, cfg.precision, cfg.parallel, cfg.logging)
             self.scheduler = build_scheduler(self.optimizer, cfg.optim, cfg.train)
             self._connect(cfg)
@@ -229,7 +231,7 @@ class Engine:
         }
         said = [f"{self.backend.value} layers", attention[self.backend]]
         said.append(f"weight gradients {'fused' if self.config.gradient_accumulation_fusion else 'not fused'}")
-        if self._waits_for_graphs:
+        if self._replays:
             said.append("layers as CUDA graphs")
         inner = [part.optimizer for part in parts(self.optimizer)] if self.optimizer is not None else []
         said += sorted({name_of(optimizer) for optimizer in inner if optimizer is not None})

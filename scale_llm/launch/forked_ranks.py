@@ -79,14 +79,14 @@ def _nothing_to_run_again() -> Iterator[None]:
 
 def _rank(run_dir: str, environment: dict[str, str]) -> None:
     """The life of a forked rank."""
+    for number in rank_program.STOP_SIGNALS:  # first: what comes to its group would be passed over, as by the server
+        signal.signal(number, signal.SIG_DFL)
     os.setsid()
     rank_program.die_with_parent()
     launcher = multiprocessing.parent_process()
     if launcher is None or not launcher.is_alive():  # and so ended before this rank was bound to its end
         os._exit(1)
     multiprocessing.set_start_method(None, force=True)  # that of other programs, in code that a user brings
-    for number in rank_program.STOP_SIGNALS:
-        signal.signal(number, signal.SIG_DFL)
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = [rank_program.__file__, run_dir]

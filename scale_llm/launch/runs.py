@@ -110,7 +110,8 @@ def check(plan: Planned) -> int:
 
 def prepare(plan: Planned) -> int:
     """Make the run's data and nothing else: a start of the run finds them. This machine may be unfit for its ranks."""
-    of_ranks = ("cluster.", "parallel.", "layout.", "precision.", "model.backend", "model.compile_ops")
+    of_ranks = ("cluster.", "parallel.", "layout.", "precision.", "model.backend", "model.compile_ops",
+                "train.cuda_graph_impl")  # fmt: skip
     if found := [problem for problem in problems(plan) if not problem.startswith(of_ranks)]:
         raise UserError(found)
     from scale_llm.launch.preparation import prepare_data

@@ -6,7 +6,8 @@ nothing that Python decides in between, to which config.validate_graphs holds a 
 its activations: the backward pass of a micro-batch comes before the next forward pass.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -39,6 +40,17 @@ class Replayed:
         if not trains or hidden_states.shape != self._shape or any(other is not None for other in others):
             return self._itself(hidden_states, attention_mask, rotary_pos_emb=rotary_pos_emb, **rest)
         return self._replay(hidden_states, *([] if rotary_pos_emb is None else [rotary_pos_emb])), None
+
+
+@contextmanager
+def capturable() -> Iterator[None]:
+    """Around what makes the nodes of autograd that add up gradients, and keeps them: those of the default stream would
+    bring it into a capture, which torch refuses."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
 
 
 def graph_layers(model: Any, rows: int, tokens: int) -> None:

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from scale_llm.config.model import CudaGraphImpl, ModelConfig, RouterBalancing
+from scale_llm.config.model import ModelConfig, RouterBalancing
 from scale_llm.config.parallel import ParallelConfig
 from scale_llm.config.precision import PrecisionConfig
-from scale_llm.config.train import RecomputeGranularity, TrainConfig
+from scale_llm.config.train import CudaGraphImpl, RecomputeGranularity, TrainConfig
 
 
 def openai_gelu(x: torch.Tensor) -> torch.Tensor:
@@ -89,7 +89,7 @@ def transformer_config(
             layers._grad_accum_fusion_available
             and precision.accumulate_allreduce_grads_in_fp32
             # Marks of Python would not be set where a graph is replayed
-            and model.cuda_graph_impl is CudaGraphImpl.none
+            and train.cuda_graph_impl is CudaGraphImpl.none
         ),
         masked_softmax_fusion=False,
         bias_dropout_fusion=False,

@@ -7,6 +7,7 @@ import pytest
 from support.configs import config_of
 
 from scale_llm.config.cluster import Device
+from scale_llm.config.data import LoaderKind
 from scale_llm.config.machine import Machine
 from scale_llm.config.resolve import default_ffn_hidden_size, resolve
 
@@ -36,6 +37,11 @@ def test_ops_are_compiled_where_there_is_a_compiler():
     assert resolved(LAPTOP).model.compile_ops is False
     assert resolved(dataclasses.replace(LAPTOP, compiler=True)).model.compile_ops is True
     assert resolved(dataclasses.replace(LAPTOP, compiler=True), "model.compile_ops=false").model.compile_ops is False
+
+
+def test_graphs_are_captured_beside_no_other_threads():
+    assert resolved(GPUS).data.loader is LoaderKind.auto
+    assert resolved(GPUS, "train.cuda_graph_impl=local").data.loader is LoaderKind.torch
 
 
 @pytest.mark.parametrize(

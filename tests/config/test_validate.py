@@ -89,7 +89,7 @@ CASES = {
     "checkpoint.load=/usr": ["checkpoint.load=/usr"],
     "cluster.device=cuda": ["cluster.device=cuda"],
     "model.compile_ops=true": ["model.compile_ops=true"],
-    "model.cuda_graph_impl=local": ["model.cuda_graph_impl=local"],
+    "train.cuda_graph_impl=local": ["train.cuda_graph_impl=local"],
     "run_dir=/etc/passwd": ["run_dir=/etc/passwd"],
     "run_dir=/etc/passwd/x": ["run_dir=/etc/passwd/x"],
 }  # fmt: skip

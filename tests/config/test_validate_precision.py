@@ -94,7 +94,7 @@ def test_overlap_of_tensor_parallelism_takes_transformer_engine_and_one_shape():
 
 
 def test_cuda_graphs_take_what_is_the_same_in_every_step():
-    words = ["model.cuda_graph_impl=local", "model.backend=torch", "precision=bf16"]
+    words = ["train.cuda_graph_impl=local", "model.backend=torch", "precision=bf16"]
     assert problems(*words) == problems(*words, "parallel.use_distributed_optimizer=true") == []
     wrong = {
         "stage=sft": ["stage=sft", "data.path=/"],
@@ -110,6 +110,7 @@ def test_cuda_graphs_take_what_is_the_same_in_every_step():
         "model.backend=auto": ["model.backend=auto"],
         "train.recompute_granularity=full": ["train.recompute_granularity=full"],
         "peft.method=lora": ["peft=lora"],
+        "data.loader=dali": ["data.loader=dali"],
         "data.reset_attention_mask=true": ["data.reset_attention_mask=true"],
     }
     for start, given in wrong.items():

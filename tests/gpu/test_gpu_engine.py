@@ -60,6 +60,7 @@ def test_cuda_graphs_are_the_same(gpu_ranks, overrides):
         gpu_ranks(1, "support.graphs:train", overrides=overrides, steps=10, replayed=replayed, on_gpu=True)[0]
         for replayed in (False, True)
     )
+    assert graphed["graphed"] and not plain["graphed"]
     tolerance = 3e-3 if "precision.bf16" in overrides else TOLERANCE
     for what in ("loss", "grad_norm", "evaluated"):
         assert max(map(relative, graphed[what], plain[what])) < tolerance, what

@@ -20,5 +20,6 @@ def test_training_is_the_same_to_the_last_bit(ranks, overrides, world):
     for before, after in zip(plain, replayed, strict=True):
         replays = after.pop("replays")
         assert (before.pop("replays"), replays) == (0, STEPS * after["micro_batches"] * 4), "four layers"
+        assert not before.pop("graphed") and after.pop("graphed")
         assert before == after
         assert after["loss"][-1] < after["loss"][0] and after["another_shape"] > 0

@@ -1,9 +1,12 @@
 """What a rank does in the tests of CUDA graphs, on a GPU or with a stand-in for them."""
 
+from contextlib import ExitStack
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
+from scale_llm.config.run import RunConfig
 from scale_llm.engine import engine as engines
 from support.batches import GLOBAL_BATCH, samples
 from support.training import config, make_engine, micro_batches
@@ -55,11 +58,16 @@ def train(overrides: dict[str, Any], steps: int, replayed: bool, on_gpu: bool = 
 
     replayed: False leaves the layers as they are, all else alike.
     """
-    cfg = config({**overrides, "model.backend": "torch", "model.cuda_graph_impl": "local"})
-    if not replayed:
-        engines.graph_layers = lambda *_: None
-    elif not on_gpu:
-        torch.cuda.make_graphed_callables = stand_in
+    cfg = config({**overrides, "model.backend": "torch", "train.cuda_graph_impl": "local"})
+    with ExitStack() as changes:  # on a GPU one process is the rank of all calls
+        if not replayed:
+            changes.enter_context(patch.object(engines, "graph_layers", lambda *_: None))
+        elif not on_gpu:
+            changes.enter_context(patch.object(torch.cuda, "make_graphed_callables", stand_in))
+        return _train(cfg, steps)
+
+
+def _train(cfg: RunConfig, steps: int) -> dict[str, Any]:
     engine, loss = make_engine(cfg)
     seen: dict[str, Any] = {"loss": [], "grad_norm": [], "evaluated": []}
     for step in range(steps):
@@ -72,4 +80,6 @@ def train(overrides: dict[str, Any], steps: int, replayed: bool, on_gpu: bool = 
     result = engine.train_step(micro_batches(longer, engine.mesh, 1), loss, samples=GLOBAL_BATCH)
     seen["another_shape"] = result.metrics["lm loss"]
     seen["replays"], seen["micro_batches"] = StandIn.replays, len(batches)
+    layers = engine.modules[0].decoder.layers
+    seen["graphed"] = all(type(layer.forward).__name__ == "Replayed" for layer in layers)
     return seen

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from scale_llm.config.model import Backend, CudaGraphImpl, Normalization, PositionEmbedding
+from scale_llm.config.model import Backend, Normalization, PositionEmbedding
 from scale_llm.config.optim import DecayStyle, Optimizer
 from scale_llm.config.peft import BaseQuantization, PeftMethod
 from scale_llm.config.run import RunConfig
-from scale_llm.config.train import RecomputeGranularity, RecomputeMethod
+from scale_llm.config.train import CudaGraphImpl, RecomputeGranularity, RecomputeMethod
 from scale_llm.engine.engine import Engine
 from scale_llm.losses.language_model import language_model_loss
 from scale_llm.parallel.device import Device, seed_everything
@@ -29,7 +29,7 @@ TINY = {
     "train.train_iters": 20, "train.micro_batch_size": 1, "train.global_batch_size": GLOBAL_BATCH, "optim.lr": 1e-3,
 }  # fmt: skip
 _ENUMS = {
-    "model.backend": Backend, "model.cuda_graph_impl": CudaGraphImpl,
+    "model.backend": Backend, "train.cuda_graph_impl": CudaGraphImpl,
     "model.normalization": Normalization, "model.position_embedding_type": PositionEmbedding,
     "optim.optimizer": Optimizer, "optim.lr_decay_style": DecayStyle,
     "peft.method": PeftMethod, "peft.quantize_base": BaseQuantization,

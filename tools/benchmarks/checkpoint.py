@@ -4,8 +4,8 @@ A real engine (BF16 weights, FP32 main weights, Adam) saves its whole state to o
 background save writes. Whoever is measured has a job of its own, as a fork takes longer the more memory a process has
 held. In turns: a plain write of the same bytes in as many files, with an fsync each; the same with
 the kernel asked to begin writing to the disk at once; a synchronous save; background saves of ours, of megatron-core
-(its own queue and writer) and of torch.distributed.checkpoint. Before each, files of the one before are removed and the
-disk is quiet. Medians of rounds.
+(its own queue and writer) and of torch.distributed.checkpoint. Before each, files that its job wrote before are
+removed and the disk is quiet. Medians of rounds. Four jobs hold a model at once.
 
 The stall is all time between two steps, on the slowest rank: in the call that saves, and in those that look whether it
 is done. What a save costs in all is the time until it is published, less that of as many undisturbed steps.
@@ -50,7 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--rounds", type=int, default=5, help="rounds of the alternation (default: 5; medians of them)")
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
-    parser.add_argument("--directory", type=Path, help="where checkpoints go, twice their size (default: temporary)")
+    parser.add_argument(
+        "--directory", type=Path, help="where checkpoints go, five times their size (default: temporary)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> list[Row]:

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,9 @@ class Job:
         """Has it do its part once; what it answers."""
         pipe = self._processes[0].stdin
         assert pipe is not None
-        pipe.write("go\n")
-        pipe.flush()
+        with suppress(BrokenPipeError):  # it has ended: no answer comes
+            pipe.write("go\n")
+            pipe.flush()
         return self.answer()
 
     def answer(self) -> Any:

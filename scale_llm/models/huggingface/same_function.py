@@ -7,8 +7,8 @@ from pathlib import Path
 from scale_llm.config.model import Head, ModelConfig, PositionEmbedding, RopeScaling
 
 FREE = {
-    "name", "architecture", "backend", "compile_ops", "cuda_graph_impl", "seq_length", "make_vocab_size_divisible_by",
-    "hidden_dropout", "attention_dropout", "init_method_std", "moe_aux_loss_coeff", "moe_router_load_balancing_type",
+    "name", "architecture", "backend", "compile_ops", "seq_length", "make_vocab_size_divisible_by", "hidden_dropout",
+    "attention_dropout", "init_method_std", "moe_aux_loss_coeff", "moe_router_load_balancing_type",
 }  # fmt: skip
 """Fields of the model that do not change what its weights compute."""
 

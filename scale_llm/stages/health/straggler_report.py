@@ -67,11 +67,24 @@ class StragglerReport:
         if self._kernels is None:
             yield
             return
-        self._kernels.start_profiling()
+        try:
+            self._kernels.start_profiling()
+        except RuntimeError as error:
+            self._without_kernels(error)
+            yield
+            return
         try:
             yield
         finally:
-            self._kernels.stop_profiling()
+            try:
+                self._kernels.stop_profiling()
+            except RuntimeError as error:
+                self._without_kernels(error)
+
+    def _without_kernels(self, error: RuntimeError) -> None:
+        """A report that is no more than good to have ends no run."""
+        self._kernels = None
+        print(f"straggler report: CUPTI sees no kernels ({error})", flush=True)
 
     def scores(self, seconds: list[float]) -> Scores | None:
         """Of the rounds of this rank and the kernels since the last call; None but on rank 0. A collective."""
@@ -130,12 +143,13 @@ def _is_installed() -> bool:
 
 
 def _kernel_times() -> Any:
-    """CUPTI's manager of the package; None where its module was not built or does not load."""
+    """CUPTI's manager of the package; None where its module was not built, does not load or finds another profiler."""
     from nvidia_resiliency_ext.straggler.cupti import CuptiManager
 
     try:
         kernels = CuptiManager(statsMaxLenPerKernel=STATISTICS_KEPT)
-    except ImportError:
+        kernels.initialize()
+    except (ImportError, RuntimeError) as error:
+        print(f"straggler report: CUPTI sees no kernels ({error})", flush=True)
         return None
-    kernels.initialize()
     return kernels
