@@ -37,7 +37,7 @@ LAYOUTS = {
     "dp2_fp32": [RANKS2],
     "tp2_dp2": [TP2, SP, "cluster.nproc_per_node=4", "precision=bf16"],
     "moe_ep2_dp2": [f"{key}={value}" for key, value in MOE.items() if key != "model.num_layers"]
-    + ["parallel.expert_model_parallel_size=2", "cluster.nproc_per_node=4"],
+    + ["parallel.expert_model_parallel_size=2", "cluster.nproc_per_node=4", "train.micro_batch_size=2"],
 }
 
 

@@ -7,7 +7,8 @@ import pytest
 from support.runs import latest, rows
 
 WORDS = ["stage=sft", "model=from_checkpoint", "model.seq_length=128", "stage.batching=padded", "stage.num_samples=0",
-         "data.split='75,25,0'", "train.global_batch_size=6", "train.train_iters=1"]  # fmt: skip
+         "data.split='75,25,0'", "train.global_batch_size=6", "train.micro_batch_size=2",
+         "train.train_iters=1"]  # fmt: skip
 
 
 def write(path, turns):
