@@ -195,6 +195,8 @@ def _add_training(table: Table, run_dir: Path) -> None:
 
 
 def main() -> None:
+    from scale_llm.config.errors import UserError, numbered
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=Path("runs/demo"), help="where the runs lie (default: runs/demo)")
     parser.add_argument("overrides", nargs="*", help="configuration overrides for every stage, e.g. precision=fp32")
@@ -203,7 +205,11 @@ def main() -> None:
     began = time.monotonic()
     curate(root, console)
     for stage in stages(root):
-        if is_done(stage, root, arguments.overrides):
+        try:
+            done = is_done(stage, root, arguments.overrides)
+        except UserError as error:
+            sys.exit(numbered(error.problems))
+        if done:
             console.print(f"{stage.name}: done before, in {root / stage.name}", highlight=False)
         else:
             run(stage, root, arguments.overrides, console)
