@@ -150,6 +150,17 @@ def test_a_slow_rank_is_named(runs, tmp_path):
     assert all(event["times"] > 3 and event["host"] for event in found)
 
 
+def test_kernels_are_compared_with_the_fastest_ranks(ranks):
+    """By a stand-in for CUPTI; where it does not start on one rank the run goes on, and no rank is compared."""
+    pytest.importorskip("nvidia_resiliency_ext.straggler")
+    (times, lowest), _ = ranks(2, "support.health:kernels_reported", fails=False)
+    taken = {(rank, than): round(value, 3) for rank, than, value in times}
+    assert taken[1, "the fastest rank's kernels"] == 2.0 and taken[0, "the fastest rank's kernels"] == 1.0
+    assert (lowest["kernels_relative"], lowest["kernels_relative_rank"]) == (0.5, 1)
+    (times, lowest), _ = ranks(2, "support.health:kernels_reported", fails=True)
+    assert "the fastest rank's kernels" not in {than for _, than, _ in times} and "kernels_relative" not in lowest
+
+
 def test_the_report_of_nvidias_package_compares_a_rank_with_its_own_best(runs, tmp_path):
     """The rank that becomes slow, and its score beside the other's."""
     pytest.importorskip("nvidia_resiliency_ext.straggler")

@@ -118,9 +118,9 @@ class Health:
     def _slow_ranks(self, iteration: int) -> list[str]:
         """Times the ranks and notes what is found; remarks."""
         assert self._stragglers is not None
-        slow, remarks = self._stragglers.slow_ranks(), []
-        if self._stragglers.scores is not None:
-            self._note("straggler report", iteration=iteration, **self._stragglers.scores.lowest())
+        (slow, scores), remarks = self._stragglers.check(), []
+        if scores is not None:
+            self._note("straggler report", iteration=iteration, **scores.lowest())
         for one in slow:
             remarks.append(f"rank {one.rank} on {one.host} takes {one.times:.1f} times as long as {one.than} for the "
                            "same work")  # fmt: skip

@@ -44,30 +44,30 @@ class Stragglers:
         self._matrix = torch.randn(SIZE, SIZE, generator=generator).to(device.device)
         self._copied = torch.zeros(1 << 22, device=device.device)
         self._report: StragglerReport | None = straggler_report(device, group, sees_kernels=sees_kernels)
-        self.scores: Scores | None = None
-        """Of the last check, on the first rank, where nvidia-resiliency-ext is installed."""
 
     def watched(self) -> AbstractContextManager:
         """Around the step before a check."""
         return nullcontext() if self._report is None else self._report.watched()
 
-    def slow_ranks(self) -> list[Slow]:
-        """Those that were slow this time and the last, compared with the same. A collective."""
+    def check(self) -> tuple[list[Slow], Scores | None]:
+        """Ranks that were slow this time and the last, compared with the same; and, on the first rank where
+        nvidia-resiliency-ext is installed, its scores. A collective."""
         seconds = [self._round() for _ in range(TIMES)]
         told: list[Any] = [None] * dist.get_world_size(self._group)
         # The median of a few rounds: one that something else interrupted says nothing
         dist.all_gather_object(told, (socket.gethostname(), statistics.median(seconds)), group=self._group)
         middle = statistics.median_low([seconds for _, seconds in told])
         found = [(rank, MEDIAN, seconds / middle) for rank, (_, seconds) in enumerate(told)]
+        scores = None
         if self._report is not None:
-            self.scores = self._report.scores(seconds)
-            reported = [] if self.scores is None else self.scores.times()
-            lists: list[Any] = [reported]
-            dist.broadcast_object_list(lists, group=self._group, group_src=0)
-            found += lists[0]
+            scores = self._report.scores(seconds)
+            reported: list[Any] = [None if scores is None else scores.times()]
+            dist.broadcast_object_list(reported, group=self._group, group_src=0)
+            found += reported[0]
         slow = {(rank, than): times for rank, than, times in found if times > self._factor}
         again, self._slow = sorted(slow.keys() & self._slow), set(slow)
-        return [Slow(rank=rank, host=told[rank][0], times=slow[rank, than], than=than) for rank, than in again]
+        named = [Slow(rank=rank, host=told[rank][0], times=slow[rank, than], than=than) for rank, than in again]
+        return named, scores
 
     @torch.no_grad()
     def _round(self) -> float:
