@@ -36,9 +36,11 @@ POLL_SECONDS = 0.05
 PRELOADED = "scale_llm.launch.preload"
 """Module that the process imports from which ranks are forked."""
 
-UNBUFFERED = "PYTHONUNBUFFERED"
 COMPILER = "torch._inductor.compile_fx"
 """The same, for ranks that compile."""
+
+UNBUFFERED = "PYTHONUNBUFFERED"
+"""Variable that Python reads as it starts; the ranks inherit what it did."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
