@@ -1,5 +1,6 @@
 # make demo   the whole chain on real text: tokenizer, tokens, pretraining on 2 ranks, evaluation, curves
-# make test   the tests
+# make test   the tests, but for slow ones and those on a Slurm
+# make test-slow   other cases of what make test shows, and whatever takes more than half a minute
 # make test-slurm   jobs on a real Slurm, which the tests start on this machine (apt-get install slurm-wlm munge)
 # make lint   ruff, mypy, import-linter
 # PYTHON chooses the interpreter that .venv is made with: make test PYTHON=python3.11
@@ -10,14 +11,18 @@ STAMP  := $(VENV)/.installed
 PYTEST_ARGS ?=
 # Test files that run at once. Those of a file share what they start, so a file stays whole
 PYTEST_WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-slurm lint setup clean
+.PHONY: demo test test-slow test-slurm lint setup clean
 
 demo: $(STAMP)
 	$(BIN)/python tools/demo.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
+
+test-slow: $(STAMP)
+	$(PYTEST) -m slow $(PYTEST_ARGS)
 
 test-slurm: $(STAMP)
 	$(BIN)/python -m pytest -m slurm tests/slurm $(PYTEST_ARGS)

@@ -1,8 +1,11 @@
 """Fixtures that tests of several packages share."""
 
 import gc
+import os
 from collections.abc import Iterator
 from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is: two workers' threads would wait for each other's turns
 
 import pytest
 from support.ranks import Ranks

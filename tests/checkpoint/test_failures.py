@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 from support.runs import latest, losses, rows
+from support.slow import slow_but
 
 from scale_llm.config.errors import UserError
 
@@ -62,7 +63,7 @@ def test_killed_during_a_save(runs, undisturbed, tmp_path):
     assert_equal_end(runs, tmp_path, undisturbed)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_signal_to_the_launcher_saves_and_stops(runs, undisturbed, tmp_path, number):
     process = runs.start(tmp_path, TP2, EVERY_5)
     wait_for(tmp_path / "checkpoints" / "iter_0000005", process)
@@ -84,7 +85,7 @@ def test_asynchronous_save_writes_the_same(runs, undisturbed, tmp_path):
         assert not any(runs.differences(tmp_path, undisturbed, iteration).values()), iteration
 
 
-@pytest.mark.parametrize("asynchronous", ["false", "true"])
+@pytest.mark.parametrize("asynchronous", slow_but(["false", "true"], "true"))
 def test_disk_full_while_saving(runs, undisturbed, tmp_path, asynchronous):
     """No file may grow beyond 100 kB: the save of iteration 10 fails, that of 5 still loads and the run goes
     on from it.

@@ -7,10 +7,13 @@ import torch
 from support import families
 from support.generation import prompts
 from support.parity import CP2, EP2, OVERLAP, PP2, SP, TP2, VPP2
+from support.slow import slow_but
 
 GENERATE = "support.generation:generate"
 GREEDY = {"temperature": 0.0}
 SAMPLED = {"temperature": 0.9}
+SAMPLED_FROM = {"all": SAMPLED, "some": {**SAMPLED, "top_k": 40, "top_p": 0.9}}
+"""Tokens that may be drawn."""
 
 
 @pytest.fixture(scope="session")
@@ -95,11 +98,12 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("case", LAYOUTS)
-@pytest.mark.parametrize("params", [SAMPLED, {**SAMPLED, "top_k": 40, "top_p": 0.9}], ids=["all", "some"])
+@pytest.mark.parametrize("params", slow_but(SAMPLED_FROM, "all"))
 def test_samples_do_not_depend_on_the_layout(ranks, saved, case, params):
     name, world_size, layout = LAYOUTS[case]
-    single = ranks(1, GENERATE, directory=saved(name), layout={}, params=params, batch=3)[0]
-    found = ranks(world_size, GENERATE, directory=saved(name), layout=layout, params=params, batch=3)
+    sampled = {"params": SAMPLED_FROM[params], "batch": 3}
+    single = ranks(1, GENERATE, directory=saved(name), layout={}, **sampled)[0]
+    found = ranks(world_size, GENERATE, directory=saved(name), layout=layout, **sampled)
     for rank in found:
         assert_same(rank, single)
 

@@ -21,6 +21,7 @@ from support.parity import (
     assert_equal_runs,
     relative,
 )
+from support.slow import slow_but
 
 TRAIN = "support.training:train"
 
@@ -73,7 +74,7 @@ COMPILED_LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", COMPILED_LAYOUTS)
+@pytest.mark.parametrize("layout", slow_but(COMPILED_LAYOUTS, "dp2_distributed_optimizer_overlap"))
 def test_compiled_layout_equals_plain_single_process(ranks, layout):
     """model.compile_ops, as a run has it where there is a compiler, against plain torch on one rank."""
     world_size, overrides = COMPILED_LAYOUTS[layout]

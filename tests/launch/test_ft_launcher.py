@@ -14,6 +14,7 @@ from support.runs import latest
 pytest.importorskip("nvidia_resiliency_ext.fault_tolerance", reason="pip install scale-llm[resilience]")
 
 
+@pytest.mark.slow
 def test_a_stopped_rank_is_found_by_its_heartbeats(runs, tmp_path):
     """Our own watchdog is off. Before its first heartbeat a rank has ten minutes: what is found is one that ceased."""
     launcher = [str(Path(sys.executable).with_name("ft_launcher")), "--nproc-per-node", "2", "--max-restarts", "2"]

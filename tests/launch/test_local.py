@@ -67,7 +67,7 @@ def test_start_then_resume(words, tmp_path):
     ("how", "expected_status", "message"),
     [
         ("error", 1, "rank 0 failed with status 1; the log of rank 0 is"),
-        ("exit", 7, "rank 0 failed with status 7"),
+        pytest.param("exit", 7, "rank 0 failed with status 7", marks=pytest.mark.slow),
         ("kill", 1, "rank 0 was killed by SIGKILL"),
         ("user_error", 1, "2 errors:\n  1. a=1: too few; give a=2\n  2. b=1"),
     ],

@@ -60,6 +60,7 @@ def test_more_rows_than_one_chunk(ranks, function):
     assert_equal(ranks(2, function, vocab_size=250, dtype="float32", chunk_elements=256, **options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("function", [LOG_PROBS, ENTROPY, CROSS_ENTROPY])
 def test_compiled(ranks, function):
     options = {"label_smoothing": 0.1} if function == CROSS_ENTROPY else {"temperature": 0.9}

@@ -229,6 +229,7 @@ def test_a_full_disk_ends_no_run(runs, run, undisturbed, tmp_path):
     runs.assert_same_bits(run / "run", undisturbed, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [[TP2, "precision=bf16"], ["precision=fp16", "precision.initial_loss_scale=1024"]])
 def test_other_layouts_and_precisions(runs, tmp_path, layout):
     """One node, so no replicas; the generators of dropout go on as well."""

@@ -5,6 +5,7 @@ import random
 import signal
 import time
 
+import pytest
 from support.policy_words import words
 from support.runs import rows
 
@@ -12,6 +13,7 @@ LAYOUT = ["cluster.nproc_per_node=2", "layout=split"]
 SIX = ["stage=ppo", "train.train_iters=6", "train.eval_iters=0", "checkpoint.save_interval=1"]
 
 
+@pytest.mark.slow
 def test_killed_at_a_random_moment(runs, beginner, digits, tmp_path):
     """Within generation, scoring, an update or a save: the same command gives the metrics and transcripts of a run that
     was left alone."""

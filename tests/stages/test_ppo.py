@@ -6,6 +6,7 @@ import shutil
 import pytest
 from support.policy_words import words
 from support.runs import latest, rows
+from support.slow import slow_but
 
 from scale_llm.config.errors import UserError
 from scale_llm.launch.plan_table import print_plan
@@ -80,7 +81,7 @@ LAYOUTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", slow_but(LAYOUTS, "colocated_tp2", "split_pp2", "hybrid_offloaded"))
 def test_roles_anywhere_give_the_same_run(runs, beginner, digits, judged_by, single, tmp_path, layout):
     """Five iterations of four optimizer steps each: every reward, loss, norm and ratio; samples are the same texts."""
     assert runs(tmp_path / "run", *words(beginner, digits, *FIVE, *judged_by, *LAYOUTS[layout])) == []

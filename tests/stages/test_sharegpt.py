@@ -13,6 +13,7 @@ PAIRS = Path(__file__).resolve().parents[3] / "shared" / "data" / "preference_sh
 
 
 @pytest.mark.skipif(not PAIRS.is_file(), reason="real data ../shared/data/preference_sharegpt_en.json is not here")
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["reward", "dpo"])
 def test_reports_accuracy_with_its_interval_and_what_it_means(tmp_path, base, stage):
     """By the documented command; the words must agree with the interval, whatever it is. The base has a vocabulary of

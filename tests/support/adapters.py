@@ -7,7 +7,7 @@ from support.training import config, make_engine, micro_batches
 from support.whole_model import whole_model
 
 
-def train(overrides: dict[str, Any], steps: int = 12) -> dict[str, Any]:
+def train(overrides: dict[str, Any], steps: int = 8) -> dict[str, Any]:
     """Every step's loss and gradient norm; on rank 0 which tensors of the whole model have moved, and the bytes of the
     weights of linear layers."""
     cfg = config(overrides)

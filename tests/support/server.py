@@ -29,6 +29,11 @@ def preload() -> None:
                  "scale_llm.stages.policy.stage", "torch._inductor.compile_fx", "torch.utils.tensorboard",
                  "megatron.core.dist_checkpointing"):  # fmt: skip
         importlib.import_module(name)
+    from scale_llm.config.io import run_schema
+    from scale_llm.config.store import STAGES
+
+    for stage in STAGES.values():  # a rank would make its own for every configuration that it loads
+        run_schema(stage)
 
 
 def rank_main(request: dict, rank: int) -> int:
@@ -113,6 +118,7 @@ def main() -> None:
     os.dup2(2, 1)
     preload()
     gc.freeze()  # or garbage collection in a rank would copy the pages that it shares with this process
+    gc.set_threshold(20_000, 20, 20)  # as in conftest.py: a rank lives for seconds
     for line in sys.stdin:
         run = run_here if ON_GPU else run_ranks
         answers.write(json.dumps(run(json.loads(line))) + "\n")

@@ -17,6 +17,7 @@ def chaos(tmp_path: Path, *words: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=600)
 
 
+@pytest.mark.slow
 def test_a_few_faults(tmp_path):
     """A rank that hangs, a damaged checkpoint, NaN in a gradient."""
     kinds = "stop_rank,flip_byte,nan_gradient"

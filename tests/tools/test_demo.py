@@ -72,7 +72,7 @@ def test_the_corpus_is_curated(finished):
 
 def test_table_and_picture(finished):
     root, output, _ = finished
-    for word in ("stage", "steps", "first loss", "last loss", "tokens/s", "pretrain", "evaluate", "210"):
+    for word in ("stage", "steps", "first loss", "last loss", "tokens/s", "pretrain", "evaluate", "340"):
         assert word in output, output
     assert output.count("reward 0.") >= 2, "ppo and grpo say their reward in place of a loss"
     picture = (root / "curves.png").read_bytes()

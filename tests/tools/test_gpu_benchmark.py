@@ -49,6 +49,7 @@ def measured(gpu, path: Path, *sections: str) -> dict:
     return {**json.loads(path.with_suffix(".sections.json").read_text()), "rows": json.loads(path.read_text())}
 
 
+@pytest.mark.slow
 def test_all_sections(gpu, tmp_path):
     """train_8b is train_1b with another size."""
     sections = ("fails", "train_1b", "never_ends", "fp8", "rollout", "checkpoint", "convert")
