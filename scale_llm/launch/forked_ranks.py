@@ -12,9 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+import psutil
 from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 
 from scale_llm.launch import rank as rank_program
+
+_UNKNOWN = 255
+"""What multiprocessing gives as exit status when the fork server has ended without saying one."""
 
 
 class ForkedContext(SubprocessContext):
@@ -36,13 +40,24 @@ class ForkedProcess:
             self._process.start()
         assert self._process.pid is not None
         self.pid: int = self._process.pid
+        self._server: psutil.Process | None = None
+        with suppress(psutil.Error):  # it has ended already
+            self._server = psutil.Process(self.pid).parent()
 
     @property
     def returncode(self) -> int | None:
         return self.poll()
 
     def poll(self) -> int | None:
-        return self._process.exitcode
+        """Its exit status. If the process that it was forked from was killed, so was it, and its own is not known."""
+        status = self._process.exitcode
+        return -signal.SIGKILL if status == _UNKNOWN and self._server_is_gone() else status
+
+    def _server_is_gone(self) -> bool:
+        try:
+            return self._server is not None and self._server.status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
 
     def wait(self, timeout: float | None = None) -> int:
         self._process.join(timeout)

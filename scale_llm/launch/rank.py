@@ -196,7 +196,7 @@ def failure_text(run_dir: Path | str, rank: int, lines_shown: int = 15) -> str:
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        lines = []
+        return f"rank {rank} left no log in {path.parent}"
     starts = [number for number, line in enumerate(lines) if line.startswith("=== started ")]
     lines = lines[starts[-1] + 1 :] if starts else lines
     return "\n".join([f"the log of rank {rank} is {path}", *(f"  {line}" for line in lines[-lines_shown:])])

@@ -13,6 +13,7 @@ import pytest
 
 from scale_llm.config import timeline
 from scale_llm.launch.failures import first_failure, user_problems
+from scale_llm.launch.rank import failure_text
 
 STAND_IN = Path(__file__).parent / "stand_in"
 CLI = ["-m", "scale_llm.launch.cli"]
@@ -84,6 +85,11 @@ def test_a_failing_rank_is_shown_once(words, tmp_path, how, expected_status, mes
     assert ("3 ends alike at iteration 0, so another start would not help" in err) == (how == "kill")
 
 
+def test_a_rank_without_a_log(tmp_path):
+    """One that failed as it was imported: no file is named that is not there."""
+    assert failure_text(tmp_path, 3) == f"rank 3 left no log in {tmp_path / 'logs'}"
+
+
 def test_a_rank_that_dies_is_started_again(words, tmp_path):
     """Once, and the whole run with it; the timeline has both starts."""
     status, out, err = run(words, tmp_path / "run", "kill_once")
@@ -93,6 +99,14 @@ def test_a_rank_that_dies_is_started_again(words, tmp_path):
     assert [event["event"] for event in events] == ["start", "end", "start", "end"]
     assert (events[1]["reason"], events[1]["action"]) == ("rank 1 was killed by SIGKILL", "restart")
     assert (events[2]["restart"], events[3]["action"]) == (1, "done")
+
+
+def test_the_process_that_ranks_are_forked_from_is_killed(words, tmp_path):
+    """And with it the ranks, which cannot say so; the next start has another."""
+    status, out, err = run(words, tmp_path / "run", "kill_server_once")
+    assert status == 0, err
+    assert "was killed by SIGKILL" in err and "running out of memory" in err and "255" not in err, err
+    assert [event["event"] for event in timeline.read(tmp_path / "run")] == ["start", "end", "start", "end"]
 
 
 def test_a_rank_that_does_not_answer_is_named(words, tmp_path):

@@ -31,6 +31,9 @@ def run(cfg, **_) -> None:
     if rank == 1 and how == "kill_once" and not Path(cfg.run_dir, "killed").exists():
         Path(cfg.run_dir, "killed").touch()
         os.kill(os.getpid(), signal.SIGKILL)
+    if rank == 1 and how == "kill_server_once" and not Path(cfg.run_dir, "killed").exists():
+        Path(cfg.run_dir, "killed").touch()
+        os.kill(os.getppid(), signal.SIGKILL)
     dist.barrier()
     if rank == 0:
         Path(cfg.checkpoint.save, "iter_0000020").mkdir(exist_ok=True)
