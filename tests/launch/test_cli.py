@@ -38,7 +38,7 @@ def test_help_is_light():
 def test_check_is_light_and_writes_nothing(tmp_path):
     result = python(LIGHT, "--check", "experiment=demo_pretrain", "run_dir=new", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    for fact in ("2 = tensor 2 x pipeline 1", "2,048 tokens", "5,048,576", "starting new"):
+    for fact in ("2 = tensor 2 x pipeline 1", "1,024 tokens", "5,048,576", "starting new"):
         assert fact in result.stdout
     assert list(tmp_path.iterdir()) == []
 
