@@ -19,7 +19,7 @@ PANELS = {
     ],
     "held-out answers in the right order": ["rewards/accuracies validation"],
     "mean reward of sampled answers": ["critic/score/mean"],
-    "mean reward of the likeliest answers": ["critic/score/mean validation"],
+    "mean reward of answers to held-out prompts": ["critic/score/mean validation"],
     "learning rate": ["learning-rate"],
     "gradient norm": ["grad-norm"],
     "tokens per second": ["tokens-per-second"],
