@@ -1,6 +1,6 @@
 # make demo   the whole chain on real text: tokenizer, tokens, pretraining on 2 ranks, evaluation, curves
 # make test   the tests, but for slow ones and those on a Slurm
-# make test-slow   other cases of what make test shows, and whatever takes more than half a minute
+# make test-slow   other cases of what make test shows, and what takes long: the demo, chaos
 # make test-slurm   jobs on a real Slurm, which the tests start on this machine (apt-get install slurm-wlm munge)
 # make lint   ruff, mypy, import-linter
 # PYTHON chooses the interpreter that .venv is made with: make test PYTHON=python3.11

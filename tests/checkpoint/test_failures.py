@@ -63,7 +63,7 @@ def test_killed_during_a_save(runs, undisturbed, tmp_path):
     assert_equal_end(runs, tmp_path, undisturbed)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", slow_but([signal.SIGTERM, signal.SIGINT], signal.SIGTERM))
 def test_signal_to_the_launcher_saves_and_stops(runs, undisturbed, tmp_path, number):
     process = runs.start(tmp_path, TP2, EVERY_5)
     wait_for(tmp_path / "checkpoints" / "iter_0000005", process)

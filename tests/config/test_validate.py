@@ -112,6 +112,17 @@ def test_valid_runs_have_no_problems():
     assert problems("train.rampup_batch_size=[4,2,100]") == []
 
 
+@pytest.mark.parametrize("words", [
+    ("experiment=demo_pretrain", "cluster.nproc_per_node=4"),
+    ("experiment=demo_pretrain", "cluster.nproc_per_node=4", "parallel.pipeline_model_parallel_size=2"),
+    ("experiment=demo_pretrain", "cluster.nproc_per_node=8", "train.global_batch_size=64"),
+    ("experiment=demo_sft", "cluster.nproc_per_node=4", "data.path=/", "tokenizer.path=/", "checkpoint.load=null"),
+])  # fmt: skip
+def test_batches_of_the_demo_divide_by_more_ranks(words):
+    """As the README has it on four and eight."""
+    assert not [problem for problem in problems(*words) if "batch" in problem]
+
+
 def test_several_at_once():
     found = problems(
         "parallel=tp2_sp", "model.num_attention_heads=3", "train.train_samples=5", "optim.lr_warmup_iters=1",

@@ -8,6 +8,7 @@ import math
 
 import pytest
 from support.runs import rows
+from support.slow import slow_but
 
 WORDS = ["model=from_checkpoint", "data.split='80,20,0'", "train.eval_interval=null", "train.micro_batch_size=32",
          "optim.lr=2e-3", "optim.lr_decay_style=constant", "optim.lr_warmup_iters=0", "stage.max_new_tokens=4",
@@ -23,7 +24,7 @@ STAGES = {
 say nothing to a digit, for good."""
 
 
-@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (2, 3))])
+@pytest.mark.parametrize("seed", slow_but([1, 2, 3], 1))
 @pytest.mark.parametrize("stage", STAGES)
 def test_reward_rises_above_nine_tenths(runs, tmp_path, beginner, digits, stage, seed):
     """From under 0.3 in the first iteration; of prompts that are held out, the likeliest answers are right too."""

@@ -1,11 +1,12 @@
 """Which cases of a test `make test` leaves to `make test-slow`."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 
 
-def slow_but(cases: Iterable[str], *quick: str) -> list:
+def slow_but(cases: Iterable[Any], *quick: Any) -> list[Any]:
     """All cases for pytest.mark.parametrize, the marker `slow` on those that are not named."""
     found = list(cases)
     unknown = set(quick) - set(found)
