@@ -20,6 +20,7 @@ from scale_llm.models.adapters.prompt import VirtualTokens
 from scale_llm.models.heads import ScalarHead
 from scale_llm.models.init import initialise
 from scale_llm.models.kv_cache import CachedTokens
+from scale_llm.models.layer import at_places
 from scale_llm.models.neftune import add_noise
 from scale_llm.models.rope_scaling import stretched
 from scale_llm.models.spec import block_spec, choose_backend
@@ -41,8 +42,24 @@ class GPT(GPTModel):
         if self.position_embedding_type == "rope":
             self.rotary_pos_emb.inv_freq = stretched(self.rotary_pos_emb.inv_freq, model)
         self._scores = model.head is not Head.language_model
+        # Experts are balanced over all places, FP8 wants multiples of 16, and a pass that is recomputed comes too late
+        self._ends_early = self.post_process and not (
+            self.config.num_moe_experts or self.config.fp8 or self.config.recompute_granularity == "full"
+        )
         if self._scores and self.post_process:
             self.output_layer = ScalarHead(self.config, self.pg_collection.tp, bias=model.head is Head.value)
+
+    def forward(self, *args, loss_mask=None, **kwargs):
+        """megatron-core's. loss_mask: int64 [m], the places in the order of [s, b] whose logits are asked for,
+        [m, 1, v/tp]; None: all, [s, b, v/tp]. Not with sequence parallelism, where a rank has a part of them."""
+        if loss_mask is None or not self._ends_early:
+            return super().forward(*args, loss_mask=loss_mask, **kwargs)
+        last = self.decoder.layers[-1]
+        last.places = loss_mask
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            last.places = None
 
     def _preprocess(self, input_ids, position_ids, decoder_input=None, *args, packed_seq_params=None, **kwargs):
         """Embeddings with virtual tokens and noise, where there are any."""
@@ -99,17 +116,15 @@ class GPT(GPTModel):
         self, hidden_states, *args, labels=None, runtime_gather_output=None, packed_seq_params=None, loss_mask=None,
         **kwargs,
     ):  # fmt: skip
-        """loss_mask: int64 [m], the places in the order of [s, b] whose logits are asked for, [m, 1, v/tp]; None: all,
-        [s, b, v/tp]. Not with sequence parallelism, where a rank has a part of them."""
+        """loss_mask: the places [m] of the hidden states [s, b, h] whose logits are asked for; None: all of them."""
         if not self.post_process:
             return hidden_states
         if self._scores:
             return self.output_layer(hidden_states)
         if isinstance(packed_seq_params, CachedTokens):
             return self._latest_logits(hidden_states, packed_seq_params.sequences)
-        if loss_mask is not None:
-            hidden_states = hidden_states.flatten(0, 1).index_select(0, loss_mask)[:, None]
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        hidden_states = at_places(hidden_states, loss_mask)
         logits, _ = self.output_layer(hidden_states, weight=weight, runtime_gather_output=runtime_gather_output)
         return logits
 

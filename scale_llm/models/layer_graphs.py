@@ -35,7 +35,7 @@ class Replayed:
         self._read = [getattr(module, "_tables", None) for module in layer.modules()]
 
     def __call__(self, hidden_states, attention_mask=None, rotary_pos_emb=None, **rest):
-        trains = self._layer.training and torch.is_grad_enabled()
+        trains = self._layer.training and torch.is_grad_enabled() and getattr(self._layer, "places", None) is None
         others = (attention_mask, *rest.values())
         if not trains or hidden_states.shape != self._shape or any(other is not None for other in others):
             return self._itself(hidden_states, attention_mask, rotary_pos_emb=rotary_pos_emb, **rest)

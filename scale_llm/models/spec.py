@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from scale_llm.config.errors import UserError
 from scale_llm.config.model import Backend
 from scale_llm.models.cached_attention import CachedSelfAttention
+from scale_llm.models.layer import Layer
 from scale_llm.models.torch_layers import (
     Activation,
     TorchAttention,
@@ -50,6 +51,7 @@ def block_spec(
             config, use_transformer_engine=True, normalization=config.normalization, vp_stage=vp_stage, pp_rank=pp_rank
         )
         for layer in block.layer_specs:
+            layer.module = Layer
             layer.submodules.self_attention.module = CachedSelfAttention
             _use_activation(layer.submodules.mlp, config)
         # Transformer Engine's kernel in place of half a dozen passes; packed rows have one of their own
@@ -61,6 +63,7 @@ def block_spec(
         qk_layernorm=config.qk_layernorm,
         normalization=config.normalization,
     )
+    layer.module = Layer
     if backend is Backend.local:
         layer.submodules.self_attention.module = CachedSelfAttention
         from megatron.core.transformer.torch_norm import WrappedTorchNorm

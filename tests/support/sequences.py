@@ -53,7 +53,8 @@ def step(
     overrides: dict[str, Any], batching: str, micro_batch_size: int = 1, budget: int = 64, unit: int = counted.UNIT
 ) -> dict[str, Any]:
     """Loss of one step of SGD with learning rate 1 on all twelve, gradient norm and (on rank 0) gradient: what the
-    step has subtracted from each tensor. unit: of the places that logits are made for; `logits` says for how many."""
+    step has subtracted from each tensor. unit: of the places that logits are made for; `logits` says for how many,
+    `last_mlp` how many the MLP before them had."""
     counted.UNIT = unit  # this process ends with the step
     cfg = config({**SGD, **overrides, "train.micro_batch_size": micro_batch_size})
     cfg.stage = SftConfig(batching=Batching(batching), max_tokens_per_micro_batch=budget)
@@ -70,6 +71,10 @@ def step(
     batches = loader_of(cfg, engine.mesh, pieces, stream).global_batch(0, size)
     before = whole_model(engine)
     logits: list[int] = []
+    last_mlp: list[int] = []
+    engine.modules[-1].decoder.layers[-1].mlp.register_forward_hook(
+        lambda _, given, __: last_mlp.append(given[0].size(0) * given[0].size(1))
+    )
 
     def counting(output, batch):
         logits.append(output.size(0) * output.size(1))
@@ -82,5 +87,6 @@ def step(
         "grad_norm": result.grad_norm,
         "gradient": {name: value - after[name] for name, value in before.items()} if before else None,
         "logits": sum(logits),
+        "last_mlp": sum(last_mlp),
         "shapes": [tuple(batch["tokens"].shape) for batch in batches],
     }

@@ -117,10 +117,9 @@ class _Attention(torch.autograd.Function):
         dy, query = dy.view(n, sq * r, d), q.reshape(n, sq * r, d)
         keys, values = k.reshape(n, -1, d), v.reshape(n, -1, d)
         grad_query = torch.empty_like(query)
-        grad_key, grad_value = (
-            torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (keys, values)
-        )
-        for start in range(0, sq, BLOCK_ROWS):
+        grad_key: torch.Tensor | None = None
+        grad_value: torch.Tensor | None = None
+        for start in reversed(range(0, sq, BLOCK_ROWS)):  # the last block's queries see all keys
             stop = min(start + BLOCK_ROWS, sq)
             seen = keys.size(1) if end is None else min(keys.size(1), end + stop)
             rows, some = slice(start * r, stop * r), (slice(None), slice(0, seen))
@@ -134,11 +133,21 @@ class _Attention(torch.autograd.Function):
             else:
                 mask = hidden[:, :, start:stop, None].expand(b, -1, -1, -1, -1)
                 _in_parts(lambda *part: _masked_gradient(*part[:4], scale, part[4]), *block, mask)
-            add_into(grad_value[some], torch.bmm(p.transpose(1, 2), dy[:, rows]))
             torch.bmm(ds, keys[some], out=grad_query[:, rows])
-            add_into(grad_key[some], torch.bmm(ds.transpose(1, 2), query[:, rows]))
+            grad_value = _added(grad_value, torch.bmm(p.transpose(1, 2), dy[:, rows]))
+            grad_key = _added(grad_key, torch.bmm(ds.transpose(1, 2), query[:, rows]))
+        assert grad_key is not None and grad_value is not None
         grads = (x.to(q.dtype).view(like.shape) for x, like in ((grad_query, q), (grad_key, k), (grad_value, v)))
         return *grads, None, None, None
+
+
+def _added(total, part):
+    """The sum over blocks of the gradients [n, seen, d] of the keys that they see: one block's as it is, else FP32."""
+    if total is None:
+        return part
+    total = wide(total)
+    add_into(total[:, : part.size(1)], part)
+    return total
 
 
 def _in_parts(function, *tensors):
@@ -157,8 +166,8 @@ def _merge(out):
 def _split_gradient(grad, out):
     """Gradient and output [sq, b, g, r, d] -> the gradient [b, g, sq, r, d] and its product with the output, summed
     over d, [b, g, sq, r]."""
-    delta = (wide(grad) * wide(out)).sum(-1)
-    return grad.permute(1, 2, 0, 3, 4).contiguous(), delta.permute(1, 2, 0, 3).contiguous()
+    grad, out = (x.permute(1, 2, 0, 3, 4) for x in (grad, out))
+    return grad.contiguous(), (wide(grad) * wide(out)).sum(-1)
 
 
 @fused(dynamic=True)

@@ -10,15 +10,18 @@ from scale_llm.models.ops.wide import wide
 from scale_llm.parallel.fused import fused
 
 Tables = tuple[torch.Tensor, torch.Tensor]
+"""Of each position: the cosines [s, 1, 1, 1, rot/2], which both halves of a head are multiplied by, and the sines
+[s, 1, 1, 2, rot/2], first negative, then as they are, which their other halves are."""
 
 
 def rotary_tables(angles: torch.Tensor, dtype: torch.dtype) -> Tables:
-    """Cosine and sine, each [s, 1, 1, rot/2], of angles [s, 1, 1, rot] whose halves are equal.
+    """Tables of angles [s, 1, 1, rot] whose halves are equal.
 
     dtype: that of the activations; the tables have at least FP32. Made once and shared by the layers.
     """
-    half = angles[..., : angles.size(-1) // 2].to(torch.promote_types(dtype, torch.float32))
-    return half.cos(), half.sin()
+    half = angles[..., : angles.size(-1) // 2].to(torch.promote_types(dtype, torch.float32)).unsqueeze(-2)
+    sine = half.sin()
+    return half.cos(), torch.cat([-sine, sine], dim=-2)
 
 
 def rotary(x: torch.Tensor, tables: Tables) -> torch.Tensor:
@@ -43,13 +46,13 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
-        return _rotate(x, cos, sin)
+        return _rotate(x, cos, sin).view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
         cos, sin = ctx.saved_tensors
-        return _rotate(grad_output, cos, -sin), None, None
+        return _rotate(grad_output, cos, -sin).view(grad_output.shape), None, None
 
 
 class _SplitRotary(torch.autograd.Function):
@@ -57,8 +60,10 @@ class _SplitRotary(torch.autograd.Function):
     def forward(ctx, mixed, cos, sin, groups, head_size):
         ctx.save_for_backward(cos, sin)
         heads = mixed.view(*mixed.shape[:2], groups, -1, head_size)
+        (s, b), r = heads.shape[:2], heads.size(3) - 2
         query, key, value = _split(heads, cos, sin)
-        return query.permute(2, 0, 1, 3, 4), key.permute(2, 0, 1, 3), value.permute(2, 0, 1, 3)
+        key, value = (x.view(b, groups, s, head_size).permute(2, 0, 1, 3) for x in (key, value))
+        return query.view(b, groups, s, r, head_size).permute(2, 0, 1, 3, 4), key, value
 
     @staticmethod
     @once_differentiable
@@ -69,21 +74,24 @@ class _SplitRotary(torch.autograd.Function):
 
 @fused
 def _split(heads, cos, sin):
-    """heads [s, b, g, r + 2, d] -> query [b, g, s, r, d], key and value [b, g, s, d], contiguous."""
-    turned, value = heads[..., :-1, :], heads[..., -1, :]
-    if cos is not None:
-        turned = _turn(turned, cos.unsqueeze(2), sin.unsqueeze(2))
-    turned = turned.permute(1, 2, 0, 3, 4)
-    return turned[..., :-1, :].contiguous(), turned[..., -1, :].contiguous(), value.permute(1, 2, 0, 3).contiguous()
+    """heads [s, b, g, r + 2, d] -> query [b, g, s, r, p, d/p], key and value [b, g, s, p, d/p], contiguous, p as in
+    `_turn`. Laid out before they are turned: what is computed is then written once."""
+    heads = heads.permute(1, 2, 0, 3, 4)
+    query, key, value = heads[..., :-2, :], heads[..., -2, :], heads[..., -1, :]
+    if cos is None:
+        return query.contiguous(), key.contiguous(), value.contiguous()
+    query, key = _turn(query, cos[:, 0], sin[:, 0]), _turn(key, cos[:, 0, 0], sin[:, 0, 0])
+    return query.contiguous(), key.contiguous(), value.contiguous()
 
 
 @fused
 def _join(query, key, value, cos, sin):
-    """The other way, turned back: gradients [s, b, g, (r,) d] in any layout -> [s, b, g, r + 2, d], contiguous."""
-    turned = torch.cat([query, key.unsqueeze(3)], dim=3)
+    """The other way, turned back: gradients [s, b, g, (r,) d] in any layout -> [s, b, g, r + 2, p, d/p], contiguous."""
+    key, value = key.unsqueeze(3), value.unsqueeze(3)
     if cos is not None:
-        turned = _turn(turned, cos.unsqueeze(2), -sin.unsqueeze(2))
-    return torch.cat([turned, value.unsqueeze(3)], dim=3).contiguous()
+        query, key = (_turn(x, cos.unsqueeze(1), -sin.unsqueeze(1)) for x in (query, key))
+        value = value.unflatten(-1, query.shape[-2:])
+    return torch.cat([query, key, value], dim=3).contiguous()
 
 
 @fused
@@ -92,6 +100,10 @@ def _rotate(x, cos, sin):
 
 
 def _turn(x, cos, sin):
-    half = cos.size(-1)
-    x1, x2, rest = wide(x[..., :half]), wide(x[..., half : 2 * half]), x[..., 2 * half :]
-    return torch.cat([(x1 * cos - x2 * sin).to(x.dtype), (x2 * cos + x1 * sin).to(x.dtype), rest], dim=-1)
+    """x [..., d] -> [..., p, d/p]: p is 2 where all of a head turns, else 1. To flatten the halves is the caller's: in
+    one compiled loop over both, each number would be found by a division."""
+    pair = wide(x[..., : 2 * cos.size(-1)]).unflatten(-1, (2, cos.size(-1)))
+    turned = (pair * cos + pair.flip(-2) * sin).to(x.dtype)
+    if turned.size(-2) * turned.size(-1) == x.size(-1):
+        return turned
+    return torch.cat([turned.flatten(-2), x[..., 2 * cos.size(-1) :]], dim=-1).unsqueeze(-2)
