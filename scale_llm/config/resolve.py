@@ -45,6 +45,8 @@ def resolve(cfg: RunConfig, machine: Machine) -> RunConfig:
     _resolve_model(cfg.model, cfg.tokenizer)
     if cfg.model.compile_ops is None:
         cfg.model.compile_ops = machine.compiler
+    if cfg.parallel.virtual_pipeline_model_parallel_size == 1:
+        cfg.parallel.virtual_pipeline_model_parallel_size = None  # one chunk a stage is no interleaving
     if cfg.parallel.expert_tensor_parallel_size is None:
         cfg.parallel.expert_tensor_parallel_size = cfg.parallel.tensor_model_parallel_size
     _resolve_stage(cfg)

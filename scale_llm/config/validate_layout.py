@@ -75,10 +75,10 @@ def _heads(cfg: RunConfig) -> list[str]:
             f"model.num_attention_heads={heads}: not divisible by parallel.tensor_model_parallel_size={tp}; "
             f"set a tensor_model_parallel_size that divides {heads}"
         )
-    if groups % tp and tp % groups:
+    if groups % tp:
         found.append(
-            f"model.num_query_groups={groups}: neither a multiple nor a divisor of "
-            f"parallel.tensor_model_parallel_size={tp}; set a tensor_model_parallel_size that is"
+            f"model.num_query_groups={groups}: not divisible by parallel.tensor_model_parallel_size={tp}; "
+            f"set a tensor_model_parallel_size that divides {groups}: keys and values are not copied between ranks"
         )
     widths = {"model.ffn_hidden_size": model.ffn_hidden_size or tp}
     if model.num_experts is not None:

@@ -52,10 +52,13 @@ def build_optimizer(
     )
     with _objects_within(mesh.host_group), chosen():
         optimizer = get_megatron_optimizer(config, chunks, use_gloo_process_groups=False, pg_collection=mesh.groups)
-    for part in parts(optimizer):
+    first, *others = parts(optimizer)
+    for part in (first, *others):
         if part.optimizer is not None:
             _use_fused_kernels(part.optimizer)
             _allocate_state(part.optimizer)
+    for part in others:  # one loss is scaled, so there is one scale
+        part.grad_scaler = getattr(first, "grad_scaler", None)
     return optimizer
 
 

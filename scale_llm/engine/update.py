@@ -27,7 +27,7 @@ class Update:
 @torch.no_grad()
 def update(optimizer: MegatronOptimizer, *, tokens: float, clip_grad: float, count_zeros: bool) -> Update:
     """One step of every part. tokens: what the gradients are to be divided by; clip_grad: 0 for no clipping."""
-    if optimizer.prepare_grads():
+    if _overflowed(optimizer):
         return Update(done=False)
     grad_norm = float(optimizer.get_grad_norm()) / tokens
     if not math.isfinite(grad_norm):
@@ -40,6 +40,35 @@ def update(optimizer: MegatronOptimizer, *, tokens: float, clip_grad: float, cou
             _divide(part, divisor)
     optimizer.step_with_ready_grads()
     return Update(done=True, grad_norm=grad_norm, num_zeros=num_zeros)
+
+
+def _overflowed(optimizer: MegatronOptimizer) -> bool:
+    """Hands the gradients to the optimizer, in its precision and without the loss's scale; whether any of them is no
+    number. The scale moves once, by what was found in all parts, where megatron-core moves it after each of them."""
+    members = [part for part in parts(optimizer) if getattr(part, "grad_scaler", None)]
+    if not members:
+        return optimizer.prepare_grads()
+    scaler = members[0].grad_scaler
+    unmoved = _Unmoved(scaler.inv_scale)
+    for part in members:
+        part.grad_scaler = unmoved
+    try:
+        found = optimizer.prepare_grads()
+    finally:
+        for part in members:
+            part.grad_scaler = scaler
+    scaler.update(found)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Unmoved:
+    """A scale in the place of a scaler."""
+
+    inv_scale: torch.Tensor
+
+    def update(self, found_inf: bool) -> None:
+        pass
 
 
 def _divide(part: MegatronOptimizer, divisor: float) -> None:

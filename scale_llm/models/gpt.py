@@ -209,4 +209,14 @@ def _build_chunk(model, config, mesh, vocab_size, *, vp_stage, backend, peft, no
     )
     if peft.method is not PeftMethod.none:
         chunk.freeze()
+    if config.num_moe_experts and config.expert_tensor_parallel_size != config.tensor_model_parallel_size:
+        _use_expert_groups(chunk)
     return chunk
+
+
+def _use_expert_groups(chunk: GPT) -> None:
+    """Gradients of experts are summed over the ranks that hold the same experts: megatron-core does so with expert
+    parallelism alone, and else over the data-parallel ranks, whose tensor-parallel cut of experts may be another."""
+    for name, parameter in chunk.named_parameters():
+        if ".experts." in name:
+            parameter.allreduce = False

@@ -47,6 +47,8 @@ def transformer_config(
         gated_linear_unit=model.swiglu,
         activation_func=F.silu if model.swiglu else openai_gelu if model.openai_gelu else F.gelu,
         window_size=None if model.window_size is None else (model.window_size - 1, 0),
+        # Transformer Engine's ring of point-to-point sends has no window; gathered keys and values have
+        cp_comm_type="all_gather" if model.window_size and parallel.context_parallel_size > 1 else None,
         bias_activation_fusion=False,
         add_bias_linear=model.add_bias_linear,
         add_qkv_bias=model.add_qkv_bias,

@@ -31,6 +31,8 @@ class LanguageModelEvaluation:
             cache_dir=cfg.data.cache_dir,
         )
         stride = cfg.train.micro_batch_size * mesh.sizes.dp
+        if mesh.sizes.vpp is not None:  # the interleaved schedule takes micro-batches by the stage
+            stride *= mesh.sizes.pp
         if len(dataset) < self._batch_size:
             self._batch_size = len(dataset) // stride * stride
         if self._batch_size == 0:

@@ -22,6 +22,8 @@ CASES = {
     "cluster.nproc_per_node=3": ["parallel=tp2", "cluster.nproc_per_node=3", "train.global_batch_size=3"],
     "model.num_attention_heads=6": ["parallel.tensor_model_parallel_size=4", "model.num_attention_heads=6",
                                     "model.hidden_size=240", "model.num_query_groups=2"],
+    "model.num_query_groups=2": ["parallel.tensor_model_parallel_size=4", "cluster.nproc_per_node=4",
+                                 "model.num_attention_heads=4", "model.num_query_groups=2"],
     "model.num_query_groups=3": ["parallel=tp2", "model.num_attention_heads=6", "model.hidden_size=240",
                                  "model.num_query_groups=3"],
     "model.ffn_hidden_size=201": ["parallel=tp2", "model.ffn_hidden_size=201"],

@@ -104,6 +104,16 @@ def test_packed_equals_one_by_one_for_other_models(ranks, case):
 
 
 def test_a_rank_without_a_sequence_takes_part(ranks):
-    """Four ranks, two rows: the others run a forward and backward pass of nothing and join every collective."""
-    found = ranks(4, STEP, overrides={}, batching="token_budget", budget=400)
+    """Four ranks, two rows: the others run a forward and backward pass of nothing, which recomputation asks a gradient
+    of, and join every collective."""
+    recompute = {"train.recompute_granularity": "selective"}
+    found = ranks(4, STEP, overrides=recompute, batching="token_budget", budget=400)
     assert {rank["shapes"][0][1] for rank in found} == {8, max(rank["shapes"][0][1] for rank in found)}
+
+
+def test_a_context_parallel_rank_with_padding_alone_takes_part(ranks):
+    """All sequences lie in the first quarter of the row, and the second of two ranks has its middle."""
+    alone = ranks(1, STEP, overrides={}, batching="padded")[0]
+    found = ranks(2, STEP, overrides={**CP2, "model.seq_length": 1600}, batching="packed")
+    assert found[0]["shapes"] == [(1, 1600)]
+    assert_same(found, alone)

@@ -92,6 +92,8 @@ OTHER_MODELS = {
     "moe_dp2_distributed_optimizer": (2, MOE, DISTRIBUTED),
     "moe_tp2_sp_ep2_dp2": (4, MOE, {**SP, **EP2, "parallel.expert_tensor_parallel_size": 2}),
     "moe_tp2_sp_ep2_etp1": (4, MOE, {**SP, **EP2, "parallel.expert_tensor_parallel_size": 1}),
+    "moe_tp2_sp_etp1": (2, MOE, {**SP, "parallel.expert_tensor_parallel_size": 1}),
+    "moe_dp2_etp2": (2, MOE, {"parallel.expert_tensor_parallel_size": 2}),
     "gpt2_tp2_sp": (2, GPT2, SP),
     "gpt2_pp2": (2, GPT2, PP2),
     "gpt2_cp2": (2, GPT2, CP2),

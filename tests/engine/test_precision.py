@@ -2,7 +2,7 @@
 
 import math
 
-from support.parity import SP, relative
+from support.parity import EP2, MOE, SP, relative
 
 TRAIN = "support.training:train"
 BF16 = {"precision.bf16": True}
@@ -43,6 +43,16 @@ def test_fp16_overflow_is_skipped_and_halves_the_scale(ranks):
         assert all((stopped["after"][name] == weight).all() for name, weight in stopped["before"].items())
         assert any((run["after"][name] != weight).any() for name, weight in run["before"].items())
         assert run["learning_rate"][: overflows + 1] == [run["learning_rate"][0]] * (overflows + 1)
+
+
+def test_fp16_has_one_scale_for_dense_parameters_and_experts(ranks):
+    """Where gradients of experts alone overflow, the step is left out and the one scale is halved, by which all that
+    comes after is divided."""
+    moe = {**MOE, **EP2}
+    right = ranks(2, TRAIN, overrides={**moe, "precision.fp16": True, "precision.initial_loss_scale": 1024.0}, steps=1)
+    for rank in ranks(2, "support.experts:overflow_of_experts", overrides=moe):
+        assert rank["skipped"] == [True, False] and rank["loss_scale"] == [512.0, 512.0]
+        assert relative(rank["grad_norm"][1], right[0]["grad_norm"][0]) < 1e-5
 
 
 def test_fp16_losses_are_those_of_fp32(ranks):
