@@ -15,6 +15,7 @@ import torch.distributed as dist
 from scale_llm.losses.language_model import Metrics
 from scale_llm.losses.log_probabilities import vocab_parallel_log_probs
 from scale_llm.losses.preference import (
+    OF_MEANS,
     Pairs,
     chosen_nll,
     kto,
@@ -84,7 +85,8 @@ def pair_loss(
 
     batch: also `sequence_weights` [n], those of a pair the same, and `reference` [n], the same of the reference; absent
     for losses without one. options: of the named loss in `losses.preference`. Each of the c ranks that share the pairs
-    counts its share of them, as their sums are added up.
+    counts its share of them, as their sums are added up. Rewards and log-probabilities in metrics are means over tokens
+    where the loss is of such.
     """
     sums, tokens = answer_log_probs(logits, batch, tp_group, cp_group, vocab_size)
     share = 1.0 / (cp_group.size() if cp_group is not None else 1)
@@ -104,12 +106,13 @@ def pair_loss(
         tokens[0::2],
         tokens[1::2],
     )
-    seen = per_token(pairs) if length_normalised else pairs
-    losses = preference_loss(name, seen, **options)
+    means = per_token(pairs)
+    losses = preference_loss(name, means if length_normalised else pairs, **options)
     if sft_coeff:
         losses = losses + sft_coeff * chosen_nll(pairs)
     total, count = (losses * weights).sum(), weights.sum().to(torch.float32) * share
     metrics = {"dpo loss": (total.detach() * share, count)}
+    seen = means if length_normalised or name in OF_MEANS else pairs
     for key, (value, number) in preference_metrics(seen, beta=options.get("beta", 1.0), counts=weights).items():
         metrics[key] = (value * share, number * share)
     return total, count, metrics

@@ -158,6 +158,9 @@ PAIR_LOSSES: dict[str, Callable[..., torch.Tensor]] = {
 REFERENCE_FREE = frozenset({"simpo", "orpo"})
 """The losses that need no reference model."""
 
+OF_MEANS = frozenset({"ipo", "simpo", "orpo"})
+"""The losses of mean log-probabilities, whose metrics are of means too."""
+
 
 def preference_loss(name: str, pairs: Pairs, **options: float) -> torch.Tensor:
     """The loss of that name, [n]. options: its keyword arguments."""

@@ -57,3 +57,30 @@ def test_a_weight_counts_as_so_many(name):
     torch.testing.assert_close(metrics, once)
     nothing, none, _ = found(loss, logits, [0, 1], [0.0, 0.0])
     assert nothing == none == 0 and not torch.autograd.grad(nothing, logits)[0].any()
+
+
+@pytest.mark.parametrize("name", ["dpo", "ipo", "simpo", "orpo"])
+def test_metrics_are_of_what_the_loss_compares(name):
+    """Losses of means judge an answer of three tokens and one of a single, less likely one by the mean of each, under
+    which the chosen one is better; sums have it the other way round."""
+    logits = torch.zeros(PLACES, 2, 2, dtype=torch.float64)
+    logits[0, 1, 0] = -1.0
+    log_ps = torch.log_softmax(logits, -1)
+    batch = {
+        "labels": torch.zeros(2, PLACES, dtype=torch.int64), "loss_mask": torch.tensor([[1.0, 1, 1], [1, 0, 0]]),
+        "segments": torch.arange(2)[:, None].expand(2, PLACES), "numbers": torch.arange(2),
+        "sequence_weights": torch.ones(2), "reference": torch.zeros(2),
+    }  # fmt: skip
+    loss = partial(pair_loss, tp_group=None, cp_group=None, vocab_size=2, length_normalised=False, sft_coeff=0.0)
+    _, _, metrics = loss(logits, batch, name=name, options={"beta": 0.5})
+    chosen, rejected = log_ps[:, 0, 0].sum(), log_ps[0, 1, 0]
+    if name != "dpo":
+        chosen = chosen / 3
+    wanted = {
+        "logps/chosen": chosen,
+        "rewards/margins": 0.5 * (chosen - rejected),
+        "rewards/accuracies": chosen > rejected,
+    }
+    assert (chosen > rejected) == (name != "dpo")
+    for key, value in wanted.items():
+        torch.testing.assert_close(metrics[key][0].double(), value.double())
