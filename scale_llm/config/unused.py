@@ -172,9 +172,15 @@ RULES = (
         "remove it, or set tokenizer.path=null",
     ),
     Rule(
-        "data.fields.response data.fields.output data.fields.weight",
+        "data.fields.response data.fields.output",
         _answers,
         "is for answers, which stage={cfg.stage.name} does not read",
+        "remove it, or choose {stages}",
+    ),
+    Rule(
+        "data.fields.weight",
+        lambda cfg: isinstance(cfg.stage, SequenceStageConfig),
+        "weighs the loss of answers, which stage={cfg.stage.name} has not",
         "remove it, or choose {stages}",
     ),
     Rule(

@@ -19,7 +19,10 @@ class _Mismatched:
 
 
 class WithMismatched:
-    """Sequences 0 to n - 1, and as n + i the prompt of i with the answer of another one; see TokenSequences."""
+    """Sequences 0 to n - 1, and as n + i the prompt of i with the answer of another one; see TokenSequences.
+
+    Answers of weight 0 are given to nobody whose own is not.
+    """
 
     def __init__(self, sequences: TokenSequences, longest: int):
         """longest: tokens of a sequence, beyond which an answer is cut."""
@@ -27,8 +30,12 @@ class WithMismatched:
         self._sequences, self._longest, self._count = sequences, longest, len(own)
         order = shuffled(len(own), SEED, 0)
         self._partner = np.empty_like(order)
-        self._partner[order] = np.roll(order, -1)  # one cycle, so nobody keeps its own
-        starts = np.array([_start(sequences[i]) for i in range(len(own))], dtype=np.int64)
+        starts, counts = np.zeros(len(own), dtype=np.int64), np.zeros(len(own), dtype=bool)
+        for number in range(len(own)):
+            sequence = sequences[number]
+            starts[number], counts[number] = _start(sequence), sequence.weight > 0
+        for circle in (order[counts[order]], order[~counts[order]]):
+            self._partner[circle] = np.roll(circle, -1)  # one cycle, so nobody keeps its own
         answers = own - starts
         self.lengths = np.concatenate([own, np.minimum(starts + answers[self._partner], longest)])
 

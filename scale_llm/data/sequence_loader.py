@@ -6,6 +6,7 @@ Shapes: b rows, s tokens of a row, n sequences. A batch holds
     loss_mask                     float32 [b, s], the weight of a label that the loss counts, else 0
     segments                      int64 [b, s], which of `numbers` a place belongs to, -1 for padding, if asked for
     numbers                       int64 [n], the sequences of the micro-batch in the order of their places, likewise
+    sequence_weights              float32 [n], of these sequences, likewise
     boundaries                    int32 [n + 1], where each sequence begins and the last one ends, if a row holds
                                   several: then all lie one behind the other in one row, b = 1
 
@@ -155,6 +156,8 @@ class SequenceLoader:
         if self._shape.numbered:
             batch["segments"] = _segments(filled).view(batch["tokens"].shape)
             batch["numbers"] = torch.tensor([number for row in rows for number in row], dtype=torch.int64)
+            weights = [weight for row in filled for weight in row.weights]
+            batch["sequence_weights"] = torch.tensor(weights, dtype=torch.float32)
         return batch
 
     def _row(self, numbers: Sequence[int], width: int) -> "_Row":
@@ -169,18 +172,19 @@ class SequenceLoader:
 
 @dataclass(slots=True)
 class _Row:
-    """Sequences one behind the other, then padding; `ends` are those of the sequences."""
+    """Sequences one behind the other, then padding; `ends` and `weights` are those of the sequences."""
 
     tokens: np.ndarray
     labels: np.ndarray
     position_ids: np.ndarray
     loss_mask: np.ndarray
     ends: list[int]
+    weights: list[float]
 
     @classmethod
     def empty(cls, width: int) -> "_Row":
         tokens, labels, position_ids = (np.zeros(width, dtype=np.int64) for _ in range(3))
-        return cls(tokens, labels, position_ids, np.zeros(width, dtype=np.float32), [])
+        return cls(tokens, labels, position_ids, np.zeros(width, dtype=np.float32), [], [])
 
     def add_whole(self, sequence: TokenSequence, *, every_token: bool) -> None:
         start = self.ends[-1] if self.ends else 0
@@ -188,7 +192,7 @@ class _Row:
         self.tokens[start:end], self.position_ids[start:end] = sequence.tokens, np.arange(end - start)
         counted = np.flatnonzero(sequence.trained)
         self.loss_mask[start + (counted if every_token else counted[-1:])] = 1
-        self.ends.append(end)
+        self._end(end, sequence)
 
     def add(self, sequence: TokenSequence) -> None:
         start = self.ends[-1] if self.ends else 0
@@ -197,7 +201,11 @@ class _Row:
         self.labels[start:end] = sequence.tokens[1:]
         self.position_ids[start:end] = np.arange(end - start)
         self.loss_mask[start:end] = sequence.trained[1:] * np.float32(sequence.weight)
+        self._end(end, sequence)
+
+    def _end(self, end: int, sequence: TokenSequence) -> None:
         self.ends.append(end)
+        self.weights.append(sequence.weight)
 
 
 def _stack(rows: list[_Row], *, joined: bool) -> Batch:

@@ -137,8 +137,11 @@ def kto(
 
 @torch.no_grad()
 def kto_reference_point(log_ratio_sum: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-    """z0 = max(0, mean log-ratio of answers paired with other answers' prompts), already summed over all ranks."""
-    return (log_ratio_sum / count.clamp(min=1)).clamp(min=0)
+    """z0 = max(0, mean log-ratio of answers paired with other answers' prompts), already summed over all ranks.
+
+    count: of answers, or the sum of their weights; 0 gives 0.
+    """
+    return (log_ratio_sum / torch.where(count > 0, count, 1)).clamp(min=0)
 
 
 PAIR_LOSSES: dict[str, Callable[..., torch.Tensor]] = {
@@ -154,6 +157,9 @@ PAIR_LOSSES: dict[str, Callable[..., torch.Tensor]] = {
 
 REFERENCE_FREE = frozenset({"simpo", "orpo"})
 """The losses that need no reference model."""
+
+OF_MEANS = frozenset({"ipo", "simpo", "orpo"})
+"""The losses of mean log-probabilities, whose metrics are of means too."""
 
 
 def preference_loss(name: str, pairs: Pairs, **options: float) -> torch.Tensor:

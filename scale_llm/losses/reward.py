@@ -1,4 +1,8 @@
-"""Losses of reward models: which of several answers is better. One value a pair or list. Legend: n pairs, k answers."""
+"""Losses of reward models: which of several answers is better. One value a pair or list. Legend: n pairs, k answers.
+
+A pair or list of weight w counts as w of them in the loss and in what it is divided by. Other metrics are of those
+whose weight is not 0, each counted once.
+"""
 
 from typing import TypeAlias
 
@@ -70,31 +74,32 @@ def reward_loss(
     scores: torch.Tensor, batch: dict[str, torch.Tensor], cp_group: Group, *, centring: float = 0.0,
     calibrated: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, Metrics]:  # fmt: skip
-    """Summed Bradley-Terry loss of the pairs of a batch, their number, and metrics.
+    """Summed Bradley-Terry loss of the pairs of a batch, the sum of their weights, and metrics.
 
     scores: [s/c, b, 1], one for every token. batch: `loss_mask` (not 0 at the tokens whose mean score is the
-    sequence's) and `segments`, [b, s/c]; `numbers` and `margins` [2 n], of the chosen and the rejected sequence of each
-    pair in turn. Each of the c ranks of cp_group counts its share of the pairs, as their sums are added up. calibrated:
-    the sums of `calibration_bins` too.
+    sequence's) and `segments`, [b, s/c]; `numbers`, `sequence_weights` and `margins` [2 n], of the chosen and the
+    rejected sequence of each pair in turn. Each of the c ranks of cp_group counts its share of the pairs, as their sums
+    are added up. calibrated: the sums of `calibration_bins` too.
     """
     values, share = sequence_scores(scores, batch, cp_group, least=2)
     chosen, rejected = values[0::2], values[1::2]
     margin = batch["margins"][0::2].to(values) if share else 0.0
     losses = bradley_terry(chosen, rejected, margin=margin, centring=centring)
-    pairs = torch.tensor(losses.numel() * share, dtype=torch.float32, device=losses.device)
-    metrics = {"reward loss": (losses.detach().sum() * share, pairs)}
-    for name, (value, _) in reward_metrics(chosen, rejected).items():
-        metrics[name] = (value * share, pairs)
+    weights = batch["sequence_weights"][0::2].to(losses) if share else torch.zeros_like(losses)
+    total, count = (losses * weights).sum(), weights.sum().to(torch.float32) * share
+    metrics = {"reward loss": (total.detach() * share, count)}
+    counted = weights != 0
+    found = reward_metrics(chosen, rejected, counted)
     if calibrated:
-        for name, (value, count) in calibration_bins(chosen, rejected).items():
-            metrics[name] = (value * share, count * share)
-    return losses.sum() if share else losses.sum() * 0.0, pairs, metrics
+        found |= calibration_bins(chosen[counted], rejected[counted])
+    metrics |= {name: (value * share, number * share) for name, (value, number) in found.items()}
+    return total, count, metrics
 
 
 def ranking_loss(
     scores: torch.Tensor, batch: dict[str, torch.Tensor], cp_group: Group
 ) -> tuple[torch.Tensor, torch.Tensor, Metrics]:
-    """Summed Plackett-Luce loss of the lists of a batch, their number, and metrics.
+    """Summed Plackett-Luce loss of the lists of a batch, the sum of their weights, and metrics.
 
     As reward_loss, but batch has `lists` int64 [n] in place of margins: which list, from 0, each sequence is of; those
     of a list lie behind each other, best first.
@@ -103,17 +108,17 @@ def ranking_loss(
     lists = batch["lists"].to(values.device) if share else torch.zeros(2, dtype=torch.int64, device=values.device)
     table, valid = _table(values, lists)
     losses = plackett_luce(table, valid)
-    number = torch.tensor(losses.numel() * share, dtype=torch.float32, device=losses.device)
-    right, pairs = ranking_accuracy(table, valid)
+    # Of a list its first one's; an empty rank has one list
+    weights = _table(batch["sequence_weights"].to(values), lists)[0][:, 0] if share else torch.zeros_like(losses)
+    total, count = (losses * weights).sum(), weights.sum().to(torch.float32) * share
+    counted = weights != 0
+    right, pairs = ranking_accuracy(table, valid & counted[:, None])
     best, worst = table[:, 0].detach(), table.detach().gather(1, valid.sum(dim=1, keepdim=True) - 1)[:, 0]
-    metrics = {
-        "reward loss": (losses.detach().sum() * share, number),
-        "rewards/accuracies": (right * share, pairs * share),
-        "rewards/chosen": (best.sum() * share, number),
-        "rewards/rejected": (worst.sum() * share, number),
-        "rewards/margins": ((best - worst).sum() * share, number),
-    }
-    return losses.sum() if share else losses.sum() * 0.0, number, metrics
+    metrics = {"reward loss": (total.detach() * share, count), "rewards/accuracies": (right * share, pairs * share)}
+    for name, value in (("chosen", best), ("rejected", worst), ("margins", best - worst)):
+        found, number = masked_sum(value, counted)
+        metrics[f"rewards/{name}"] = (found * share, number * share)
+    return total, count, metrics
 
 
 def sequence_scores(

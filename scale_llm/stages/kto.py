@@ -35,7 +35,8 @@ def kto_task(run: RunContext, stage: DpoConfig, preferences: Preferences) -> Seq
 
     def complete(engine: Engine, batches: list[Batch]) -> list[Batch]:
         numbers = np.concatenate([batch["numbers"].numpy() for batch in batches])
-        kl = _reference_point(run, engine, sequences, reference, numbers)
+        weights = torch.cat([batch["sequence_weights"] for batch in batches]).double()
+        kl = _reference_point(run, engine, sequences, reference, numbers, weights)
         found = []
         for batch in batches:
             own = batch["numbers"].numpy()
@@ -58,16 +59,16 @@ def kto_task(run: RunContext, stage: DpoConfig, preferences: Preferences) -> Seq
 
 
 def _reference_point(
-    run: RunContext, engine: Engine, sequences: WithMismatched, reference: Reference, numbers: np.ndarray
-) -> torch.Tensor:
-    """z0 of the global batch of which this replica has these sequences."""
+    run: RunContext, engine: Engine, sequences: WithMismatched, reference: Reference, numbers: np.ndarray,
+    weights: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """z0 of the global batch of which this replica has these sequences, their prompts weighted."""
     others = [sequences.mismatched(int(number)) for number in numbers]
     policy = log_probs_of(
         run, engine, sequences, [[number] for number in others], row_tokens=run.cfg.model.seq_length
     )  # fmt: skip
     frozen = reference.log_probs(engine, np.array(others, dtype=np.int64)).double()
     mine = torch.tensor([policy[number] for number in others], dtype=torch.float64)
-    total = torch.stack([(mine - frozen).sum(), torch.tensor(float(len(others)), dtype=torch.float64)])
-    total = total.to(run.device.device)
+    total = torch.stack([((mine - frozen) * weights).sum(), weights.sum()]).to(run.device.device)
     dist.all_reduce(total, group=run.mesh.groups.dp)
     return kto_reference_point(total[0], total[1]).float()

@@ -40,7 +40,10 @@ UNREAD = {
     **{f"stage={stage}": (*CONVERSATION_KEYS, *COMPARISON_KEYS, "train.train_epochs=1.0") for stage in DOCUMENTS},
     **{
         f"stage={stage}": (*COMPARISON_KEYS, *DOCUMENT_KEYS, *TRAINING_KEYS, "train.train_epochs=1.0", *more)
-        for stage, more in {"score": (), "generate": ("data.fields.weight=w", "data.fields.output=o")}.items()
+        for stage, more in {
+            "score": ("data.fields.weight=w",),
+            "generate": ("data.fields.weight=w", "data.fields.output=o"),
+        }.items()
     },
     "stage=evaluate data.eod_mask_loss=true": ("data.loader=torch", "data.fim_rate=0.5"),
     "stage=pretrain data.fim_rate=0": ("data.fim_spm_rate=0.1", "data.fim_middle_token=m"),
@@ -87,8 +90,10 @@ READ = {
     "stage=pretrain": ("tokenizer.chat_template=chat.jinja", "tokenizer.special_tokens=[user]"),
     "stage=sft tokenizer.path=a.json": ("tokenizer.chat_template=chat.jinja", "data.on_bad_row=drop"),
     **{f"stage={stage} data.on_bad_row=drop": DOCUMENT_KEYS for stage in DOCUMENTS},
-    "stage=score": (*CONVERSATION_KEYS, "train.seed=5"),
-    "stage=generate": (*(key for key in CONVERSATION_KEYS if "weight" not in key), "train.seed=5"),
+    **{
+        f"stage={stage}": (*(key for key in CONVERSATION_KEYS if "weight" not in key), "train.seed=5")
+        for stage in ("score", "generate")
+    },
     "stage=sft": (*CONVERSATION_KEYS, *TRAINING_KEYS, "train.train_epochs=1.0", SMOOTHING),
     "stage=reward": (*CONVERSATION_KEYS, *COMPARISON_KEYS, "train.train_epochs=1.0"),
     "stage=grpo": (*REWARD_KEYS, "data.fields.label=l", "stage.kl_loss_type=k2", "stage.max_tokens_per_micro_batch=99"),

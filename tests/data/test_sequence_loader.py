@@ -108,6 +108,7 @@ def test_two_sequences_in_a_row_by_hand():
     assert batch["numbers"].tolist() == [0, 1]
     types = {name: tensor.dtype for name, tensor in batch.items()}
     assert types.pop("boundaries") is torch.int32 and types.pop("loss_mask") is torch.float32
+    assert batch["sequence_weights"].tolist() == weights.tolist() and types.pop("sequence_weights") is torch.float32
     assert set(types.values()) == {torch.int64}
 
 

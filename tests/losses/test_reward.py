@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -103,6 +104,7 @@ def test_ranking_loss_of_lists_behind_each_other():
     last = torch.tensor([[0, 1, 1, 0, 1, 1, 1, 0], [1, 0, 1, 1, 0, 1, 0, 0]])
     scores = torch.where(last.bool(), values[segments.clamp(min=0)], scores)
     batch = {"loss_mask": last, "segments": segments, "numbers": torch.arange(9),
+             "sequence_weights": torch.ones(9),
              "lists": torch.repeat_interleave(torch.arange(3), torch.tensor(sizes))}  # fmt: skip
     loss, count, metrics = ranking_loss(scores.t()[..., None], batch, None)
     parts = values.split(sizes)
@@ -116,10 +118,32 @@ def test_ranking_loss_of_lists_behind_each_other():
     assert metrics["rewards/rejected"][0].item() == pytest.approx(sum(part[-1].item() for part in parts))
 
 
+def rows_of(scores, sizes, weights):
+    """Lists of so many answers, a token each, in one row; every list with its weight."""
+    numbers, of_lists = torch.arange(len(scores)), torch.repeat_interleave(torch.arange(len(sizes)), sizes)
+    batch = {"loss_mask": torch.ones(1, len(scores)), "segments": numbers[None], "numbers": numbers, "lists": of_lists,
+             "margins": torch.zeros(len(scores)), "sequence_weights": weights[of_lists]}  # fmt: skip
+    return scores[:, None, None], batch
+
+
+@pytest.mark.parametrize("loss", [partial(reward_loss, centring=0.1, calibrated=True), ranking_loss])
+def test_a_weight_counts_as_so_many(loss):
+    """Pairs of weights 2, 0 and 1 are the first one twice and the last one; metrics see both once."""
+    values, sizes = scores(6).requires_grad_(), torch.tensor([2, 2, 2])
+    weighted, count, metrics = loss(*rows_of(values, sizes, torch.tensor([2.0, 0.0, 1.0])), None)
+    again, number, _ = loss(*rows_of(values[[0, 1, 0, 1, 4, 5]], sizes, torch.ones(3)), None)
+    _, _, once = loss(*rows_of(values[[0, 1, 4, 5]], sizes[:2], torch.ones(2)), None)
+    assert count == number == 3 and metrics["reward loss"][1] == 3
+    torch.testing.assert_close(weighted, again)
+    torch.testing.assert_close(torch.autograd.grad(weighted, values), torch.autograd.grad(again, values))
+    once.pop("reward loss"), metrics.pop("reward loss")
+    torch.testing.assert_close(metrics, once)
+
+
 def test_a_rank_without_answers_joins():
     scores = torch.randn(4, 1, 1, requires_grad=True)
     batch = {"loss_mask": torch.zeros(1, 4), "segments": torch.full((1, 4), -1), "numbers": torch.empty(0).long(),
-             "margins": torch.empty(0), "lists": torch.empty(0).long()}  # fmt: skip
+             "sequence_weights": torch.empty(0), "margins": torch.empty(0), "lists": torch.empty(0).long()}  # fmt: skip
     for loss in (reward_loss, ranking_loss):
         value, count, metrics = loss(scores, batch, None)
         assert value == 0 and count == 0 and all(number == 0 for _, number in metrics.values())

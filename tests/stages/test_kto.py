@@ -65,3 +65,18 @@ def test_one_class_alone_is_refused(runs, tmp_path, base, judged):
     (tmp_path / "good.jsonl").write_text("\n".join(lines))
     with pytest.raises(UserError, match=r"all 18 answers are desirable.*data\.fields\.label"):
         runs(tmp_path / "run", *words(base, tmp_path / "good.jsonl"))
+
+
+def test_rows_of_weight_0_have_no_say(runs, tmp_path, base, judged):
+    """Not even in z0: what is said of them may be anything."""
+    lines = [json.loads(line) for line in judged.read_text().splitlines()]
+    found = []
+    for name, answer in (("one", "Nothing"), ("other", "Unheard")):
+        file = tmp_path / f"{name}.jsonl"
+        spare = [{"prompt": f"{a}?", "completion": answer, "label": a % 2 == 0, "weight": 0} for a in range(len(lines))]
+        mixed = [row for pair in zip(lines, spare, strict=True) for row in pair]
+        file.write_text("".join(json.dumps(row) + "\n" for row in mixed))
+        more = (PADDED, "train.train_iters=2", "train.eval_interval=2")
+        assert runs(tmp_path / name, *words(base, file, *more)) == []
+        found.append(rows(tmp_path / name))
+    assert found[0] == found[1]
