@@ -23,7 +23,7 @@ from scale_llm.config.peft import LOW_RANK, BaseQuantization, PeftMethod
 from scale_llm.config.run import RunConfig
 from scale_llm.config.train import CudaGraphImpl
 from scale_llm.engine.counted import COUNTED, only_counted
-from scale_llm.engine.moe import load_balancing_losses
+from scale_llm.engine.moe import Balancing, Batch, Counts, load_balancing_losses
 from scale_llm.engine.offload import Offload, Offloaded
 from scale_llm.engine.optimizer import build_optimizer, build_scheduler, parts
 from scale_llm.engine.optimizer_kernels import name_of
@@ -42,7 +42,6 @@ from scale_llm.parallel.device import Device
 from scale_llm.parallel.mesh import Mesh
 from scale_llm.parallel.ranges import named, timer
 
-Batch = dict[str, torch.Tensor]
 Loss = Callable[[torch.Tensor, Batch], tuple[torch.Tensor, torch.Tensor, dict]]
 
 
@@ -98,6 +97,7 @@ class Engine:
         self._counts: list[torch.Tensor] = []  # of the micro-batches of this step, on the last stage
         self._tokens = 1.0  # that counted in the last global batch
         self._spoils = False
+        self._balancing = Balancing(self.config, mesh, device.device)
         self._replays = self._waits_for_graphs = trainable and cfg.train.cuda_graph_impl is CudaGraphImpl.local
         self.updates = 0  # optimizer steps that were not skipped
         if trainable:
@@ -141,8 +141,11 @@ class Engine:
         if cfg.parallel.overlap_param_gather and len(chunks) > 1:
             config.param_sync_func = [chunk.start_param_sync for chunk in chunks]
 
-    def train_step(self, batches: Iterable[Batch], loss_fn: Loss, *, samples: int) -> StepResult:
-        """Forward, backward and update. batches: this rank's micro-batches; samples: the global batch size."""
+    def train_step(
+        self, batches: Iterable[Batch], loss_fn: Loss, *, samples: int, counts: Counts | None = None
+    ) -> StepResult:
+        """Forward, backward and update. batches: this rank's micro-batches; samples: the global batch size. counts:
+        what the loss counts of a micro-batch as it is given here; None: every place."""
         self.require_weights()
         for chunk in self.chunks:
             chunk.train()
@@ -153,8 +156,9 @@ class Engine:
         if self._waits_for_graphs:  # for weights that are loaded, and for the shape
             graph_layers(self.modules[0], *micro_batches[0]["tokens"].shape)
             self._waits_for_graphs = False
+        balanced = self._balancing.weigh(micro_batches, counts)
         metrics = self._run(micro_batches, loss_fn, forward_only=False)
-        if self.config.num_moe_experts and self.config.moe_aux_loss_coeff:
+        if balanced:
             metrics |= load_balancing_losses(
                 self.mesh,
                 self.device.device,

@@ -116,3 +116,8 @@ def pair_loss(
     for key, (value, number) in preference_metrics(seen, beta=options.get("beta", 1.0), counts=weights).items():
         metrics[key] = (value * share, number * share)
     return total, count, metrics
+
+
+def counted_answers(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What `unpaired_loss` is divided by; batch: `sequence_weights` [n]."""
+    return batch["sequence_weights"].sum()

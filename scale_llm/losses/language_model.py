@@ -29,6 +29,11 @@ def language_model_loss(
     return loss_sum, count, {"lm loss": (loss_sum.detach(), count)}
 
 
+def counted_tokens(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What the loss of these rows is divided by; batch: `loss_mask` [b, s]."""
+    return batch["loss_mask"].sum()
+
+
 def with_token_accuracy(
     logits: torch.Tensor, batch: dict[str, torch.Tensor], tp_group: dist.ProcessGroup | None, vocab_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, Metrics]:

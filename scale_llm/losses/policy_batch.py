@@ -115,3 +115,13 @@ def answer_token_values(values: torch.Tensor, batch: Batch) -> tuple[torch.Tenso
     """(cells, values) likewise, of a model with a head of one number. values: [s/c, b, 1]."""
     cells = batch["cells"].transpose(0, 1)
     return cells[cells >= 0], values[..., 0].float()[cells >= 0]
+
+
+def counted_shares(batch: Batch) -> torch.Tensor:
+    """What `policy_batch_loss` is divided by; batch: `loss_mask` and `shares`, [b, s]."""
+    return torch.where(batch["loss_mask"] != 0, batch["shares"], 0).double().sum()
+
+
+def counted_values(batch: Batch) -> torch.Tensor:
+    """What `value_batch_loss` is divided by; batch: `loss_mask` [b, s]."""
+    return (batch["loss_mask"] != 0).sum()

@@ -121,6 +121,12 @@ def ranking_loss(
     return total, count, metrics
 
 
+def counted_lists(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What `ranking_loss` is divided by; batch: `sequence_weights` and `lists`, [n]."""
+    lists = batch["lists"]
+    return batch["sequence_weights"][lists.diff(prepend=lists.new_tensor([-1])) != 0].sum()
+
+
 def sequence_scores(
     scores: torch.Tensor, batch: dict[str, torch.Tensor], cp_group: Group, *, least: int = 1
 ) -> tuple[torch.Tensor, float]:

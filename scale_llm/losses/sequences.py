@@ -61,3 +61,8 @@ class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return grad, None
+
+
+def counted_pairs(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What losses of pairs are divided by; batch: `sequence_weights` [2 n], those of a pair the same."""
+    return batch["sequence_weights"][0::2].sum()

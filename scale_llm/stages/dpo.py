@@ -8,6 +8,7 @@ from scale_llm.config.stage import REFERENCE_FREE, DpoConfig, PreferenceLoss
 from scale_llm.data.chat.preferences import load_preferences
 from scale_llm.data.sequence_loader import Batch
 from scale_llm.losses.direct_preference import pair_loss
+from scale_llm.losses.sequences import counted_pairs
 from scale_llm.stages.context import RunContext
 from scale_llm.stages.kto import kto_task
 from scale_llm.stages.preference_summary import pair_summary
@@ -34,6 +35,7 @@ def dpo(run: RunContext) -> SequenceStage:
             sequences=preferences.sequences,
             groups=groups,
             loss=loss_of(run, stage),
+            counts=counted_pairs,
             complete=complete,
             summary=pair_summary,
             row_tokens=2 * run.cfg.model.seq_length,  # a pair of the longest answers

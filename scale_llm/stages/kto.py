@@ -17,7 +17,7 @@ from scale_llm.data.mismatched import WithMismatched
 from scale_llm.data.sequence_loader import Batch
 from scale_llm.data.units import single_units
 from scale_llm.engine.engine import Engine
-from scale_llm.losses.direct_preference import unpaired_loss
+from scale_llm.losses.direct_preference import counted_answers, unpaired_loss
 from scale_llm.losses.preference import kto_reference_point
 from scale_llm.stages.context import RunContext
 from scale_llm.stages.preference_summary import answer_summary
@@ -52,6 +52,7 @@ def kto_task(run: RunContext, stage: DpoConfig, preferences: Preferences) -> Seq
             unpaired_loss, tp_group=groups.tp, cp_group=groups.cp, vocab_size=run.vocab_size, beta=stage.beta,
             desirable_weight=stage.desirable_weight, undesirable_weight=stage.undesirable_weight,
         ),
+        counts=counted_answers,
         complete=complete,
         summary=answer_summary,
         numbered=True,

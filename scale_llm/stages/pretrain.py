@@ -7,7 +7,7 @@ from scale_llm.config.batch import total_samples
 from scale_llm.data.datasets import build_dataset
 from scale_llm.data.loader_choice import build_loader
 from scale_llm.engine.engine import Engine, StepResult
-from scale_llm.losses.language_model import language_model_loss
+from scale_llm.losses.language_model import counted_tokens, language_model_loss
 from scale_llm.stages.base import Evaluation
 from scale_llm.stages.context import RunContext
 from scale_llm.stages.evaluation import LanguageModelEvaluation
@@ -46,7 +46,7 @@ class Pretrain:
 
     def step(self, consumed_samples: int, global_batch_size: int) -> StepResult:
         batches = self._loader.global_batch(consumed_samples, global_batch_size)
-        return self.engine.train_step(batches, self._loss, samples=global_batch_size)
+        return self.engine.train_step(batches, self._loss, samples=global_batch_size, counts=counted_tokens)
 
     def evaluate(self) -> Evaluation:
         return Evaluation(self._evaluation.run(self.engine))

@@ -10,7 +10,8 @@ from scale_llm.config.errors import UserError
 from scale_llm.config.stage import RewardConfig, RewardLoss, Score
 from scale_llm.data.chat.preferences import Preferences, load_preferences
 from scale_llm.data.sequence_loader import Batch
-from scale_llm.losses.reward import ranking_loss, reward_loss
+from scale_llm.losses.reward import counted_lists, ranking_loss, reward_loss
+from scale_llm.losses.sequences import counted_pairs
 from scale_llm.stages.context import RunContext
 from scale_llm.stages.preference_summary import calibrated_summary, pair_summary
 from scale_llm.stages.sequence_stage import SequenceStage, SequenceTask
@@ -26,6 +27,7 @@ def reward(run: RunContext) -> SequenceStage:
         sequences=preferences.sequences,
         groups=groups,
         loss=loss,
+        counts=counted_pairs,
         held_out_loss=partial(loss, calibrated=True),
         complete=_with_margins(preferences),
         summary=calibrated_summary,
@@ -40,8 +42,8 @@ def reward(run: RunContext) -> SequenceStage:
     _without_margins(preferences)
     ranking = partial(ranking_loss, cp_group=cp_group)
     lists = replace(
-        pairs, loss=ranking, held_out_loss=ranking, complete=_with_lists(groups), summary=pair_summary,
-        row_tokens=max(pairs.row_tokens or 0, longest_list(preferences)), ends=False,
+        pairs, loss=ranking, counts=counted_lists, held_out_loss=ranking, complete=_with_lists(groups),
+        summary=pair_summary, row_tokens=max(pairs.row_tokens or 0, longest_list(preferences)), ends=False,
     )  # fmt: skip
     return SequenceStage(run, lists)
 

@@ -17,6 +17,7 @@ from scale_llm.data.chat.examples import split_indices
 from scale_llm.data.sequence_loader import Batch, TokenSequences
 from scale_llm.data.units import Units
 from scale_llm.engine.engine import Engine, Loss, StepResult
+from scale_llm.engine.moe import Counts
 from scale_llm.parallel.ranges import named
 from scale_llm.stages.base import Evaluation
 from scale_llm.stages.context import RunContext
@@ -40,16 +41,17 @@ def means(totals: Totals) -> dict[str, float]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SequenceTask:
-    """sequences: all of them. groups: int [u + 1], unit i has sequences groups[i] to groups[i + 1]. loss: as the engine
-    calls it. held_out_loss: likewise, by default the same. complete: adds to the micro-batches of a step what the loss
-    needs by the `numbers` of their sequences. summary: of a whole evaluation. answers: to prompts, before and after
-    training. row_tokens: of a packed row, by default model.seq_length. numbered, whole, every_token: see
+    """sequences: all of them. groups: int [u + 1], unit i has sequences groups[i] to groups[i + 1]. loss and counts: as
+    the engine calls them. held_out_loss: likewise, by default the same. complete: adds to the micro-batches of a step
+    what the loss needs by the `numbers` of their sequences. summary: of a whole evaluation. answers: to prompts, before
+    and after training. row_tokens: of a packed row, by default model.seq_length. numbered, whole, every_token: see
     sequence_loader.Shape. ends: see Units. noise: NEFTune's alpha.
     """
 
     sequences: TokenSequences
     groups: np.ndarray
     loss: Loss
+    counts: Counts
     held_out_loss: Loss | None = None
     complete: Callable[[Engine, list[Batch]], list[Batch]] | None = None
     summary: Callable[[Totals], Evaluation] = lambda totals: Evaluation(means(totals))
@@ -124,7 +126,7 @@ class SequenceStage:
 
     def step(self, consumed_samples: int, global_batch_size: int) -> StepResult:
         batches = self._batches(self._loader, consumed_samples, global_batch_size)
-        result = self.engine.train_step(batches, self._task.loss, samples=global_batch_size)
+        result = self.engine.train_step(batches, self._task.loss, samples=global_batch_size, counts=self._task.counts)
         return replace(result, tokens=self._loader.tokens_in(consumed_samples, global_batch_size))
 
     def evaluate(self) -> Evaluation:

@@ -10,7 +10,7 @@ from scale_llm.data.chat.examples import load_examples
 from scale_llm.data.of_stage import places_taken
 from scale_llm.data.prefixed import PrefixedSequences
 from scale_llm.data.units import single_units
-from scale_llm.losses.language_model import language_model_loss, with_token_accuracy
+from scale_llm.losses.language_model import counted_tokens, language_model_loss, with_token_accuracy
 from scale_llm.stages.base import Evaluation
 from scale_llm.stages.context import RunContext
 from scale_llm.stages.samples import Samples
@@ -31,6 +31,7 @@ def sft(run: RunContext) -> SequenceStage:
             sequences=sequences,
             groups=groups,
             loss=partial(language_model_loss, label_smoothing=stage.label_smoothing, **part),
+            counts=counted_tokens,
             held_out_loss=partial(with_token_accuracy, **part),
             summary=summary,
             answers=Samples(run, sequences, held_out_units(run, groups)),

@@ -6,6 +6,7 @@ few small steps would hide; the later losses find what goes wrong in the optimiz
 """
 
 import pytest
+from support.batches import SEQ_LENGTH
 from support.parity import (
     CP2,
     DISTRIBUTED,
@@ -109,6 +110,16 @@ def test_layout_of_another_model_equals_single_process(ranks, case):
     single = ranks(1, TRAIN, overrides=model)[0]
     steps = 20 if case == "moe_ep2" else FEWER
     assert_equal_runs(ranks(world_size, TRAIN, overrides={**model, **layout}, steps=steps), single)
+
+
+def test_load_balancing_weighs_the_same_beside_any_loss(ranks):
+    """Whether a loss counts every place of a row or the row as one, as losses of pairs do, on one rank and on two."""
+    found = [
+        ranks(world_size, "support.experts:balancing_gradient", overrides=MOE, counted=counted)[0]
+        for world_size, counted in ((1, float(SEQ_LENGTH)), (1, 1.0), (2, 0.5))
+    ]
+    assert found[0] > 1e-3
+    assert max(relative(norm, found[0]) for norm in found[1:]) < 1e-5
 
 
 SPLITS = {

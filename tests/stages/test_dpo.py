@@ -149,7 +149,7 @@ def test_another_checkpoint_is_the_reference(runs, tmp_path, base, pairs, single
 def test_experts_on_two_ranks(runs, tmp_path, pairs):
     """Experts dealt out over data-parallel ranks meet in every layer, so that ranks must not compute references at
     their own pace: 24 pairs over two ranks, of unequal numbers in a step's rows."""
-    model = ["model.num_experts=4", "model.moe_router_topk=2", "model.moe_aux_loss_coeff=0"]
+    model = ["model.num_experts=4", "model.moe_router_topk=2", "model.moe_aux_loss_coeff=0.01"]
     assert runs(tmp_path / "base", *model, "train.train_iters=2", "train.eval_iters=0") == []
     fewer = tmp_path / "fewer.jsonl"
     fewer.write_text("".join(pairs.read_text().splitlines(keepends=True)[:19]))

@@ -3,6 +3,8 @@
 import math
 from typing import Any
 
+import torch
+
 from support.batches import samples
 from support.training import config, make_engine, micro_batches
 
@@ -28,3 +30,17 @@ def overflow_of_experts(overrides: dict[str, Any]) -> dict[str, list]:
         for _ in (0, 1)
     ]
     return {name: [getattr(step, name) for step in steps] for name in ("skipped", "loss_scale", "grad_norm")}
+
+
+def balancing_gradient(overrides: dict[str, Any], counted: float) -> float:
+    """The norm of the gradient of the load-balancing loss alone, beside a loss of 0 that counts so much of each row."""
+    cfg = config({**overrides, "optim.clip_grad": 0.0})
+    engine, _ = make_engine(cfg)
+
+    def nothing(logits, batch):
+        count = torch.tensor(counted * logits.size(1))
+        return logits.sum() * 0, count, {"lm loss": (torch.zeros(()), count)}
+
+    batches = micro_batches(samples(0), engine.mesh, cfg.train.micro_batch_size)
+    result = engine.train_step(batches, nothing, samples=1, counts=lambda batch: counted * len(batch["tokens"]))
+    return result.grad_norm

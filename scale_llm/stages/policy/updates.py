@@ -12,6 +12,8 @@ from scale_llm.engine.engine import Loss, StepResult
 from scale_llm.losses.policy_batch import (
     answer_token_log_probs,
     answer_token_values,
+    counted_shares,
+    counted_values,
     policy_batch_loss,
     value_batch_loss,
 )
@@ -82,9 +84,10 @@ def train(
     """
     made = [with_tables(batches, tables) for batches in parts]
     steps, results = epochs * len(made), []
+    counts = counted_values if role.name == "critic" else counted_shares
     for number in range(steps):
         counted = (number + 1) * samples // steps - number * samples // steps
-        result = role.engine.train_step(made[number % len(made)], loss, samples=counted)
+        result = role.engine.train_step(made[number % len(made)], loss, samples=counted, counts=counts)
         if role.name == "actor" and not number and result.broken is None:
             check_first_ratio(role.cfg, result.metrics)
         results.append(result)
