@@ -4,9 +4,10 @@ import json
 
 import pytest
 from support.policy_words import SHORT, words
-from support.runs import latest, rows
+from support.runs import TP2, latest, rows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from scale_llm.config import timeline
 from scale_llm.config.errors import UserError
 
 
@@ -61,6 +62,30 @@ def test_resume_is_bit_for_bit(runs, beginner, digits, run, tmp_path):
     assert rows(resumed) == rows(run)
     assert (resumed / "transcripts.jsonl").read_text() == (run / "transcripts.jsonl").read_text()
     assert not {name: d for name, d in runs.differences(resumed, run, iteration=4).items() if d}
+
+
+GOING_BACK = {
+    "hybrid": [TP2, "layout=hybrid"],
+    "adapters_offloaded": ["peft=lora", "peft.rank=4", "layout.actor.offload=true"],
+}
+
+
+@pytest.mark.parametrize("way", GOING_BACK)
+def test_a_run_goes_back(runs, beginner, digits, run, tmp_path, way):
+    """From a gradient that is no number, with the actor in host memory. It ends as one that is told what to leave out,
+    and iteration 4 is of the prompts that it would have had anyway."""
+    drill, told = tmp_path / "drill", tmp_path / "told"
+    said = ["stage=grpo", *words(beginner, digits), *SHORT, *GOING_BACK[way]]
+    once = ["health.drill_nan_gradients=[3]", "health.max_nan_steps=1", "checkpoint.save_interval=1"]
+    assert runs(drill, *said, *once) == []
+    (event,) = [event for event in timeline.read(drill) if event["event"] == "rewind"]
+    assert event["to"] == 2 and event["leave_out"] == [3, 3]
+    assert runs(told, *said, "train.iterations_to_skip=[3]") == []
+    assert not {name: d for name, d in runs.differences(drill, told, iteration=4).items() if d}
+    texts = [(path / "transcripts.jsonl").read_text() for path in (drill, told, run)]
+    assert texts[0] == texts[1]
+    prompts = [[(row["iteration"], row["prompt"]) for row in map(json.loads, text.splitlines())] for text in texts[1:]]
+    assert prompts[0] == [pair for pair in prompts[1] if pair[0] != 3]
 
 
 def test_prompts_without_signal_are_drawn_again(runs, beginner, digits, tmp_path):

@@ -40,6 +40,10 @@ class Experience:
             )
         return answers, scores
 
+    def leave_out(self, size: int) -> None:
+        """The prompts of an iteration, with filter_groups as many as one may draw: a broken one's do not come again."""
+        self.drawn += size * (self._stage.max_num_gen_batches if self._stage.filter_groups else 1)
+
     def _next(self, size: int, timing: Timing) -> Judged:
         numbers = list(range(self.drawn, self.drawn + size))
         self.drawn += size

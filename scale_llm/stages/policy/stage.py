@@ -14,6 +14,7 @@ from scale_llm.data.chat.prompts import load_prompts
 from scale_llm.data.tokenizer import Tokenizer
 from scale_llm.engine.engine import Engine, Loss, StepResult
 from scale_llm.engine.movement import Movement
+from scale_llm.engine.offload import on_device
 from scale_llm.losses.advantages import AdaptiveKL
 from scale_llm.stages.base import Evaluation
 from scale_llm.stages.context import RunContext
@@ -84,12 +85,14 @@ class PolicyStage:
         """The rollout gets the actor's weights. fresh: answers before any training are scored."""
         self._set_rate(self._rate)
         if "rollout" in self._roles:
-            self._movement = Movement(
-                self.engine, self._roles["rollout"].engine, self._run.mesh.world_group, self._group,
-                bucket_bytes=int(self._run.cfg.layout.bucket_megabytes * 2**20), checksum=self._run.cfg.layout.checksum,
-                ranks_per_node=self._run.cfg.cluster.nproc_per_node,
-            )  # fmt: skip
-            self._movement.run()
+            engines = self.engine, self._roles["rollout"].engine
+            with on_device(engines):  # a run that goes back finds them in host memory
+                self._movement = Movement(
+                    *engines, self._run.mesh.world_group, self._group,
+                    bucket_bytes=int(self._run.cfg.layout.bucket_megabytes * 2**20),
+                    checksum=self._run.cfg.layout.checksum, ranks_per_node=self._run.cfg.cluster.nproc_per_node,
+                )  # fmt: skip
+                self._movement.run()
         for role in self._roles.values():
             if role.is_here and role.offloads:
                 role.engine.offload()
@@ -151,6 +154,10 @@ class PolicyStage:
             results["actor"], metrics=ordered, tokens=tokens, remarks=tuple(remarks), texts=texts, stop=stop,
             broken=no_number,
         )  # fmt: skip
+
+    def leave_out(self, global_batch_size: int) -> None:
+        self._iteration += 1
+        self._experience.leave_out(global_batch_size)
 
     def _without_update(self, no_number: str, remarks: list[str]) -> StepResult:
         """Of an iteration that nothing can be learnt from."""
