@@ -110,9 +110,30 @@ def test_a_reward_without_signal_is_named(runs, beginner, digits, tmp_path, caps
     (tmp_path / "run").mkdir()
     assert runs(tmp_path / "run", *said) == []
     assert all(row["grad-norm"] == 0 for row in rows(tmp_path / "run") if "grad-norm" in row)
+    assert runs(tmp_path / "plain", *said, "stage.adv_estimator=reinforce_plus_plus") == []
+    assert all(row["grad-norm"] == 0 for row in rows(tmp_path / "plain") if "grad-norm" in row)
     assert len({row["actor/entropy"] for row in rows(tmp_path / "run") if "actor/entropy" in row}) <= 1
     (problem,) = runs(tmp_path / "filtered", *said, "stage.filter_groups=true", "stage.max_num_gen_batches=2")
     assert "of 2 batches of 8 prompts none has answers of different rewards" in problem
+    assert not list((tmp_path / "filtered").glob("checkpoints/latest*")), "nothing has been trained"
+
+
+def test_a_signal_that_ends_leaves_what_was_learnt(runs, beginner, digits, tmp_path):
+    """With filter_groups: the state is saved, then the run ends with the reason."""
+    tells = tmp_path / "tells"
+    fading = tmp_path / "fading.py"
+    fading.write_text(
+        "import os\ndef score(data_source, solution_str, ground_truth, extra_info=None):\n"
+        f"    return float(sum(map(ord, solution_str))) if os.path.exists({str(tells)!r}) else 1.0\n"
+    )
+    said = ["stage=grpo", *words(beginner, digits), *SHORT, f"reward.function={fading}:score",
+            "stage.filter_groups=true", "stage.max_num_gen_batches=2"]  # fmt: skip
+    tells.touch()
+    assert runs(tmp_path / "run", *said, "train.exit_interval=2") == []
+    tells.unlink()
+    (problem,) = runs(tmp_path / "run", *said)
+    assert "none has answers of different rewards" in problem
+    assert latest(tmp_path / "run") == 3
 
 
 def test_a_reward_that_raises_scores_the_default(runs, beginner, digits, tmp_path):
