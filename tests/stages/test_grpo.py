@@ -9,6 +9,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from scale_llm.config import timeline
 from scale_llm.config.errors import UserError
+from scale_llm.config.policy import GrpoConfig
+from scale_llm.stages.policy.experience import Experience
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +88,14 @@ def test_a_run_goes_back(runs, beginner, digits, run, tmp_path, way):
     assert texts[0] == texts[1]
     prompts = [[(row["iteration"], row["prompt"]) for row in map(json.loads, text.splitlines())] for text in texts[1:]]
     assert prompts[0] == [pair for pair in prompts[1] if pair[0] != 3]
+
+
+def test_what_is_left_out_may_have_drawn_several_batches():
+    """With filter_groups as many as max_num_gen_batches: going back must not find the same prompts again."""
+    for filters, wanted in ((False, 8), (True, 24)):
+        experience = Experience(GrpoConfig(filter_groups=filters, max_num_gen_batches=3), None, None, None)
+        experience.leave_out(8)
+        assert experience.drawn == wanted
 
 
 def test_prompts_without_signal_are_drawn_again(runs, beginner, digits, tmp_path):

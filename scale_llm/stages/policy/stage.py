@@ -14,7 +14,6 @@ from scale_llm.data.chat.prompts import load_prompts
 from scale_llm.data.tokenizer import Tokenizer
 from scale_llm.engine.engine import Engine, Loss, StepResult
 from scale_llm.engine.movement import Movement
-from scale_llm.engine.offload import on_device
 from scale_llm.losses.advantages import AdaptiveKL
 from scale_llm.stages.base import Evaluation
 from scale_llm.stages.context import RunContext
@@ -26,7 +25,7 @@ from scale_llm.stages.policy.experience import Experience, NoSignal, without_sig
 from scale_llm.stages.policy.invariants import BrokenInvariant, check_reference, without_numbers
 from scale_llm.stages.policy.metrics import table_metrics
 from scale_llm.stages.policy.prompts import Draws
-from scale_llm.stages.policy.roles import Role, build_roles
+from scale_llm.stages.policy.roles import Role, build_roles, movement_to_rollout
 from scale_llm.stages.policy.rollout import Rollout
 from scale_llm.stages.policy.scoring import Scorer
 from scale_llm.stages.policy.timing import PREFIX, WAIT, Timing, over_ranks
@@ -85,14 +84,7 @@ class PolicyStage:
         """The rollout gets the actor's weights. fresh: answers before any training are scored."""
         self._set_rate(self._rate)
         if "rollout" in self._roles:
-            engines = self.engine, self._roles["rollout"].engine
-            with on_device(engines):  # a run that goes back finds them in host memory
-                self._movement = Movement(
-                    *engines, self._run.mesh.world_group, self._group,
-                    bucket_bytes=int(self._run.cfg.layout.bucket_megabytes * 2**20),
-                    checksum=self._run.cfg.layout.checksum, ranks_per_node=self._run.cfg.cluster.nproc_per_node,
-                )  # fmt: skip
-                self._movement.run()
+            self._movement = movement_to_rollout(self._run, self._roles)
         for role in self._roles.values():
             if role.is_here and role.offloads:
                 role.engine.offload()
