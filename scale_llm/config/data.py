@@ -49,7 +49,8 @@ class FieldsConfig:
     tools: str = "tools"
     """Descriptions of functions for the chat template."""
     weight: str = "weight"
-    """What the loss of the row is multiplied by; 1 where the field is absent."""
+    """What the loss of the row is multiplied by, be it a conversation, a comparison or a single answer; 1 where the
+    field is absent."""
     instruction: str = "instruction"
     """Alpaca: instruction, input (may be absent or empty) and output."""
     input: str = "input"

@@ -14,6 +14,7 @@ from scale_llm.config.data import LoaderKind
 from scale_llm.config.machine import Machine
 from scale_llm.config.model import Backend, Head, ModelConfig
 from scale_llm.config.names import run_name
+from scale_llm.config.packed import packed_by
 from scale_llm.config.parallel import ParallelConfig
 from scale_llm.config.peft import LOW_RANK
 from scale_llm.config.policy import PolicyStageConfig, PpoConfig
@@ -114,23 +115,20 @@ def _resolve_stage(cfg: RunConfig) -> None:
     stage = cfg.stage
     if cfg.data.reset_attention_mask and cfg.model.backend is Backend.auto:
         cfg.model.backend = Backend.torch  # Transformer Engine passes over masks of its own causal attention
+    if cfg.parallel.context_parallel_size > 1 and packed_by(cfg) is not None and cfg.model.backend is Backend.auto:
+        cfg.model.backend = Backend.torch  # Transformer Engine cuts each sequence, we cut the row
     if cfg.train.cuda_graph_impl is CudaGraphImpl.local and cfg.data.loader is LoaderKind.auto:
         cfg.data.loader = LoaderKind.torch  # DALI's threads would call CUDA while graphs are captured
     if isinstance(stage, PolicyStageConfig):
         cfg.checkpoint.finetune = True
         if stage.max_tokens_per_micro_batch is None:
             stage.max_tokens_per_micro_batch = cfg.train.micro_batch_size * cfg.model.seq_length
-        if cfg.parallel.context_parallel_size > 1 and cfg.model.backend is Backend.auto:
-            cfg.model.backend = Backend.torch
     if not isinstance(stage, SequenceStageConfig):
         return
     cfg.checkpoint.finetune = True
     if isinstance(stage, RewardConfig):
         cfg.model.head = Head.reward if stage.score is Score.last_token else Head.value
         cfg.model.architecture = None  # not the class of the model it begins as
-    if stage.batching is not Batching.padded and cfg.parallel.context_parallel_size > 1:
-        if cfg.model.backend is Backend.auto:  # Transformer Engine cuts each conversation, we cut the row
-            cfg.model.backend = Backend.torch
     if stage.batching is Batching.token_budget and stage.max_tokens_per_micro_batch is None:
         stage.max_tokens_per_micro_batch = cfg.train.micro_batch_size * cfg.model.seq_length * answers_in_a_row(stage)
 

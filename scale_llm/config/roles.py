@@ -4,7 +4,7 @@ import copy
 from dataclasses import fields
 
 from scale_llm.config.layout import RoleLayout
-from scale_llm.config.model import Head, ModelConfig
+from scale_llm.config.model import Backend, Head, ModelConfig
 from scale_llm.config.parallel import ParallelConfig
 from scale_llm.config.peft import PeftConfig
 from scale_llm.config.policy import AdvEstimator, PolicyStageConfig, PpoConfig
@@ -124,6 +124,10 @@ def role_config(cfg: RunConfig, role: str, model: ModelConfig | None = None) -> 
         found.optim.min_lr = min(cfg.optim.min_lr, found.optim.lr)
         found.optim.lr_warmup_init = min(cfg.optim.lr_warmup_init, found.optim.lr)
     found.parallel = parallel_of(cfg, role, found.model)
+    # Rows of all but the rollout are packed, and Transformer Engine cuts them otherwise; the rollout is as the actor
+    cut = parallel_of(cfg, "actor" if role == "rollout" else role).context_parallel_size > 1
+    if cut and found.model.backend is Backend.auto:
+        found.model.backend = Backend.torch
     found.cluster.nnodes, found.cluster.nproc_per_node = 1, len(ranks_of(cfg, role))
     if role in ("critic", "reward"):
         found.peft = PeftConfig()

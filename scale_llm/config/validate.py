@@ -10,6 +10,7 @@ from scale_llm.config.cluster import Device, Launcher
 from scale_llm.config.errors import UserError
 from scale_llm.config.machine import Machine
 from scale_llm.config.memory import memory_problems
+from scale_llm.config.packed import packing_problems
 from scale_llm.config.policy import PolicyStageConfig
 from scale_llm.config.run import RunConfig
 from scale_llm.config.unused import unused_problems
@@ -37,6 +38,7 @@ def problems_of(cfg: RunConfig, machine: Machine | None = None) -> list[str]:
     """Every problem of a resolved configuration; on this machine, if one is given."""
     signs = sign_problems(cfg)
     found = signs + value_problems(cfg) + peft_problems(cfg) + graph_problems(cfg) + unused_problems(cfg)
+    found += packing_problems(cfg)
     if not any(sign.startswith(DIVIDED) for sign in signs):
         found += [problem for rule in _arithmetic(cfg) for problem in rule(cfg)]
     found += cluster_problems(cfg.cluster) + file_problems(cfg)

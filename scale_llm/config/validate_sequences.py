@@ -1,6 +1,6 @@
 """Whether a run that trains on whole sequences has what it needs: fine-tuning, preference optimisation."""
 
-from scale_llm.config.model import Backend, Head
+from scale_llm.config.model import Head
 from scale_llm.config.peft import LOW_RANK, PeftMethod
 from scale_llm.config.run import RunConfig
 from scale_llm.config.stage import (
@@ -16,7 +16,7 @@ from scale_llm.config.stage import (
 
 def sequence_problems(cfg: RunConfig, stage: SequenceStageConfig) -> list[str]:
     """Problems of such a run beyond those of every training run."""
-    found = [*_start(cfg), *_batching(cfg, stage), *_packing(cfg, stage)]
+    found = [*_start(cfg), *_batching(cfg, stage)]
     if isinstance(stage, SftConfig):
         found += _sft(stage)
     if isinstance(stage, RewardConfig):
@@ -63,24 +63,6 @@ def _batching(cfg: RunConfig, stage: SequenceStageConfig) -> list[str]:
         return [
             f"stage.max_tokens_per_micro_batch={budget}: holds no {what} of model.seq_length="
             f"{cfg.model.seq_length}; give at least {needed}"
-        ]
-    return []
-
-
-def _packing(cfg: RunConfig, stage: SequenceStageConfig) -> list[str]:
-    if stage.batching is Batching.padded:
-        return []
-    what = f"stage.batching={stage.batching.value}"
-    if cfg.model.backend is Backend.local:
-        return [
-            f"{what}: model.backend=local cannot keep packed conversations apart; set model.backend=torch or "
-            "stage.batching=padded"
-        ]
-    if cfg.model.backend is Backend.transformer_engine and cfg.parallel.context_parallel_size > 1:
-        return [
-            f"{what}: with parallel.context_parallel_size={cfg.parallel.context_parallel_size} it needs "
-            "model.backend=torch, which cuts rows where Transformer Engine cuts conversations; set it, or "
-            "stage.batching=padded"
         ]
     return []
 

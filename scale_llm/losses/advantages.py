@@ -108,15 +108,18 @@ def whiten(
     group: the ranks that hold parts of the batch; mean and variance are the whole batch's. The variance divides by the
     count (TRL and verl: by the count - 1). shift_mean False adds the mean back. A rank with nothing under its mask
     calls it all the same.
+
+    In FP64: equal values in FP32 give exactly 0, where the rounding of an FP32 mean, over a deviation of nearly 0,
+    would be an advantage.
     """
-    kept = mask.bool()
-    values = torch.where(kept, values, 0)
+    kept, dtype = mask.bool(), values.dtype
+    values = torch.where(kept, values, 0).double()
     total, count = _over_ranks(torch.stack([values.sum(), kept.sum().to(values.dtype)]), group).unbind()
     mean = total / count.clamp(min=1)
     centred = torch.where(kept, values - mean, 0)  # two passes: E[x^2] - E[x]^2 loses what a large mean hides
     variance = _over_ranks(centred.square().sum(), group) / count.clamp(min=1)
     white = centred * torch.rsqrt(variance + epsilon)
-    return white if shift_mean else torch.where(kept, white + mean, 0)
+    return (white if shift_mean else torch.where(kept, white + mean, 0)).to(dtype)
 
 
 @dataclass
@@ -132,9 +135,12 @@ class AdaptiveKL:
     horizon: float
 
     def update(self, kl: float, samples: int) -> float:
-        """kl: the mean over the last `samples` answers of the whole batch. Returns the new coefficient."""
+        """kl: the mean over the last `samples` answers of the whole batch. Returns the new coefficient.
+
+        More samples than the horizon count as many: five times as many would make the coefficient 0, and more negative.
+        """
         error = min(max(kl / self.target - 1.0, -0.2), 0.2)
-        self.coefficient *= 1.0 + error * samples / self.horizon
+        self.coefficient *= 1.0 + error * min(samples / self.horizon, 1.0)
         return self.coefficient
 
 

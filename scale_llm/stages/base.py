@@ -31,6 +31,9 @@ class Stage(Protocol):
     def step(self, consumed_samples: int, global_batch_size: int) -> StepResult:
         """One optimizer step on the global batch that begins at sample `consumed_samples`."""
 
+    def leave_out(self, global_batch_size: int) -> None:
+        """In place of a step: its samples are counted and nothing else."""
+
     def evaluate(self) -> Evaluation:
         """Changes nothing of the engine."""
 

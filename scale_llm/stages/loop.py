@@ -62,6 +62,7 @@ def train_on(
         while reason is None and not finished(cfg, progress):
             size = global_batch_size(cfg.train, progress.consumed_samples)
             if health.leaves_out(progress.iteration + 1):
+                stage.leave_out(size)
                 count(progress, size)
                 reporter.left_out(progress)
             else:

@@ -48,6 +48,9 @@ class Pretrain:
         batches = self._loader.global_batch(consumed_samples, global_batch_size)
         return self.engine.train_step(batches, self._loss, samples=global_batch_size, counts=counted_tokens)
 
+    def leave_out(self, global_batch_size: int) -> None:
+        pass  # samples are found by how many are consumed
+
     def evaluate(self) -> Evaluation:
         return Evaluation(self._evaluation.run(self.engine))
 

@@ -102,7 +102,8 @@ def resume(run: RunContext, stage: Stage, copies: LocalState) -> Progress:
             raise UserError(f"checkpoint.load={cfg.checkpoint.load}: no checkpoint there; name a directory that holds "
                             "latest_checkpointed_iteration.txt")  # fmt: skip
     if base is not None and (adapters or cfg.checkpoint.finetune):
-        load_weights(run, stage.engine, base[1])
+        with on_device([stage.engine]):  # a run that goes back may find it in host memory
+            load_weights(run, stage.engine, base[1])
         base = None
     local = copies.restore(stage, own)
     if local is not None:

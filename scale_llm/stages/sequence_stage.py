@@ -129,6 +129,9 @@ class SequenceStage:
         result = self.engine.train_step(batches, self._task.loss, samples=global_batch_size, counts=self._task.counts)
         return replace(result, tokens=self._loader.tokens_in(consumed_samples, global_batch_size))
 
+    def leave_out(self, global_batch_size: int) -> None:
+        pass  # samples are found by how many are consumed
+
     def evaluate(self) -> Evaluation:
         """The same units every time; sums over all of them are divided once."""
         totals: Totals = {}

@@ -79,6 +79,7 @@ def test_equal_rewards_give_exactly_nothing(k):
     for found in (
         *(advantages.group_normalised(rewards, correction=c) for c in (None, 0, 1)),
         advantages.rloo(rewards),
+        torch.stack([advantages.reinforce_plus_plus(row, torch.ones(k, 1)) for row in rewards[:50, :, None]]),
     ):
         assert found.dtype == torch.float32 and found.eq(0).all()
 
@@ -114,6 +115,8 @@ def test_adaptive_kl_follows_its_target():
     assert controller.update(5.0, 10) == 0.1
     assert controller.update(5.5, 10) == pytest.approx(0.1 * 1.01)
     assert controller.update(50.0, 10) == pytest.approx(0.1 * 1.01 * 1.02)
+    before = controller.coefficient
+    assert controller.update(0.0, 1000) == pytest.approx(0.8 * before), "samples beyond the horizon change no more"
 
 
 def test_nothing_has_a_gradient():

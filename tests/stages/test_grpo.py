@@ -4,10 +4,13 @@ import json
 
 import pytest
 from support.policy_words import SHORT, words
-from support.runs import latest, rows
+from support.runs import TP2, latest, rows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from scale_llm.config import timeline
 from scale_llm.config.errors import UserError
+from scale_llm.config.policy import GrpoConfig
+from scale_llm.stages.policy.experience import Experience
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +66,38 @@ def test_resume_is_bit_for_bit(runs, beginner, digits, run, tmp_path):
     assert not {name: d for name, d in runs.differences(resumed, run, iteration=4).items() if d}
 
 
+GOING_BACK = {
+    "hybrid": [TP2, "layout=hybrid"],
+    "adapters_offloaded": ["peft=lora", "peft.rank=4", "layout.actor.offload=true"],
+}
+
+
+@pytest.mark.parametrize("way", GOING_BACK)
+def test_a_run_goes_back(runs, beginner, digits, run, tmp_path, way):
+    """From a gradient that is no number, with the actor in host memory. It ends as one that is told what to leave out,
+    and iteration 4 is of the prompts that it would have had anyway."""
+    drill, told = tmp_path / "drill", tmp_path / "told"
+    said = ["stage=grpo", *words(beginner, digits), *SHORT, *GOING_BACK[way]]
+    once = ["health.drill_nan_gradients=[3]", "health.max_nan_steps=1", "checkpoint.save_interval=1"]
+    assert runs(drill, *said, *once) == []
+    (event,) = [event for event in timeline.read(drill) if event["event"] == "rewind"]
+    assert event["to"] == 2 and event["leave_out"] == [3, 3]
+    assert runs(told, *said, "train.iterations_to_skip=[3]") == []
+    assert not {name: d for name, d in runs.differences(drill, told, iteration=4).items() if d}
+    texts = [(path / "transcripts.jsonl").read_text() for path in (drill, told, run)]
+    assert texts[0] == texts[1]
+    prompts = [[(row["iteration"], row["prompt"]) for row in map(json.loads, text.splitlines())] for text in texts[1:]]
+    assert prompts[0] == [pair for pair in prompts[1] if pair[0] != 3]
+
+
+def test_what_is_left_out_may_have_drawn_several_batches():
+    """With filter_groups as many as max_num_gen_batches: going back must not find the same prompts again."""
+    for filters, wanted in ((False, 8), (True, 24)):
+        experience = Experience(GrpoConfig(filter_groups=filters, max_num_gen_batches=3), None, None, None)
+        experience.leave_out(8)
+        assert experience.drawn == wanted
+
+
 def test_prompts_without_signal_are_drawn_again(runs, beginner, digits, tmp_path):
     """DAPO's dynamic sampling: every answer of the step has another's reward beside it that differs, and the drawn
     prompts beyond the batch are remembered."""
@@ -85,9 +120,30 @@ def test_a_reward_without_signal_is_named(runs, beginner, digits, tmp_path, caps
     (tmp_path / "run").mkdir()
     assert runs(tmp_path / "run", *said) == []
     assert all(row["grad-norm"] == 0 for row in rows(tmp_path / "run") if "grad-norm" in row)
+    assert runs(tmp_path / "plain", *said, "stage.adv_estimator=reinforce_plus_plus") == []
+    assert all(row["grad-norm"] == 0 for row in rows(tmp_path / "plain") if "grad-norm" in row)
     assert len({row["actor/entropy"] for row in rows(tmp_path / "run") if "actor/entropy" in row}) <= 1
     (problem,) = runs(tmp_path / "filtered", *said, "stage.filter_groups=true", "stage.max_num_gen_batches=2")
     assert "of 2 batches of 8 prompts none has answers of different rewards" in problem
+    assert not list((tmp_path / "filtered").glob("checkpoints/latest*")), "nothing has been trained"
+
+
+def test_a_signal_that_ends_leaves_what_was_learnt(runs, beginner, digits, tmp_path):
+    """With filter_groups: the state is saved, then the run ends with the reason."""
+    tells = tmp_path / "tells"
+    fading = tmp_path / "fading.py"
+    fading.write_text(
+        "import os\ndef score(data_source, solution_str, ground_truth, extra_info=None):\n"
+        f"    return float(sum(map(ord, solution_str))) if os.path.exists({str(tells)!r}) else 1.0\n"
+    )
+    said = ["stage=grpo", *words(beginner, digits), *SHORT, f"reward.function={fading}:score",
+            "stage.filter_groups=true", "stage.max_num_gen_batches=2"]  # fmt: skip
+    tells.touch()
+    assert runs(tmp_path / "run", *said, "train.exit_interval=2") == []
+    tells.unlink()
+    (problem,) = runs(tmp_path / "run", *said)
+    assert "none has answers of different rewards" in problem
+    assert latest(tmp_path / "run") == 3
 
 
 def test_a_reward_that_raises_scores_the_default(runs, beginner, digits, tmp_path):

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from scale_llm.config.errors import UserError
-from scale_llm.config.policy import GROUPED, PolicyStageConfig
+from scale_llm.config.policy import GROUPED, AdvEstimator, PolicyStageConfig
 from scale_llm.stages.policy.answers import Answers
 from scale_llm.stages.policy.estimate import groups_without_signal
 from scale_llm.stages.policy.prompts import Draws
@@ -14,6 +14,10 @@ from scale_llm.stages.policy.scoring import Scorer, Scores
 from scale_llm.stages.policy.timing import Timing
 
 Judged = tuple[Answers, Scores]
+
+
+class NoSignal(UserError):
+    """No prompt has answers that differ in reward."""
 
 
 class Experience:
@@ -27,18 +31,15 @@ class Experience:
         """Answers to `size` prompts with their scores; with filter_groups to prompts that tell their answers apart.
 
         Raises:
-            UserError: with filter_groups, on every rank: there are none.
+            NoSignal: with filter_groups, on every rank: there are none.
         """
         if self._stage.filter_groups:
             return self._filtered(size, timing, remarks)
-        answers, scores = self._next(size, timing)
-        each = self._stage.num_generations_per_prompt
-        if self._stage.adv_estimator in GROUPED and bool(groups_without_signal(scores.totals, each).all()):
-            remarks.append(
-                f"all {each} answers to each of {size} prompts have the same reward: there is no signal in this "
-                "iteration; look at transcripts.jsonl, raise stage.temperature, or set stage.filter_groups=true"
-            )
-        return answers, scores
+        return self._next(size, timing)
+
+    def leave_out(self, size: int) -> None:
+        """The prompts of an iteration, with filter_groups as many as one may draw: a broken one's do not come again."""
+        self.drawn += size * (self._stage.max_num_gen_batches if self._stage.filter_groups else 1)
 
     def _next(self, size: int, timing: Timing) -> Judged:
         numbers = list(range(self.drawn, self.drawn + size))
@@ -59,7 +60,7 @@ class Experience:
                 remarks.append(f"{batch} batches of {size} prompts were drawn") if batch > 1 else None
                 return _of_groups(*kept, list(range(size)), each)
         if kept is None or not len(kept[0]):
-            raise UserError(
+            raise NoSignal(
                 f"stage.filter_groups=true: of {stage.max_num_gen_batches} batches of {size} prompts none has answers "
                 "of different rewards; change the reward or the prompts, raise stage.temperature, or train the policy "
                 "on answers first (stage=sft)"
@@ -69,6 +70,20 @@ class Experience:
             "answers of different rewards; the step is of these"
         )
         return kept
+
+
+def without_signal(stage: PolicyStageConfig, advantages: torch.Tensor, *, moves: bool) -> list[str]:
+    """What to say where no answer is better than another. advantages: [n, t]; moves: whether the actor is updated."""
+    if stage.adv_estimator is AdvEstimator.gae or bool(advantages.any()):
+        return []
+    count, each = len(advantages), stage.num_generations_per_prompt
+    grouped = stage.adv_estimator in GROUPED
+    which = f"all {each} answers to each of {count // each} prompts" if grouped else f"all {count} answers"
+    alone = ", and stage.kl_loss_coef and stage.entropy_coeff alone move the actor" if moves else ""
+    return [
+        f"{which} have the same reward: there is no signal in this iteration{alone}; look at transcripts.jsonl, or "
+        f"raise stage.temperature{', or set stage.filter_groups=true' if each > 1 else ''}"
+    ]
 
 
 def _of_groups(answers: Answers, scores: Scores, groups: list[int], each: int) -> Judged:

@@ -8,6 +8,7 @@ from scale_llm.config.checkpoint_files import latest_checkpoint
 from scale_llm.config.roles import TRAINED_ROLES, layout_of, load_of, ranks_of, role_config, roles_of
 from scale_llm.config.run import RunConfig
 from scale_llm.engine.engine import Engine
+from scale_llm.engine.movement import Movement
 from scale_llm.engine.offload import on_device
 from scale_llm.parallel.mesh import Mesh, MeshSizes, build_mesh
 from scale_llm.stages.context import RunContext, mesh_sizes
@@ -68,6 +69,18 @@ def build_roles(run: RunContext) -> dict[str, Role]:
             if found[name].is_here and found[name].offloads:
                 found[name].engine.offload()
     return found
+
+
+def movement_to_rollout(run: RunContext, roles: dict[str, Role]) -> Movement:
+    """Of the actor's weights to the rollout's model, which has them then. A collective of the whole job."""
+    layout, engines = run.cfg.layout, (roles["actor"].engine, roles["rollout"].engine)
+    with on_device(engines):  # a run that goes back finds them in host memory
+        movement = Movement(
+            *engines, run.mesh.world_group, run.mesh.host_group, bucket_bytes=int(layout.bucket_megabytes * 2**20),
+            checksum=layout.checksum, ranks_per_node=run.cfg.cluster.nproc_per_node,
+        )  # fmt: skip
+        movement.run()
+    return movement
 
 
 def _build(run: RunContext, name: str, meshes: Meshes) -> Role:

@@ -21,11 +21,11 @@ from scale_llm.stages.policy import guard
 from scale_llm.stages.policy.answers import Answers, shared
 from scale_llm.stages.policy.batches import Batch, fill
 from scale_llm.stages.policy.estimate import estimate, token_weights, with_length
-from scale_llm.stages.policy.experience import Experience
+from scale_llm.stages.policy.experience import Experience, NoSignal, without_signal
 from scale_llm.stages.policy.invariants import BrokenInvariant, check_reference, without_numbers
 from scale_llm.stages.policy.metrics import table_metrics
 from scale_llm.stages.policy.prompts import Draws
-from scale_llm.stages.policy.roles import Role, build_roles
+from scale_llm.stages.policy.roles import Role, build_roles, movement_to_rollout
 from scale_llm.stages.policy.rollout import Rollout
 from scale_llm.stages.policy.scoring import Scorer
 from scale_llm.stages.policy.timing import PREFIX, WAIT, Timing, over_ranks
@@ -84,12 +84,7 @@ class PolicyStage:
         """The rollout gets the actor's weights. fresh: answers before any training are scored."""
         self._set_rate(self._rate)
         if "rollout" in self._roles:
-            self._movement = Movement(
-                self.engine, self._roles["rollout"].engine, self._run.mesh.world_group, self._group,
-                bucket_bytes=int(self._run.cfg.layout.bucket_megabytes * 2**20), checksum=self._run.cfg.layout.checksum,
-                ranks_per_node=self._run.cfg.cluster.nproc_per_node,
-            )  # fmt: skip
-            self._movement.run()
+            self._movement = movement_to_rollout(self._run, self._roles)
         for role in self._roles.values():
             if role.is_here and role.offloads:
                 role.engine.offload()
@@ -101,7 +96,12 @@ class PolicyStage:
         began, timing = time.perf_counter(), Timing()
         remarks: list[str] = []
         stage = self._stage
-        answers, scores = self._experience.of_prompts(global_batch_size, timing, remarks)
+        try:
+            answers, scores = self._experience.of_prompts(global_batch_size, timing, remarks)
+        except NoSignal as found_none:
+            if not self._iteration:
+                raise
+            return self._without_update(None, remarks, stop=tuple(found_none.problems))
         mask = answers.mask()
         parts = {
             name: parts_of(role, stage, answers)
@@ -130,6 +130,7 @@ class PolicyStage:
             check_reference(self._run.cfg, mask, tables)
             remarks += self._stop_strings(answers)
         moves = not self._is_warming_up and (bool(found.advantages.any()) or self._is_pulled)
+        remarks += without_signal(stage, found.advantages, moves=moves)
         results = self._together(self._update(parts, tables, global_batch_size, timing, with_actor=moves), timing)
         if moves:
             metrics |= self._move(timing)
@@ -152,11 +153,19 @@ class PolicyStage:
             broken=no_number,
         )  # fmt: skip
 
-    def _without_update(self, no_number: str, remarks: list[str]) -> StepResult:
+    def leave_out(self, global_batch_size: int) -> None:
+        self._iteration += 1
+        self._experience.leave_out(global_batch_size)
+
+    def _without_update(
+        self, no_number: str | None, remarks: list[str], stop: tuple[str, ...] = ()
+    ) -> StepResult:  # fmt: skip
         """Of an iteration that nothing can be learnt from."""
         self._iteration += 1
         rate = 0.0 if self.engine is None else self.engine.learning_rate
-        return StepResult({}, None, None, rate, 1.0, skipped=True, broken=no_number, remarks=tuple(remarks))
+        return StepResult(
+            {}, None, None, rate, 1.0, skipped=True, broken=no_number, remarks=tuple(remarks), stop=stop
+        )  # fmt: skip
 
     def _stop_strings(self, answers: Answers) -> list[str]:
         """Said once, of the first answers."""

@@ -25,6 +25,7 @@ class Transcripts:
 
     def begin(self, iteration: int) -> None:
         """Rows after this iteration are of a lost part of the run and are dropped."""
+        self.close()
         if self._writes and self._count:
             self._file = open_rows(self._path, iteration)
 
