@@ -62,7 +62,7 @@ def trained_by_peft(model, batches):
 
 @pytest.mark.parametrize("case", CASES)
 def test_trains_as_peft_does_and_goes_back(models, ranks, tmp_path, case):
-    """peft's directory -> ours -> steps on a layout -> peft's directory and a merged model."""
+    """peft's directory -> ours -> steps on a layout, from those adapters on -> peft's directory and a merged model."""
     name, options, layout = CASES[case]
     base = models.original(name)
     model = tuned(base, name, options)
@@ -88,6 +88,8 @@ def test_trains_as_peft_does_and_goes_back(models, ranks, tmp_path, case):
     with torch.no_grad():
         logits = model(text).logits
         export_adapters(tmp_path / "trained", tmp_path / "trained_peft", silent)
+        written = json.loads((tmp_path / "trained_peft" / "adapter_config.json").read_text())
+        assert written["base_model_name_or_path"] == str(base), "not the adapters that they went on from"
         again = peft.PeftModel.from_pretrained(families.build(name), tmp_path / "trained_peft").eval()
         assert (again(text).logits - logits).abs().max() < 1e-4
         export_huggingface(tmp_path / "trained", tmp_path / "merged", silent)
@@ -114,6 +116,26 @@ def test_merged_checkpoint_computes_the_same(models, ranks, tmp_path):
     export_huggingface(tmp_path / "ours", tmp_path / "second", silent)
     first, second = SafetensorsFolder(tmp_path / "first"), SafetensorsFolder(tmp_path / "second")
     assert all(torch.equal(first.read(name), second.read(name)) for name in first.entries | second.entries)
+
+
+def test_adapters_that_go_on_from_adapters_hold_them(models, ranks, tmp_path):
+    """The second run's are over the whole model and not over the first's: loaded, and merged, they are the same."""
+    tuned(models.original("llama3"), "llama3", {"target_modules": ALL}).save_pretrained(tmp_path / "peft")
+    import_adapters(tmp_path / "peft", tmp_path / "first", silent)
+    batches = models.saved("adapted", torch.stack([families.tokens(2, 33, start=i) for i in range(STEPS)]))
+    words = {"data": batches, "layout": {}, "lr": RATE}
+    for before, after in (("first", "second"), ("second", "third")):
+        where = {"directory": str(tmp_path / before), "output": str(tmp_path / after)}
+        ranks.fresh(1, "support.conversion:train", **words, **where)
+    merge_checkpoint(tmp_path / "third", tmp_path / "merged", silent)
+    shutil.copytree(models.imported("llama3") / "huggingface", tmp_path / "merged" / "huggingface")
+    data = models.saved("adapted_text", families.tokens(2, 49))
+    third, merged, first = (
+        ranks(1, "support.conversion:output", directory=str(tmp_path / where), data=data, layout={})[0]
+        for where in ("third", "merged", "first")
+    )
+    assert (third - merged).abs().max() < 1e-5
+    assert (third - first).abs().max() > 1e-2, "training must show"
 
 
 def test_merging_in_bf16_rounds_once(models, tmp_path):
