@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 from scale_llm.config.checkpoint_files import TOKENIZER_DIR, TRACKER, iteration_dir, latest_checkpoint, saved_iterations
 from scale_llm.config.errors import UserError
 from scale_llm.config.io import CONFIG_FILE, load_raw
+from scale_llm.config.pins import former_run, pin_problems
 from scale_llm.config.policy import PolicyStageConfig
 from scale_llm.config.run import RunConfig
 from scale_llm.config.stage import DpoConfig
@@ -73,20 +74,18 @@ def _writable_elsewhere(cfg: RunConfig) -> list[str]:
 
 def _same_run(cfg: RunConfig) -> list[str]:
     """A directory where another model has trained; one whose run never got to a step may be used again."""
-    run_dir = Path(cfg.run_dir)
-    path = run_dir / CONFIG_FILE
-    started = (run_dir / "metrics.jsonl").is_file() or (Path(cfg.checkpoint.save or "") / TRACKER).is_file()
-    if not (path.is_file() and started):
-        return []
     try:
-        former = load_raw(path)
+        former = former_run(cfg)
     except UserError as error:
         return error.problems
+    if not former:
+        return []
     what = f"run_dir={cfg.run_dir}: holds a run of"
     stage = (former.get("stage") or {}).get("name")
     if stage != cfg.stage.name:
         return [f"{what} stage {stage}, this one is {cfg.stage.name}; give another run_dir"]
-    return _other_model(cfg, former, f"{what} another model", "give another run_dir, or the model it holds")
+    found = _other_model(cfg, former, f"{what} another model", "give another run_dir, or the model it holds")
+    return found + pin_problems(cfg)
 
 
 def _load(cfg: RunConfig, key: str, load: str | None) -> list[str]:
