@@ -1,7 +1,7 @@
 """Which checkpoint of a directory a run begins from: settled at its first start, and the same at all others.
 
-A directory's tracker moves on. What adapters lie on, and what a policy is measured or judged by, may not: so config.yaml,
-there and in every checkpoint, names one checkpoint by its absolute path. Reads the disk.
+A directory's tracker moves on. What adapters lie on, and what a policy is measured or judged by, may not: so
+config.yaml, there and in every checkpoint, names one checkpoint by its absolute path. Reads the disk.
 """
 
 import os

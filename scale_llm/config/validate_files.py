@@ -9,10 +9,12 @@ from omegaconf import OmegaConf
 from scale_llm.config.checkpoint_files import TOKENIZER_DIR, TRACKER, iteration_dir, latest_checkpoint, saved_iterations
 from scale_llm.config.errors import UserError
 from scale_llm.config.io import CONFIG_FILE, load_raw
+from scale_llm.config.peft import PeftMethod
 from scale_llm.config.pins import former_run, pin_problems
 from scale_llm.config.policy import PolicyStageConfig
 from scale_llm.config.run import RunConfig
-from scale_llm.config.stage import DpoConfig
+from scale_llm.config.stage import DpoConfig, UntrainedStageConfig
+from scale_llm.config.validate_peft import other_adapters
 
 FREE = {
     "name",
@@ -85,6 +87,8 @@ def _same_run(cfg: RunConfig) -> list[str]:
     if stage != cfg.stage.name:
         return [f"{what} stage {stage}, this one is {cfg.stage.name}; give another run_dir"]
     found = _other_model(cfg, former, f"{what} another model", "give another run_dir, or the model it holds")
+    if not isinstance(cfg.stage, UntrainedStageConfig):
+        found += other_adapters(cfg, former, f"{what} other adapters", "give another run_dir, or the adapters it holds")
     return found + pin_problems(cfg)
 
 
@@ -112,7 +116,11 @@ def _load(cfg: RunConfig, key: str, load: str | None) -> list[str]:
         former = load_raw(one / CONFIG_FILE)
     except UserError as error:
         return error.problems
-    return _other_model(cfg, former, f"{key}={load}: holds another model", "choose that model")
+    found = _other_model(cfg, former, f"{key}={load}: holds another model", "choose that model")
+    if cfg.peft.method is PeftMethod.none or (former.get("peft") or {}).get("method", "none") == "none":
+        return found
+    remedy = "choose those, which the run goes on from, or merge them first (tools/convert_checkpoint.py merge)"
+    return found + other_adapters(cfg, former, f"{key}={load}: holds other adapters", remedy)
 
 
 def _one_of(directory: Path) -> str:
