@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from scale_llm.checkpoint.staging import output_problems, refuse, staged
-from scale_llm.checkpoint.torch_dist import TorchDistReader, checkpoint_config, find_checkpoint
+from scale_llm.checkpoint.torch_dist import TorchDistReader, checkpoint_config, find_checkpoint, is_of_model
 from scale_llm.checkpoint.work import every_nth, is_first
 from scale_llm.config.checkpoint_files import write_latest
 from scale_llm.config.model import Head, ModelConfig
@@ -115,7 +115,7 @@ def _shard(
     tp, pp, ep = rank
     layers, experts = model.num_layers // layout.pp, (model.num_experts or 0) // layout.ep
     for key in sorted(reader.tensors):
-        if key.startswith("optimizer.") or not _on_stage(key, pp, layout.pp):
+        if not is_of_model(key) or not _on_stage(key, pp, layout.pp):
             continue
         places: list[tuple[int, ...]] = [()]
         if key.startswith("decoder.layers."):

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from scale_llm.checkpoint.safetensors_files import SafetensorsFolder
-from scale_llm.checkpoint.torch_dist import TorchDistReader, find_checkpoint
+from scale_llm.checkpoint.torch_dist import TorchDistReader, find_checkpoint, is_of_model
 from scale_llm.config.checkpoint_files import is_huggingface
 from scale_llm.config.errors import UserError
 
@@ -27,7 +27,7 @@ class Difference:
 
 
 def compare_tensors(a: Path | str, b: Path | str, progress: Callable[[int], Progress]) -> Iterator[Difference]:
-    """Two directories of one kind, tensor by tensor; optimizer state is left out.
+    """Two directories of one kind, tensor by tensor; optimizer state and a critic are left out.
 
     Raises:
         UserError: they are of two kinds, or damaged.
@@ -64,7 +64,7 @@ class _Tensors:
 
 def _places(reader: TorchDistReader) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
     for key, entry in reader.tensors.items():
-        if key.startswith("optimizer."):
+        if not is_of_model(key):
             continue
         if not key.startswith("decoder.layers."):
             yield key, (key, ())

@@ -77,10 +77,11 @@ def _read_again(cfg: RunConfig) -> dict[str, tuple[str, ...]]:
     stage, found = cfg.stage, dict[str, tuple[str, ...]]()
     if cfg.peft.method is not PeftMethod.none:
         found["what its adapters lie on"] = ("checkpoint.load",)
-    measured = isinstance(stage, DpoConfig) and stage.loss not in REFERENCE_FREE
-    if (measured and stage.reference is not ReferenceModel.base) or (
-        isinstance(stage, PolicyStageConfig) and stage.needs_reference
-    ):
+    if isinstance(stage, DpoConfig):
+        measured = stage.loss not in REFERENCE_FREE and stage.reference is not ReferenceModel.base
+    else:
+        measured = isinstance(stage, PolicyStageConfig) and stage.needs_reference
+    if measured:
         found["its reference"] = ("stage.reference_load", "checkpoint.load")
     if isinstance(stage, PolicyStageConfig):
         if cfg.reward.load is not None:

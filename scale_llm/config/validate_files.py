@@ -116,11 +116,11 @@ def _load(cfg: RunConfig, key: str, load: str | None) -> list[str]:
         former = load_raw(one / CONFIG_FILE)
     except UserError as error:
         return error.problems
-    found = _other_model(cfg, former, f"{key}={load}: holds another model", "choose that model")
+    problems = _other_model(cfg, former, f"{key}={load}: holds another model", "choose that model")
     if cfg.peft.method is PeftMethod.none or (former.get("peft") or {}).get("method", "none") == "none":
-        return found
+        return problems
     remedy = "choose those, which the run goes on from, or merge them first (tools/convert_checkpoint.py merge)"
-    return found + other_adapters(cfg, former, f"{key}={load}: holds other adapters", remedy)
+    return problems + other_adapters(cfg, former, f"{key}={load}: holds other adapters", remedy)
 
 
 def _one_of(directory: Path) -> str:

@@ -12,7 +12,7 @@ from scale_llm.checkpoint.huggingface.merging import Reader, model_reader
 from scale_llm.checkpoint.huggingface.source import FOLDER, read_json
 from scale_llm.checkpoint.safetensors_files import Planned, shards_of, write_file, write_index
 from scale_llm.checkpoint.staging import output_problems, refuse, staged
-from scale_llm.checkpoint.torch_dist import checkpoint_config, find_checkpoint
+from scale_llm.checkpoint.torch_dist import checkpoint_config, find_checkpoint, is_of_model
 from scale_llm.checkpoint.work import every_nth, is_first
 from scale_llm.config.checkpoint_files import TOKENIZER_DIR, TOKENIZER_FILES
 from scale_llm.config.model import ModelConfig
@@ -81,7 +81,7 @@ def _check_against(reader: Reader, family: Family, model: ModelConfig) -> None:
     problems += [
         f"{reader.path}: {key} has no place in {family.model_type}"
         for key in reader.tensors
-        if key not in known and not key.startswith("optimizer.")
+        if key not in known and is_of_model(key)
     ]
     refuse(problems)
 

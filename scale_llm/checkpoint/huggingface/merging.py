@@ -11,7 +11,14 @@ import torch
 from scale_llm.checkpoint.bases import base_of
 from scale_llm.checkpoint.huggingface.source import HuggingFaceModel
 from scale_llm.checkpoint.staging import output_problems, refuse, staged
-from scale_llm.checkpoint.torch_dist import Chunk, TorchDistReader, checkpoint_config, find_checkpoint, write_chunks
+from scale_llm.checkpoint.torch_dist import (
+    Chunk,
+    TorchDistReader,
+    checkpoint_config,
+    find_checkpoint,
+    is_of_model,
+    write_chunks,
+)
 from scale_llm.checkpoint.work import is_first, my_share
 from scale_llm.checkpoint.writing import copy_tokenizer, extra_states, write_common
 from scale_llm.config.checkpoint_files import is_huggingface, iteration_dir, write_latest
@@ -70,7 +77,7 @@ class MergedReader:
         self.path = path
         self._cfg, self._adapters, self._base = cfg, TorchDistReader(path), base_reader(path)
         self._parts = chosen_parts(cfg.model, cfg.peft.target_modules)
-        self.tensors = {k: entry for k, entry in self._base.tensors.items() if not k.startswith("optimizer.")}
+        self.tensors = {k: entry for k, entry in self._base.tensors.items() if is_of_model(k)}
 
     def read(self, key: str, index: tuple[int, ...] = ()) -> torch.Tensor:
         weight = self._base.read(key, index)
