@@ -17,6 +17,11 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 """What lies beside the weights of a Hugging Face model and travels with them."""
 
+SPECIAL_IDS_FILE = "special_token_ids.json"
+"""Among them: what config.json of the model that a run began from, which does not travel, says of these."""
+
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
 
 INSIDE = ("metadata.json", "common.pt", ".metadata")
 """What the directory of one checkpoint holds; a damaged one lacks some."""

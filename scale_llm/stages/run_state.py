@@ -1,6 +1,5 @@
 """A run's whole state to a checkpoint and back."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,8 @@ from scale_llm.checkpoint.bases import base_of
 from scale_llm.checkpoint.checkpointer import load_sharded, per_rank_object, read_plain
 from scale_llm.checkpoint.huggingface.loading import load_huggingface
 from scale_llm.checkpoint.whole import refuse_damaged
-from scale_llm.config.checkpoint_files import (
-    CHECKPOINT_VERSION,
-    TOKENIZER_DIR,
-    TOKENIZER_FILES,
-    is_huggingface,
-)
+from scale_llm.checkpoint.writing import write_tokenizer
+from scale_llm.config.checkpoint_files import CHECKPOINT_VERSION, is_huggingface
 from scale_llm.config.errors import UserError
 from scale_llm.config.io import save_config
 from scale_llm.config.peft import PeftMethod
@@ -93,15 +88,8 @@ def write_files(run: RunContext):
 
     def write(directory: Path) -> None:
         save_config(run.cfg, directory)
-        beside = Path(run.prepared.tokenizer_path).parent
-        kept = directory / TOKENIZER_DIR
-        kept.mkdir()
-        for name in TOKENIZER_FILES:
-            if (beside / name).is_file():
-                shutil.copyfile(beside / name, kept / name)
         template = getattr(run.prepared, "chat_template", None)
-        if template is not None:
-            (kept / "chat_template.jinja").write_text(template, encoding="utf-8")
+        write_tokenizer(Path(run.prepared.tokenizer_path), directory, template)
 
     return write
 
