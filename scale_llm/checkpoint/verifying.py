@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from scale_llm.checkpoint.huggingface.merging import Reader, is_adapters, model_reader
 from scale_llm.checkpoint.safetensors_files import SafetensorsFolder
 from scale_llm.checkpoint.torch_dist import TorchDistReader, find_checkpoint, is_of_model
 from scale_llm.config.checkpoint_files import is_huggingface
@@ -56,13 +57,14 @@ class _Tensors:
             self.shapes = {name: entry.shape for name, entry in folder.entries.items()}
             self.read: Callable[[str], torch.Tensor] = folder.read
         else:
-            reader = TorchDistReader(find_checkpoint(path))
+            # Adapters are compared as the model that they and their base are
+            reader: Reader = model_reader(path) if is_adapters(path) else TorchDistReader(find_checkpoint(path))
             self._places = dict(_places(reader))
             self.shapes = {name: tuple(reader.tensors[key].size[len(i) :]) for name, (key, i) in self._places.items()}
             self.read = lambda name: reader.read(*self._places[name])
 
 
-def _places(reader: TorchDistReader) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
+def _places(reader: Reader) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
     for key, entry in reader.tensors.items():
         if not is_of_model(key):
             continue

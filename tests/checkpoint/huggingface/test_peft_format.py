@@ -8,12 +8,18 @@ import torch
 import torch.nn.functional as F
 from support import families
 from support.parity import EP2, PP2, SP, TP2
+from support.tool import TOOL
 
 from scale_llm.checkpoint.huggingface import export_adapters, export_huggingface, import_adapters
 from scale_llm.checkpoint.huggingface.merging import HuggingFaceReader, MergedReader, merge_checkpoint
+from scale_llm.checkpoint.resharding import Layout, reshard
 from scale_llm.checkpoint.safetensors_files import SafetensorsFolder
 from scale_llm.checkpoint.torch_dist import checkpoint_config, find_checkpoint
+from scale_llm.checkpoint.verifying import compare_tensors
 from scale_llm.config.errors import UserError
+from scale_llm.config.io import save_config
+from scale_llm.config.model import Backend
+from scale_llm.config.precision import Fp8Format
 
 peft = pytest.importorskip("peft")
 
@@ -116,6 +122,33 @@ def test_merged_checkpoint_computes_the_same(models, ranks, tmp_path):
     export_huggingface(tmp_path / "ours", tmp_path / "second", silent)
     first, second = SafetensorsFolder(tmp_path / "first"), SafetensorsFolder(tmp_path / "second")
     assert all(torch.equal(first.read(name), second.read(name)) for name in first.entries | second.entries)
+
+
+def test_adapters_are_verified_and_cut_as_the_model_they_make(models, ranks, tmp_path):
+    """With what a run in FP8 on another layout has written into their configuration."""
+    tuned(models.original("llama3"), "llama3", {"target_modules": ALL}).save_pretrained(tmp_path / "peft")
+    path = import_adapters(tmp_path / "peft", tmp_path / "ours", silent)
+    cfg = checkpoint_config(path)
+    cfg.model.backend, cfg.precision.bf16, cfg.precision.fp8 = Backend.transformer_engine, True, Fp8Format.hybrid
+    cfg.parallel.tensor_model_parallel_size, cfg.parallel.tp_comm_overlap = 2, True
+    save_config(cfg, path)
+    merge_checkpoint(tmp_path / "ours", tmp_path / "merged", silent)
+    assert all(found.largest == 0 for found in compare_tensors(tmp_path / "ours", tmp_path / "merged", silent))
+    export_huggingface(tmp_path / "ours", tmp_path / "exported", silent)
+    for name in ("ours", "merged"):
+        words = ["verify", str(tmp_path / "exported"), str(tmp_path / name)]
+        ((status, said),) = ranks.fresh(1, "support.tool:run", program=TOOL, words=words)
+        assert status == 0 and "the same function" in said, said
+    ((status, said),) = ranks.fresh(
+        1, "support.tool:run", program=TOOL, words=["verify", str(models.original("llama3")), str(tmp_path / "ours")]
+    )
+    assert status == 1 and "not the same function" in said, said
+    shards = []
+    for name in ("ours", "merged"):
+        reshard(tmp_path / name, tmp_path / f"{name}_shards", Layout(), silent)
+        (file,) = (tmp_path / f"{name}_shards").glob("iter_0000000/mp_rank_00/*.pt")
+        shards.append(torch.load(file, weights_only=False)["model"])
+    assert shards[0].keys() == shards[1].keys() and all(shards[0][key].equal(shards[1][key]) for key in shards[0])
 
 
 def test_adapters_that_go_on_from_adapters_hold_them(models, ranks, tmp_path):
