@@ -36,7 +36,8 @@ FREE = {
     "init_method_std",
     "make_vocab_size_divisible_by",
 }
-"""Keys of the model that a checkpoint does not fix."""
+"""Keys of the model that a checkpoint does not fix; those of stretched and windowed positions may be changed by who
+names them (`validate_positions`)."""
 
 
 def file_problems(cfg: RunConfig) -> list[str]:
