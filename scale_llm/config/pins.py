@@ -28,12 +28,14 @@ def pin(cfg: RunConfig) -> None:
     """
     if found := pin_problems(cfg):
         raise UserError(found)
-    former = _of_same_stage(cfg)
+    former, pinned = _of_same_stage(cfg), dict[str, str]()
     for key in KEYS:
         given = _value(cfg, key)
         if given is not None:
+            if given not in pinned:  # two keys that say the same mean one checkpoint
+                pinned[given] = _pinned(given, [_value(former, name) for name in (key, *KEYS)])
             group, name = key.split(".")
-            setattr(getattr(cfg, group), name, _pinned(given, _value(former, key)))
+            setattr(getattr(cfg, group), name, pinned[given])
 
 
 def pin_problems(cfg: RunConfig) -> list[str]:
@@ -91,10 +93,10 @@ def _read_again(cfg: RunConfig) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def _pinned(given: str, former: str | None) -> str:
-    if former is not None and _same_place(former, given) and (kept := _one(former)) is not None:
-        return kept
-    return _one(given) or given  # what is not there has been said
+def _pinned(given: str, former: list[str | None]) -> str:
+    """The first of the former ones that is of the same place and still there, else the newest."""
+    kept = (_one(one) for one in former if one is not None and _same_place(one, given))
+    return next((one for one in kept if one is not None), None) or _one(given) or given  # what is not there was said
 
 
 def _one(directory: str) -> str | None:

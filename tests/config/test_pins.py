@@ -76,6 +76,15 @@ def test_huggingface_and_release_are_named_whole(tmp_path, start, monkeypatch):
         pin(cfg)
 
 
+def test_one_place_is_one_checkpoint_whatever_the_key(tmp_path, start):
+    first = checkpoint(tmp_path / "base", 10)
+    words = ["stage=dpo", f"checkpoint.load={tmp_path}/base"]
+    start(*words)
+    checkpoint(tmp_path / "base", 20)
+    cfg = start(*words, f"stage.reference_load={tmp_path}/base")
+    assert cfg.checkpoint.load == cfg.stage.reference_load == first
+
+
 def test_what_is_gone_is_a_problem_where_it_is_read_again(tmp_path, start):
     first = checkpoint(tmp_path / "base", 10)
     load = f"checkpoint.load={tmp_path}/base"
