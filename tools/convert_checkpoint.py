@@ -206,9 +206,9 @@ def run_inspect(arguments: argparse.Namespace) -> int:
     for line in found.lines:
         table.add_row(line.name, line.dtype, str(line.count), " x ".join(map(str, line.shape)) or "1")
     show(table)
-    optimizer = f", optimizer state {found.optimizer_bytes / 2**30:.2f} GiB" if found.optimizer_bytes else ""
+    beside = "".join(f", {what} {size / 2**30:.2f} GiB" for what, size in found.beside_bytes.items())
     iteration = "" if found.iteration is None else f", iteration {found.iteration}"
-    show(f"{found.kind}: {found.parameters:,} parameters, {found.bytes / 2**30:.2f} GiB{optimizer}{iteration}")
+    show(f"{found.kind}: {found.parameters:,} parameters, {found.bytes / 2**30:.2f} GiB{beside}{iteration}")
     show(f"written by: {found.written_by}")
     return 0
 

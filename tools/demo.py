@@ -118,12 +118,14 @@ def words(stage: DemoStage, root: Path, extra: list[str]) -> list[str]:
 def is_done(stage: DemoStage, root: Path, extra: list[str]) -> bool:
     """Whether the stage has finished with the configuration it would be run with now."""
     from scale_llm.config.io import CONFIG_FILE, to_yaml
+    from scale_llm.config.pins import pin
     from scale_llm.launch.runs import compose_run
 
     run_dir = root / stage.name
     if not (run_dir / stage.result).is_file():
         return False
     planned = compose_run(words(stage, root, extra))
+    pin(planned.cfg)
     return (run_dir / CONFIG_FILE).read_text() == to_yaml(planned.cfg)
 
 

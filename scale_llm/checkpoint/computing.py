@@ -9,12 +9,16 @@ from typing import Any
 
 import torch
 
+from scale_llm.checkpoint.huggingface.merging import Reader, is_adapters, model_reader
 from scale_llm.checkpoint.huggingface.source import FOLDER, read_json
 from scale_llm.checkpoint.torch_dist import checkpoint_config, find_checkpoint
 from scale_llm.checkpoint.verifying import Difference
 from scale_llm.config.checkpoint_files import TOKENIZER_DIR, is_huggingface
 from scale_llm.config.errors import UserError
-from scale_llm.config.model import Head, PositionEmbedding
+from scale_llm.config.model import Backend, Head, PositionEmbedding
+from scale_llm.config.parallel import ParallelConfig
+from scale_llm.config.precision import PrecisionConfig
+from scale_llm.config.train import TrainConfig
 from scale_llm.models.huggingface import read_model
 
 Outputs = dict[str, torch.Tensor]
@@ -93,13 +97,12 @@ def _by_transformers(path: Path, tokens: torch.Tensor) -> Outputs:
 
 def _by_us(path: Path, tokens: torch.Tensor) -> Outputs:
     cfg = checkpoint_config(path)
-    cfg.precision.bf16 = cfg.precision.fp16 = False
+    # In FP32 on one process, however the run that wrote it computed
+    cfg.parallel = ParallelConfig(expert_tensor_parallel_size=1)
+    cfg.precision, cfg.train = PrecisionConfig(), TrainConfig()
+    cfg.model.backend, cfg.model.compile_ops = Backend.torch, False
     cfg.model.seq_length = max(tokens.size(1), 2)
     cfg.model.hidden_dropout = cfg.model.attention_dropout = 0.0
-    cfg.parallel.tensor_model_parallel_size = cfg.parallel.pipeline_model_parallel_size = 1
-    cfg.parallel.context_parallel_size = cfg.parallel.expert_model_parallel_size = 1
-    cfg.parallel.expert_tensor_parallel_size, cfg.parallel.virtual_pipeline_model_parallel_size = 1, None
-    cfg.parallel.sequence_parallel = False
     vocabulary = cfg.model.vocab_size
     if vocabulary is None:
         raise UserError(f"{path}: its config.yaml does not say model.vocab_size")
@@ -142,5 +145,27 @@ def _alone(cfg, path: Path, vocabulary: int):
     config = transformer_config(cfg.model, cfg.parallel, cfg.precision, cfg.train, on_cuda=False)
     (model,) = build_gpt(cfg.model, config, mesh, vocab_size=vocabulary, seed=1, on_cuda=False)
     metadata = {"dp_cp_group": mesh.groups.dp_cp, "singleton_local_shards": False}
-    model.load_state_dict(load_sharded(path, {"model": model.sharded_state_dict(metadata=metadata)})["model"])
+    state = model.sharded_state_dict(metadata=metadata)
+    if is_adapters(path):
+        _fill(state, model_reader(path))
+    else:
+        model.load_state_dict(load_sharded(path, {"model": state})["model"])
     return model.eval()
+
+
+def _fill(state: dict[str, Any], reader: Reader) -> None:
+    """A model on this process alone from whole tensors, in place."""
+    from scale_llm.models.init import shards
+
+    with torch.no_grad():
+        for shard in shards(state):
+            depth = shard.prepend_axis_num
+            whole = reader.read(shard.key, tuple(shard.global_offset[:depth]))
+            rows = shard.global_shape[depth] - whole.size(0)  # padding of the vocabulary depends on the layout
+            whole = torch.cat([whole, whole.new_zeros(rows, *whole.shape[1:])]) if rows > 0 else whole
+            box = tuple(map(_slice, shard.global_offset[depth:], shard.local_shape))
+            shard.data.copy_(whole[box].view(shard.data.shape))
+
+
+def _slice(start: int, size: int) -> slice:
+    return slice(start, start + size)

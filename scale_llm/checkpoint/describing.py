@@ -10,7 +10,7 @@ import torch
 from scale_llm.checkpoint.huggingface.source import read_json
 from scale_llm.checkpoint.only_data import load_data
 from scale_llm.checkpoint.safetensors_files import SafetensorsFolder
-from scale_llm.checkpoint.torch_dist import TorchDistReader, find_checkpoint
+from scale_llm.checkpoint.torch_dist import BESIDE_THE_MODEL, TorchDistReader, find_checkpoint, is_of_model
 from scale_llm.config.checkpoint_files import is_huggingface
 
 
@@ -26,14 +26,15 @@ class TensorLine:
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """kind: `torch_dist` or `huggingface`. parameters: of the model, without optimizer state."""
+    """kind: `torch_dist` or `huggingface`. lines, parameters, bytes: of the model; beside_bytes: of what else a run has
+    saved, such as its optimizer's state."""
 
     path: Path
     kind: str
     lines: list[TensorLine]
     parameters: int
     bytes: int
-    optimizer_bytes: int
+    beside_bytes: dict[str, int]
     iteration: int | None
     written_by: str
 
@@ -57,7 +58,7 @@ def _huggingface(path: Path) -> Description:
         lines=[TensorLine(name, count, shape, dtype) for (name, shape, dtype), count in grouped.items()],
         parameters=sum(math.prod(entry.shape) for entry in folder.entries.values()),
         bytes=sum(entry.bytes for entry in folder.entries.values()),
-        optimizer_bytes=0,
+        beside_bytes={},
         iteration=None,
         written_by=", ".join(config.get("architectures") or ["?"])
         + f", transformers {config.get('transformers_version', '?')}",
@@ -66,11 +67,12 @@ def _huggingface(path: Path) -> Description:
 
 def _torch_dist(path: Path) -> Description:
     reader = TorchDistReader(path)
-    lines, parameters, size, optimizer = [], 0, 0, 0
+    lines, parameters, size, beside = [], 0, 0, dict[str, int]()
     for key, entry in reader.tensors.items():
         count, item = math.prod(entry.size), entry.properties.dtype.itemsize
-        if key.startswith("optimizer."):
-            optimizer += count * item
+        if not is_of_model(key):
+            what = next(what for prefix, what in BESIDE_THE_MODEL.items() if key.startswith(prefix))
+            beside[what] = beside.get(what, 0) + count * item
             continue
         leading = 0 if not key.startswith("decoder.layers.") else 2 if ".experts.experts." in key else 1
         shape = tuple(entry.size)
@@ -83,7 +85,7 @@ def _torch_dist(path: Path) -> Description:
         lines=lines,
         parameters=parameters,
         bytes=size,
-        optimizer_bytes=optimizer,
+        beside_bytes=beside,
         iteration=common.get("iteration"),
         written_by=common.get("written_by", "not said (Megatron-LM, or scale_llm before 0.1.0)"),
     )

@@ -2,7 +2,7 @@
 
 OUT/iter_0000100/mp_rank_<tp>[_<pp>][_<ep>]/model_optim_rng.pt, one file a rank, each a dictionary with `model`
 (parameter names of that rank, layers counted from its own first), `iteration`, `checkpoint_version` and `args`. Weights
-only: optimizer state stays with the checkpoint that any layout loads.
+only: optimizer state stays with the checkpoint that any layout loads. Adapters are merged into their base.
 """
 
 import argparse
@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 
+from scale_llm.checkpoint.huggingface.merging import Reader, model_reader
 from scale_llm.checkpoint.staging import output_problems, refuse, staged
-from scale_llm.checkpoint.torch_dist import TorchDistReader, checkpoint_config, find_checkpoint
+from scale_llm.checkpoint.torch_dist import checkpoint_config, find_checkpoint, is_of_model
 from scale_llm.checkpoint.work import every_nth, is_first
 from scale_llm.config.checkpoint_files import write_latest
 from scale_llm.config.model import Head, ModelConfig
@@ -67,7 +68,7 @@ def reshard(source: Path | str, output: Path | str, layout: Layout, progress: Ca
     path, output = find_checkpoint(source), Path(output)
     cfg = checkpoint_config(path)
     refuse([*output_problems(output), *_problems(cfg.model, layout)])
-    reader = TorchDistReader(path)
+    reader = model_reader(path)
     iteration = _iteration(path)
     mine = every_nth(list(layout.ranks()))
     step = progress(len(mine))
@@ -109,13 +110,13 @@ def _problems(model: ModelConfig, layout: Layout) -> list[str]:
 
 
 def _shard(
-    reader: TorchDistReader, model: ModelConfig, layout: Layout, rank: tuple[int, int, int]
+    reader: Reader, model: ModelConfig, layout: Layout, rank: tuple[int, int, int]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Names and tensors of one rank."""
     tp, pp, ep = rank
     layers, experts = model.num_layers // layout.pp, (model.num_experts or 0) // layout.ep
     for key in sorted(reader.tensors):
-        if key.startswith("optimizer.") or not _on_stage(key, pp, layout.pp):
+        if not is_of_model(key) or not _on_stage(key, pp, layout.pp):
             continue
         places: list[tuple[int, ...]] = [()]
         if key.startswith("decoder.layers."):

@@ -1,4 +1,4 @@
-"""Removing old checkpoints, so that a disk does not fill."""
+"""Removing old checkpoints and what kills have left of saves, so that a disk does not fill."""
 
 import os
 import shutil
@@ -51,3 +51,18 @@ def remove_behind(directory: Path) -> threading.Thread:
     thread = threading.Thread(target=remove)
     thread.start()
     return thread
+
+
+def clear_remains(directory: Path) -> None:
+    """Removes what a run that was killed has left here: parts of checkpoints, and what was about to be removed. A
+    checkpoint that was being replaced by another of its iteration gets its name back where the other did not come.
+
+    For the one run that saves here, before it does: its former ranks are gone, and their writers with them.
+    """
+    for former in directory.glob(".iter_*.former"):
+        real = former.with_name(former.name.removeprefix(".").removesuffix(".former"))
+        if not real.exists():
+            os.replace(former, real)
+    for kind in ("partial", "removed", "former"):
+        for path in directory.glob(f".iter_*.{kind}"):
+            shutil.rmtree(path, ignore_errors=True)

@@ -42,6 +42,14 @@ from scale_llm.config.errors import UserError
 from scale_llm.config.io import load_config
 from scale_llm.config.run import RunConfig
 
+BESIDE_THE_MODEL = {"critic.": "critic", "optimizer.": "optimizer state"}
+"""What names of a run's other tensors begin with -> what they are. A critic's include its optimizer's."""
+
+
+def is_of_model(key: str) -> bool:
+    """Whether a tensor belongs to the model that a checkpoint is of: the policy, where there is a critic too."""
+    return not key.startswith(tuple(BESIDE_THE_MODEL))
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
+from scale_llm.checkpoint.huggingface.merging import Reader, is_adapters, model_reader
 from scale_llm.checkpoint.safetensors_files import SafetensorsFolder
-from scale_llm.checkpoint.torch_dist import TorchDistReader, find_checkpoint
+from scale_llm.checkpoint.torch_dist import TorchDistReader, find_checkpoint, is_of_model
 from scale_llm.config.checkpoint_files import is_huggingface
 from scale_llm.config.errors import UserError
 
@@ -27,7 +28,7 @@ class Difference:
 
 
 def compare_tensors(a: Path | str, b: Path | str, progress: Callable[[int], Progress]) -> Iterator[Difference]:
-    """Two directories of one kind, tensor by tensor; optimizer state is left out.
+    """Two directories of one kind, tensor by tensor; optimizer state and a critic are left out.
 
     Raises:
         UserError: they are of two kinds, or damaged.
@@ -56,15 +57,16 @@ class _Tensors:
             self.shapes = {name: entry.shape for name, entry in folder.entries.items()}
             self.read: Callable[[str], torch.Tensor] = folder.read
         else:
-            reader = TorchDistReader(find_checkpoint(path))
+            # Adapters are compared as the model that they and their base are
+            reader: Reader = model_reader(path) if is_adapters(path) else TorchDistReader(find_checkpoint(path))
             self._places = dict(_places(reader))
             self.shapes = {name: tuple(reader.tensors[key].size[len(i) :]) for name, (key, i) in self._places.items()}
             self.read = lambda name: reader.read(*self._places[name])
 
 
-def _places(reader: TorchDistReader) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
+def _places(reader: Reader) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
     for key, entry in reader.tensors.items():
-        if key.startswith("optimizer."):
+        if not is_of_model(key):
             continue
         if not key.startswith("decoder.layers."):
             yield key, (key, ())

@@ -8,7 +8,13 @@ from typing import Any
 import torch
 
 from scale_llm import __version__
-from scale_llm.config.checkpoint_files import CHECKPOINT_VERSION, TOKENIZER_DIR
+from scale_llm.config.checkpoint_files import (
+    CHECKPOINT_VERSION,
+    SPECIAL_IDS,
+    SPECIAL_IDS_FILE,
+    TOKENIZER_DIR,
+    TOKENIZER_FILES,
+)
 from scale_llm.config.model import ModelConfig
 
 
@@ -24,6 +30,36 @@ def write_common(checkpoint: Path, origin: str) -> None:
         "sharded_backend": "torch_dist", "sharded_backend_version": 1,
         "common_backend": "torch", "common_backend_version": 1,
     }))  # fmt: skip
+
+
+def write_tokenizer(file: Path, checkpoint: Path, chat_template: str | None) -> None:
+    """The tokenizer that a run has read, into its checkpoint.
+
+    file: its tokenizer.json; what lies beside one of another name need not be its own. chat_template: that the run's
+    conversations were written with.
+    """
+    kept = checkpoint / TOKENIZER_DIR
+    kept.mkdir()
+    if file.name == "tokenizer.json":
+        for name in TOKENIZER_FILES:
+            if (file.parent / name).is_file():
+                shutil.copyfile(file.parent / name, kept / name)
+        if found := special_ids([file.parent]):
+            (kept / SPECIAL_IDS_FILE).write_text(json.dumps(found) + "\n", encoding="utf-8")
+    elif file.is_file():
+        shutil.copyfile(file, kept / "tokenizer.json")
+    if chat_template is not None:
+        (kept / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+
+
+def special_ids(places: list[Path]) -> dict[str, Any]:
+    """bos, eos and pad by the first directory that says: config.json of a model, or what a checkpoint has of one."""
+    for place in places:
+        for name in ("config.json", SPECIAL_IDS_FILE):
+            if (place / name).is_file():
+                found = json.loads((place / name).read_text(encoding="utf-8"))
+                return {key: found[key] for key in SPECIAL_IDS if found.get(key) is not None}
+    return {}
 
 
 def copy_tokenizer(source: Path, checkpoint: Path) -> None:

@@ -8,7 +8,8 @@ class CheckpointConfig:
     save: str | None = None
     """Directory of checkpoints; None: <run_dir>/checkpoints."""
     load: str | None = None
-    """Checkpoint directory to start from when the run has none of its own yet."""
+    """Checkpoint directory to start from when the run has none of its own yet. Its newest at the run's first start is
+    what the run keeps to (`config.pins`); so for reward.load, stage.reference_load and stage.critic_load."""
     save_interval: int | None = None
     """Iterations between saves; None: only at the end."""
     finetune: bool = False

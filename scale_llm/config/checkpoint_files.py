@@ -17,6 +17,20 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 """What lies beside the weights of a Hugging Face model and travels with them."""
 
+SPECIAL_IDS_FILE = "special_token_ids.json"
+"""Among them: what config.json of the model that a run began from, which does not travel, says of these."""
+
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+INSIDE = ("metadata.json", "common.pt", ".metadata")
+"""What the directory of one checkpoint holds; a damaged one lacks some."""
+
+
+def is_iteration_name(name: str) -> bool:
+    """Whether a directory of this name may be one checkpoint: `iter_0000100`, or Megatron-LM's `release`."""
+    return name == "release" or (name.startswith("iter_") and name[5:].isdecimal())
+
 
 def iteration_dir(directory: Path | str, iteration: int) -> Path:
     """`iter_0000100` below the directory."""
@@ -26,7 +40,7 @@ def iteration_dir(directory: Path | str, iteration: int) -> Path:
 def latest_checkpoint(directory: Path | str) -> tuple[int, Path] | None:
     """(iteration, path) of the checkpoint that the tracker names; None where there is none.
 
-    The directory may also be one checkpoint itself, `.../iter_0000100`, or a Hugging Face model.
+    The directory may also be one checkpoint itself, `.../iter_0000100` or `.../release`, or a Hugging Face model.
 
     Raises:
         ValueError: the tracker holds something else than an iteration or `release`.
@@ -34,8 +48,8 @@ def latest_checkpoint(directory: Path | str) -> tuple[int, Path] | None:
     directory = Path(directory)
     if is_huggingface(directory):
         return 0, directory
-    if directory.name.startswith("iter_") and (directory / "metadata.json").is_file():
-        return int(directory.name[5:]), directory
+    if is_iteration_name(directory.name) and any((directory / name).is_file() for name in INSIDE):
+        return int(directory.name.removeprefix("iter_").replace("release", "0")), directory
     try:
         text = (directory / TRACKER).read_text(encoding="utf-8", errors="replace").strip()
     except FileNotFoundError:

@@ -9,9 +9,12 @@ from omegaconf import OmegaConf
 from scale_llm.config.checkpoint_files import TOKENIZER_DIR, TRACKER, iteration_dir, latest_checkpoint, saved_iterations
 from scale_llm.config.errors import UserError
 from scale_llm.config.io import CONFIG_FILE, load_raw
+from scale_llm.config.peft import PeftMethod
+from scale_llm.config.pins import former_run, pin_problems
 from scale_llm.config.policy import PolicyStageConfig
 from scale_llm.config.run import RunConfig
-from scale_llm.config.stage import DpoConfig
+from scale_llm.config.stage import DpoConfig, UntrainedStageConfig
+from scale_llm.config.validate_peft import other_adapters
 
 FREE = {
     "name",
@@ -33,7 +36,8 @@ FREE = {
     "init_method_std",
     "make_vocab_size_divisible_by",
 }
-"""Keys of the model that a checkpoint does not fix."""
+"""Keys of the model that a checkpoint does not fix; those of stretched and windowed positions may be changed by who
+names them (`validate_positions`)."""
 
 
 def file_problems(cfg: RunConfig) -> list[str]:
@@ -73,20 +77,20 @@ def _writable_elsewhere(cfg: RunConfig) -> list[str]:
 
 def _same_run(cfg: RunConfig) -> list[str]:
     """A directory where another model has trained; one whose run never got to a step may be used again."""
-    run_dir = Path(cfg.run_dir)
-    path = run_dir / CONFIG_FILE
-    started = (run_dir / "metrics.jsonl").is_file() or (Path(cfg.checkpoint.save or "") / TRACKER).is_file()
-    if not (path.is_file() and started):
-        return []
     try:
-        former = load_raw(path)
+        former = former_run(cfg)
     except UserError as error:
         return error.problems
+    if not former:
+        return []
     what = f"run_dir={cfg.run_dir}: holds a run of"
     stage = (former.get("stage") or {}).get("name")
     if stage != cfg.stage.name:
         return [f"{what} stage {stage}, this one is {cfg.stage.name}; give another run_dir"]
-    return _other_model(cfg, former, f"{what} another model", "give another run_dir, or the model it holds")
+    found = _other_model(cfg, former, f"{what} another model", "give another run_dir, or the model it holds")
+    if not isinstance(cfg.stage, UntrainedStageConfig):
+        found += other_adapters(cfg, former, f"{what} other adapters", "give another run_dir, or the adapters it holds")
+    return found + pin_problems(cfg)
 
 
 def _load(cfg: RunConfig, key: str, load: str | None) -> list[str]:
@@ -113,7 +117,11 @@ def _load(cfg: RunConfig, key: str, load: str | None) -> list[str]:
         former = load_raw(one / CONFIG_FILE)
     except UserError as error:
         return error.problems
-    return _other_model(cfg, former, f"{key}={load}: holds another model", "choose that model")
+    problems = _other_model(cfg, former, f"{key}={load}: holds another model", "choose that model")
+    if cfg.peft.method is PeftMethod.none or (former.get("peft") or {}).get("method", "none") == "none":
+        return problems
+    remedy = "choose those, which the run goes on from, or merge them first (tools/convert_checkpoint.py merge)"
+    return problems + other_adapters(cfg, former, f"{key}={load}: holds other adapters", remedy)
 
 
 def _one_of(directory: Path) -> str:

@@ -1,6 +1,9 @@
 """Whether adapters fit the model and the run."""
 
 import importlib.util
+from typing import Any
+
+from omegaconf import OmegaConf
 
 from scale_llm.config.model import Backend
 from scale_llm.config.peft import BaseQuantization, PeftMethod
@@ -21,6 +24,37 @@ def peft_problems(cfg: RunConfig) -> list[str]:
             "checkpoint.load"
         )
     return found + (_prompt(cfg) if peft.method is PeftMethod.prompt_tuning else _low_rank(cfg))
+
+
+OF_METHOD = {
+    PeftMethod.none: (),
+    PeftMethod.lora: ("rank", "alpha", "use_rslora", "target_modules"),
+    PeftMethod.dora: ("rank", "alpha", "use_rslora", "target_modules"),
+    PeftMethod.prompt_tuning: ("num_virtual_tokens",),
+}
+"""Keys that decide what adapters compute, which a checkpoint of them fixes."""
+
+
+def other_adapters(cfg: RunConfig, former: dict[str, Any], what: str, remedy: str) -> list[str]:
+    """The problem of adapters that are not those of a former configuration (plain dictionaries)."""
+    before = former.get("peft") or {}
+    now: dict[str, Any] = OmegaConf.to_container(OmegaConf.structured(cfg.peft), enum_to_str=True)  # type: ignore[assignment]
+    if now["method"] != before.get("method", "none"):
+        keys: tuple[str, ...] = ("method",)
+    else:
+        keys = OF_METHOD[cfg.peft.method]
+    different = [
+        f"peft.{key}={now[key]} (there {before.get(key, 'none')})"
+        for key in keys
+        if (key in before or key == "method") and not _alike(cfg, key, now[key], before.get(key))
+    ]
+    return [f"{what}: {', '.join(different)}; {remedy}"] if different else []
+
+
+def _alike(cfg: RunConfig, key: str, now: Any, before: Any) -> bool:
+    if key != "target_modules":
+        return now == before
+    return chosen_parts(cfg.model, now) == chosen_parts(cfg.model, before or [])
 
 
 def _prompt(cfg: RunConfig) -> list[str]:

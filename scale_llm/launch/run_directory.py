@@ -10,6 +10,7 @@ from scale_llm import __version__
 from scale_llm.config.checkpoint_files import latest_checkpoint, resumable
 from scale_llm.config.errors import UserError
 from scale_llm.config.io import save_config, write_text
+from scale_llm.config.pins import pin
 from scale_llm.config.run import RunConfig
 from scale_llm.config.stage import UntrainedStageConfig
 
@@ -39,7 +40,11 @@ def greeting(cfg: RunConfig) -> str:
 
 
 def prepare_run_dir(cfg: RunConfig) -> Path | None:
-    """Make the directory, its config.yaml and commit; returns the path of a former, different config."""
+    """Make the directory, its config.yaml and commit; returns the path of a former, different config.
+
+    In place, cfg names the checkpoints that this run begins from (`config.pins`).
+    """
+    pin(cfg)
     run_dir = Path(cfg.run_dir)
     try:
         for name in ("logs", "tensorboard", "checkpoints"):

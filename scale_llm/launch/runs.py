@@ -14,6 +14,7 @@ from scale_llm.config.memory import memory_warnings
 from scale_llm.config.resolve import resolve
 from scale_llm.config.run import RunConfig
 from scale_llm.config.validate import problems_of
+from scale_llm.config.validate_positions import position_problems
 from scale_llm.launch import from_checkpoint
 from scale_llm.launch.environment import Joined, joined
 from scale_llm.launch.lock import held
@@ -30,6 +31,8 @@ class Planned:
     join: Joined | None
     identity: str
     """Digest of what the user asked for, the same on every node whatever its machine."""
+    given: set[str]
+    """Keys and groups of the command line."""
 
     @property
     def is_job(self) -> bool:
@@ -51,8 +54,9 @@ def compose_run(
     (cfg, unset), join = compose_with_unset(words), joined()
     if cfg.model.name == from_checkpoint.NAME:
         from_checkpoint.take_model(cfg, unset)
+    given = given_keys(words)
     if fill is not None:
-        fill(cfg, given_keys(words))
+        fill(cfg, given)
     is_job = join is None and cfg.cluster.launcher is Launcher.slurm
     machine = node_of_job(cfg.cluster.gpus_per_node or 0) if is_job else detect()
     if join is not None:
@@ -62,13 +66,14 @@ def compose_run(
         cfg.run_dir = str(base / point)
         cfg.data.cache_dir = cfg.data.cache_dir or str(base / "data")  # text is indexed once for all points
     identity = hashlib.sha256(json.dumps(asdict(cfg), default=str).encode()).hexdigest()
-    return Planned(cfg=resolve(cfg, machine), machine=machine, join=join, identity=identity)
+    return Planned(cfg=resolve(cfg, machine), machine=machine, join=join, identity=identity, given=given)
 
 
 def problems(plan: Planned) -> list[str]:
     """Everything wrong with a run that can be known before its data are read."""
     found = problems_of(plan.cfg, plan.machine) + tracker_problems(plan.cfg)
     found += from_checkpoint.huggingface_problems(plan.cfg) + role_problems(plan.cfg)
+    found += position_problems(plan.cfg, plan.given)
     if plan.join is None and not plan.is_job and plan.cfg.cluster.nnodes > 1:
         found.append(
             f"cluster.nnodes={plan.cfg.cluster.nnodes}: ranks are started on this machine alone; "

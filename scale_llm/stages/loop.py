@@ -76,7 +76,7 @@ def train_on(
             reporter.say(health.check_ranks(progress))
             saving.if_due(progress, reporter)
             reporter.say(run.profile.after(progress.iteration))
-        saving.last(progress, reporter)
+        saving.last(progress, reporter, done=finished(cfg, progress))
         if finished(cfg, progress) and evaluated != progress.iteration:
             evaluate(stage.evaluate)
     finally:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from scale_llm.checkpoint.bases import base_of
 from scale_llm.config.checkpoint_files import latest_checkpoint
 from scale_llm.config.errors import UserError
 from scale_llm.config.stage import DpoConfig, ReferenceModel
@@ -22,7 +23,7 @@ from scale_llm.data.files import fingerprint, stamp
 from scale_llm.data.sequence_loader import TokenSequences
 from scale_llm.engine.engine import Engine
 from scale_llm.stages.context import RunContext
-from scale_llm.stages.run_state import base_of, load_weights
+from scale_llm.stages.run_state import load_weights
 from scale_llm.stages.sequence_values import log_probs_of
 from scale_llm.stages.sequences import most
 

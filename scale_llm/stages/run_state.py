@@ -1,6 +1,5 @@
 """A run's whole state to a checkpoint and back."""
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +8,14 @@ import torch
 import torch.distributed as dist
 
 from scale_llm import __version__
+from scale_llm.checkpoint.bases import base_of
 from scale_llm.checkpoint.checkpointer import load_sharded, per_rank_object, read_plain
 from scale_llm.checkpoint.huggingface.loading import load_huggingface
 from scale_llm.checkpoint.whole import refuse_damaged
-from scale_llm.config.checkpoint_files import (
-    CHECKPOINT_VERSION,
-    TOKENIZER_DIR,
-    TOKENIZER_FILES,
-    is_huggingface,
-    latest_checkpoint,
-)
+from scale_llm.checkpoint.writing import write_tokenizer
+from scale_llm.config.checkpoint_files import CHECKPOINT_VERSION, is_huggingface
 from scale_llm.config.errors import UserError
-from scale_llm.config.io import CONFIG_FILE, load_raw, save_config
+from scale_llm.config.io import save_config
 from scale_llm.config.peft import PeftMethod
 from scale_llm.data.tokenizer import Tokenizer
 from scale_llm.engine import state as engine_state
@@ -93,15 +88,8 @@ def write_files(run: RunContext):
 
     def write(directory: Path) -> None:
         save_config(run.cfg, directory)
-        beside = Path(run.prepared.tokenizer_path).parent
-        kept = directory / TOKENIZER_DIR
-        kept.mkdir()
-        for name in TOKENIZER_FILES:
-            if (beside / name).is_file():
-                shutil.copyfile(beside / name, kept / name)
         template = getattr(run.prepared, "chat_template", None)
-        if template is not None:
-            (kept / "chat_template.jinja").write_text(template, encoding="utf-8")
+        write_tokenizer(Path(run.prepared.tokenizer_path), directory, template)
 
     return write
 
@@ -109,23 +97,21 @@ def write_files(run: RunContext):
 def load_weights(run: RunContext, engine: Engine | None, path: Path) -> None:
     """The weights alone, from a checkpoint of any layout or from a Hugging Face model.
 
-    A checkpoint of adapters gives them and, from where its run began, what lies under them. A collective of the whole
+    A checkpoint of adapters gives them and what lies under them. A collective of the whole
     job: engine is None on ranks that hold no part of the model.
     """
     has_adapters = run.cfg.peft.method is not PeftMethod.none
-    adapters = None
-    while (base := base_of(path)) is not None:
-        if not has_adapters or adapters is not None:
-            raise UserError(
-                f"checkpoint.load={path}: holds adapters alone; merge them into their base with "
-                f"tools/convert_checkpoint.py merge {path} OUT, and load that"
-            )
-        adapters, path = path, base
-    _load(run, engine, path, Weights.base if has_adapters else Weights.all)
+    base = base_of(path)
+    if base is not None and not has_adapters:
+        raise UserError(
+            f"checkpoint.load={path}: holds adapters alone; merge them into their base with "
+            f"tools/convert_checkpoint.py merge {path} OUT, and load that"
+        )
+    _load(run, engine, base or path, Weights.base if has_adapters else Weights.all)
     if has_adapters and engine is not None:
         engine.begin_adapters(prompt_tokens(run))
-    if adapters is not None:
-        _load(run, engine, adapters, Weights.adapters)
+    if base is not None:
+        _load(run, engine, path, Weights.adapters)
 
 
 def _load(run: RunContext, engine: Engine | None, path: Path, weights: Weights) -> None:
@@ -139,21 +125,6 @@ def _load(run: RunContext, engine: Engine | None, path: Path, weights: Weights) 
     loaded = load_sharded(path, wanted, optional=HEAD)
     if engine is not None:
         engine_state.load_model_state(engine, loaded, main_weights=engine.optimizer is not None)
-
-
-def base_of(path: Path) -> Path | None:
-    """The checkpoint that the adapters in a checkpoint belong to; None where it holds a whole model."""
-    if is_huggingface(path) or not (path / CONFIG_FILE).is_file():
-        return None
-    written = load_raw(path / CONFIG_FILE)
-    if (written.get("peft") or {}).get("method", "none") == "none":
-        return None
-    base = written["checkpoint"]["load"]
-    found = latest_checkpoint(base)
-    if found is None:
-        raise UserError(f"{path}: holds adapters of {base}, where no checkpoint is; put it back, or write where it is "
-                        f"into {path / CONFIG_FILE} (checkpoint.load)")  # fmt: skip
-    return found[1]
 
 
 def prompt_tokens(run: RunContext) -> list[int]:

@@ -5,13 +5,14 @@ from pathlib import Path
 import torch.distributed as dist
 
 from scale_llm.checkpoint.checkpointer import Checkpointer
-from scale_llm.checkpoint.retention import Retention
-from scale_llm.checkpoint.whole import newest_whole
+from scale_llm.checkpoint.retention import Retention, clear_remains
+from scale_llm.checkpoint.whole import Found, newest_whole
 from scale_llm.config.checkpoint_files import latest_checkpoint
 from scale_llm.config.errors import UserError
 from scale_llm.config.peft import PeftMethod
 from scale_llm.config.run import RunConfig
 from scale_llm.engine.offload import on_device
+from scale_llm.parallel.first import on_first
 from scale_llm.parallel.ranges import named
 from scale_llm.stages.base import Stage
 from scale_llm.stages.context import RunContext
@@ -31,6 +32,7 @@ class Saving:
     def __init__(self, run: RunContext, stage: Stage, health: Health):
         cfg = run.cfg.checkpoint
         self._run, self._stage, self._health = run, stage, health
+        on_first(run.mesh.host_group, lambda: clear_remains(Path(cfg.save or "")))
         self._checkpointer = Checkpointer(
             cfg.save, run.mesh.host_group, asynchronous=cfg.async_save, retention=retention(run.cfg)
         )
@@ -39,8 +41,11 @@ class Saving:
 
     def resume(self) -> Progress:
         """Fills the stage from the newest state that is whole."""
-        progress = resume(self._run, self._stage, self._copies)
-        self._saved, self._due = progress.iteration, False
+        progress, own, from_copies = resume(self._run, self._stage, self._copies)
+        self._saved = own.iteration if own is not None else 0
+        interval = self._run.cfg.checkpoint.save_interval
+        # The checkpoint between own and local copies was not finished, or not whole
+        self._due = from_copies and interval is not None and progress.iteration // interval > self._saved // interval
         return progress
 
     def after_step(self, progress: Progress) -> None:
@@ -60,14 +65,20 @@ class Saving:
             self._health.saved()
             self._saved, self._due = progress.iteration, False
 
-    def last(self, progress: Progress, reporter: Reporter) -> None:
-        """The state that the run ends with, where it is not saved yet; all saves are done then."""
+    def last(self, progress: Progress, reporter: Reporter, *, done: bool) -> None:
+        """The state that the run ends with, where it is not saved yet; all saves are done then.
+
+        done: no start goes on from here, so that local copies are needed no more.
+        """
         self._run.watchdog.enter("the last save", progress.iteration)
         if self._saved != progress.iteration:
             self._health.check_replicas(progress)
             self._save(progress, reporter)
         self._checkpointer.finish()
-        self._copies.finish()
+        if done:
+            self._copies.forget()
+        else:
+            self._copies.finish()
 
     def at_once(self, progress: Progress, reporter: Reporter) -> None:
         """Whatever is due: the run is about to end with an error that a person has to look at."""
@@ -87,9 +98,10 @@ class Saving:
             self._checkpointer.save(progress.iteration, state, write_files(run), gradients(stage))
 
 
-def resume(run: RunContext, stage: Stage, copies: LocalState) -> Progress:
+def resume(run: RunContext, stage: Stage, copies: LocalState) -> tuple[Progress, Found | None, bool]:
     """From the run's own newest whole checkpoint or newer local copies, else from checkpoint.load, else from the start.
-    What lies under adapters is in checkpoint.load in every case."""
+    What lies under adapters is in checkpoint.load in every case. Also returns that checkpoint, and whether the state is
+    of local copies."""
     cfg = run.cfg
     own = newest_whole(cfg.checkpoint.save, run.mesh.host_group, hashing=cfg.checkpoint.verify)
     if own is not None and own.remarks and dist.get_rank() == dist.get_world_size() - 1:
@@ -107,10 +119,10 @@ def resume(run: RunContext, stage: Stage, copies: LocalState) -> Progress:
         base = None
     local = copies.restore(stage, own)
     if local is not None:
-        return local
+        return local, own, True
     if own is not None:
-        return restore(run, stage, own.path, own=True)
-    return Progress() if base is None else restore(run, stage, base[1], own=False)
+        return restore(run, stage, own.path, own=True), own, False
+    return Progress() if base is None else restore(run, stage, base[1], own=False), None, False
 
 
 def retention(cfg: RunConfig) -> Retention:

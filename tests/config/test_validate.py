@@ -151,9 +151,9 @@ def test_run_dir_not_writable():
 def started(tmp_path, *words):
     """A run directory in which a run has got to a checkpoint."""
     cfg = resolve(config_of("train.train_iters=10", f"run_dir={tmp_path}", *words), MACHINE)
-    save_config(cfg, tmp_path)
     checkpoint = tmp_path / "checkpoints" / "iter_0000005"
     checkpoint.mkdir(parents=True)
+    save_config(cfg, tmp_path)
     save_config(cfg, checkpoint)
     (tmp_path / "checkpoints" / "latest_checkpointed_iteration.txt").write_text("5")
 
@@ -194,6 +194,27 @@ def test_checkpoint_of_another_model(tmp_path):
     assert f"give {tmp_path}/a/checkpoints" in problem
     (tmp_path / "a/checkpoints/latest_checkpointed_iteration.txt").write_text("7")
     assert "iter_0000007" in problems(load, other)[0]
+
+
+def test_adapters_that_a_checkpoint_holds_are_not_made_others(tmp_path):
+    """Another alpha would be another function, and with fewer targets some of them would be left out."""
+    lora = ["stage=sft", "peft=lora", "data.path=/", "tokenizer.path=/"]
+    started(tmp_path / "a", *lora)
+    load = f"checkpoint.load={tmp_path}/a/checkpoints"
+    there = [f"run_dir={tmp_path}/a", load]
+    for where, start in (([f"run_dir={tmp_path}/b", load], load), (there[:1], there[0])):
+        changed = ["peft.alpha=8", "peft.rank=4", "peft.target_modules=[q_proj]"]
+        found = [p for p in problems(*lora, *where, *changed) if "other adapters" in p]
+        assert len(found) == 1 and found[0].startswith(f"{start}: ")
+        for text in ("peft.alpha=8.0 (there 32.0)", "peft.rank=4 (there 16)", "peft.target_modules=['q_proj'] (there"):
+            assert text in found[0]
+        parts = "peft.target_modules=[q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj]"
+        same = problems(*lora, *where, parts, "peft.dropout=0.1")
+        assert not [problem for problem in same if "adapters" in problem], same
+        (problem,) = [p for p in problems(*lora[:1], "peft=dora", *where) if "other adapters" in p]
+        assert "peft.method=dora (there lora)" in problem
+    (problem,) = [p for p in problems("stage=sft", *there[:1]) if "other adapters" in p]
+    assert "peft.method=none (there lora)" in problem
 
 
 def test_local_copies_have_a_place_and_another_node():

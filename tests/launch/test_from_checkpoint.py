@@ -114,6 +114,27 @@ def test_a_reference_of_another_function_is_refused_too(tmp_path, directory):
     assert problem.startswith(f"model.num_layers=2: stage.reference_load={other} has 3; give a stage.reference_load")
 
 
+def test_positions_of_a_checkpoint_change_by_name_alone(tmp_path, directory):
+    """Of a checkpoint of ours, as an import makes one: a model group that has no stretched positions is another
+    function of the same shapes. A longer context is made by who says so."""
+    plan = composed(tmp_path, directory, "model=from_checkpoint", "model.window_size=64")
+    saved = tmp_path / "saved" / "iter_0000000"
+    saved.mkdir(parents=True)
+    (saved / "metadata.json").touch()
+    save_config(plan.cfg, saved)
+    words = ["model.num_layers=2", "model.hidden_size=64", "model.ffn_hidden_size=96", "model.num_attention_heads=4",
+             "model.num_query_groups=2", "model.vocab_size=300", "model.rotary_base=500000",
+             "model.max_position_embeddings=131072", "model.seq_length=128",
+             "model.untie_embeddings_and_output_weights=false", f"tokenizer.path={directory}"]  # fmt: skip
+    found = problems(composed(tmp_path, saved, *words))
+    assert [problem.split(": ")[0] for problem in found] == ["model.rope_scaling=none", "model.window_size=null"]
+    assert f"checkpoint.load={saved} has llama3" in found[0] and "give model.rope_scaling=llama3" in found[0]
+    assert problems(composed(tmp_path, saved, *words, "model.rope_scaling=linear", "model.window_size=null")) == []
+    (problem,) = problems(composed(tmp_path, saved, *words, "model.rope_scaling=llama3", "model.window_size=64"))
+    assert problem.startswith("model.rope_scaling_factor=8.0: ") and "has 32.0" in problem
+    assert problems(composed(tmp_path, saved, "model=from_checkpoint", "model.seq_length=128")) == []
+
+
 def test_from_checkpoint_needs_one(tmp_path):
     with pytest.raises(UserError, match="give checkpoint.load=DIR"):
         compose_run(["model=from_checkpoint", f"run_dir={tmp_path}"])

@@ -91,7 +91,30 @@ def test_resume_is_bit_for_bit(runs, run, undisturbed, tmp_path):
     said = go_on(runs, run, tmp_path / "log")
     assert "going on from the local copies of iteration 4" in said
     runs.assert_same_bits(run / "run", undisturbed, 8)
-    assert sorted(path.name for path in shelf(run, 0).iterdir()) == ["iter_0000006", "iter_0000008"]
+    assert [list(shelf(run, rank).iterdir()) for rank in (0, 1)] == [[], []], "it has come to its end"
+
+
+def test_a_checkpoint_that_was_missed_is_made_up_for(runs, run, tmp_path):
+    """The run died when the checkpoint of 3 was not there: the copies of 4 are not a checkpoint, and become one at the
+    next step, and also where the run ends at once. What the kill has left goes."""
+    saved = run / "run" / "checkpoints"
+    shutil.rmtree(saved / "iter_0000003")
+    (saved / "latest_checkpointed_iteration.txt").unlink()
+    for name in (".iter_0000003.partial", ".iter_0000002.removed"):
+        (saved / name).mkdir()
+    rewrite(run, after=-1)
+    said = go_on(runs, run, tmp_path / "log", "train.train_iters=4", "checkpoint.save_interval=100")
+    assert "going on from the local copies of iteration 4" in said
+    assert latest(run / "run") == 4
+    assert not list(saved.glob(".iter_*"))
+    for name in ("run", "disks"):
+        shutil.rmtree(run / name)
+        shutil.copytree(run / "kept" / name, run / name)
+    shutil.rmtree(saved / "iter_0000003")
+    (saved / "latest_checkpointed_iteration.txt").unlink()
+    rewrite(run, after=-1)
+    go_on(runs, run, tmp_path / "log")
+    assert sorted(path.name for path in saved.glob("iter_*")) == ["iter_0000005", "iter_0000006", "iter_0000008"]
 
 
 def test_a_node_that_comes_back_empty(runs, run, undisturbed, tmp_path):
@@ -209,6 +232,7 @@ def test_a_run_that_goes_back_leaves_its_copies(runs, run, tmp_path):
     """Steps 5 and 6 have no numbers: the run goes back to the checkpoint of 3, not to the copies of 4, and copies of
     what came after are made anew."""
     words = ["health.drill_nan_gradients=[5,6]", "health.max_nan_steps=2"]
+    words += ["train.train_iters=9", "train.exit_interval=8"]  # copies go at the end
     said = go_on(runs, run, tmp_path / "log", *words)
     assert "going on from the local copies of iteration 4" in said, "at the start"
     assert "going back to iteration 3" in said and said.count("going on from the local copies") == 1

@@ -204,5 +204,8 @@ def test_a_critic_of_another_shape_than_its_checkpoint(runs, beginner, digits, j
     """A run whose critic was the reward model's shape goes on with another start of the critic."""
     shutil.copytree(single, tmp_path / "run")
     said = words(beginner, digits, *FIVE, *judged_by, "train.train_iters=6", f"stage.critic_load={beginner}")
+    with pytest.raises(UserError, match="has its critic from"):
+        runs(tmp_path / "run", *said)
+    (tmp_path / "run" / "config.yaml").unlink()  # nothing says then what the run began from
     found = "\n".join(runs(tmp_path / "run", *said))
     assert "critic." in found and "has shape" in found and "the model wants" in found

@@ -102,6 +102,7 @@ def test_virtual_tokens_begin_as_a_text_or_as_random_tokens(first_step, base, te
     options = ["peft=prompt_tuning", "peft.num_virtual_tokens=6", f"peft.prompt_init_text={json.dumps(text)}"]
     _, path = first_step(*options)
     cfg, data = prepared(path)
+    assert cfg.checkpoint.load == str(base / f"iter_{latest(base.parent):07d}"), "what lies under them is named"
     table = TorchDistReader(base / f"iter_{latest(base.parent):07d}").read("embedding.word_embeddings.weight")
     vectors = TorchDistReader(path / "checkpoints" / "iter_0000001").read("virtual_tokens.weight")
     found = [(table == vector).all(1).nonzero().flatten().tolist() for vector in vectors]

@@ -183,7 +183,7 @@ def train(directory: str, data: str, layout: dict[str, Any], lr: float, output: 
     size = batches.size(1)
     losses = [engine.train_step([_batch(step)], loss, samples=size).metrics["lm loss"] for step in batches]
     if output is not None:
-        cfg.checkpoint.load = checkpoint_config(find_checkpoint(directory)).checkpoint.load
+        cfg.checkpoint.load = directory
         state = engine_state.sharded_model_state(engine, engine_state.Weights.adapters)
         Checkpointer(output, mesh.host_group).save(len(batches), state, lambda path: save_config(cfg, path))
     return losses

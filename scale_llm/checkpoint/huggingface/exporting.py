@@ -1,7 +1,5 @@
 """A `torch_dist` checkpoint as a directory that transformers loads."""
 
-import json
-import shutil
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -9,17 +7,14 @@ from pathlib import Path
 import torch
 
 from scale_llm.checkpoint.huggingface.merging import Reader, model_reader
-from scale_llm.checkpoint.huggingface.source import FOLDER, read_json
+from scale_llm.checkpoint.huggingface.model_files import write_model_files
 from scale_llm.checkpoint.safetensors_files import Planned, shards_of, write_file, write_index
 from scale_llm.checkpoint.staging import output_problems, refuse, staged
-from scale_llm.checkpoint.torch_dist import checkpoint_config, find_checkpoint
+from scale_llm.checkpoint.torch_dist import checkpoint_config, find_checkpoint, is_of_model
 from scale_llm.checkpoint.work import every_nth, is_first
-from scale_llm.config.checkpoint_files import TOKENIZER_DIR, TOKENIZER_FILES
 from scale_llm.config.model import ModelConfig
-from scale_llm.config.run import RunConfig
-from scale_llm.models.huggingface import Family, Form, Tensor, export_family, write_config
+from scale_llm.models.huggingface import Family, Form, Tensor, export_family
 from scale_llm.models.huggingface.forms import to_huggingface
-from scale_llm.models.huggingface.tokenizer import token_id
 
 Progress = Callable[[int], None]
 
@@ -59,7 +54,7 @@ def export_huggingface(
                 step(tensor.bytes)
         if is_first():
             write_index(directory, files)
-            _write_model_files(directory, path, cfg, model, family, planned[0].dtype)
+            write_model_files(directory, path, cfg, family, planned[0].dtype)
     return output
 
 
@@ -81,7 +76,7 @@ def _check_against(reader: Reader, family: Family, model: ModelConfig) -> None:
     problems += [
         f"{reader.path}: {key} has no place in {family.model_type}"
         for key in reader.tensors
-        if key not in known and not key.startswith("optimizer.")
+        if key not in known and is_of_model(key)
     ]
     refuse(problems)
 
@@ -106,37 +101,3 @@ class _Shared:
         parts = self._parts or to_huggingface(self._tensor, self._read(), self._model)
         self._parts = parts if i < len(parts) - 1 else None
         return parts[i]
-
-
-def _write_model_files(
-    directory: Path, path: Path, cfg: RunConfig, model: ModelConfig, family: Family, dtype: torch.dtype
-) -> None:
-    places = _places(path, cfg)
-    for place in reversed(places):
-        for name in TOKENIZER_FILES:
-            if (place / name).is_file():
-                shutil.copyfile(place / name, directory / name)
-    given = Path(cfg.tokenizer.path) if cfg.tokenizer.path else None
-    if given is not None and given.is_file():
-        shutil.copyfile(given, directory / "tokenizer.json")
-    base = next((read_json(place / "config.json") for place in places if (place / "config.json").is_file()), None)
-    config = write_config(model, family, str(dtype).removeprefix("torch."), base)
-    if "eos_token_id" not in config:  # else transformers takes the number that its class has by default
-        config["eos_token_id"] = token_id(directory, cfg.tokenizer.eod_token)
-        config.setdefault("bos_token_id", config["eos_token_id"])
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    if not (directory / "generation_config.json").is_file():
-        tokens = {
-            key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key) is not None
-        }
-        (directory / "generation_config.json").write_text(json.dumps(tokens, indent=2) + "\n", encoding="utf-8")
-
-
-def _places(path: Path, cfg: RunConfig) -> list[Path]:
-    """Where the tokenizer and the first configuration may lie, the likeliest first."""
-    places = [path / TOKENIZER_DIR, path.parent / FOLDER]
-    if cfg.tokenizer.path is not None:
-        places.append(Path(cfg.tokenizer.path))
-    elif cfg.data.cache_dir is not None:
-        places.append(Path(cfg.data.cache_dir))  # a run that trained its own
-    return [place for place in places if place.is_dir()]

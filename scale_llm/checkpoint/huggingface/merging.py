@@ -8,9 +8,17 @@ from typing import Any, Protocol
 
 import torch
 
+from scale_llm.checkpoint.bases import base_of
 from scale_llm.checkpoint.huggingface.source import HuggingFaceModel
 from scale_llm.checkpoint.staging import output_problems, refuse, staged
-from scale_llm.checkpoint.torch_dist import Chunk, TorchDistReader, checkpoint_config, find_checkpoint, write_chunks
+from scale_llm.checkpoint.torch_dist import (
+    Chunk,
+    TorchDistReader,
+    checkpoint_config,
+    find_checkpoint,
+    is_of_model,
+    write_chunks,
+)
 from scale_llm.checkpoint.work import is_first, my_share
 from scale_llm.checkpoint.writing import copy_tokenizer, extra_states, write_common
 from scale_llm.config.checkpoint_files import is_huggingface, iteration_dir, write_latest
@@ -60,16 +68,16 @@ class MergedReader:
     """A base with the adapters of a checkpoint merged into it, one tensor at a time."""
 
     def __init__(self, path: Path, cfg: RunConfig):
-        """path: the checkpoint of adapters; cfg: its configuration, which says where its base is."""
+        """path: the checkpoint of adapters; cfg: its configuration."""
         if cfg.peft.method is PeftMethod.prompt_tuning:
             raise UserError(
                 f"{path}: holds the vectors of prompt tuning, which no weight of the model can take up; export them "
                 "as they are (without --merge)"
             )
         self.path = path
-        self._cfg, self._adapters, self._base = cfg, TorchDistReader(path), base_reader(path, cfg)
+        self._cfg, self._adapters, self._base = cfg, TorchDistReader(path), base_reader(path)
         self._parts = chosen_parts(cfg.model, cfg.peft.target_modules)
-        self.tensors = {k: entry for k, entry in self._base.tensors.items() if not k.startswith("optimizer.")}
+        self.tensors = {k: entry for k, entry in self._base.tensors.items() if is_of_model(k)}
 
     def read(self, key: str, index: tuple[int, ...] = ()) -> torch.Tensor:
         weight = self._base.read(key, index)
@@ -92,18 +100,11 @@ def part_weights(reader: Reader, layer: str, part: str, index: tuple[int, ...]) 
     )
 
 
-def base_reader(path: Path, cfg: RunConfig) -> Reader:
+def base_reader(path: Path) -> Reader:
     """What lies under the adapters of a checkpoint."""
-    base = cfg.checkpoint.load
-    if base is None:
-        raise UserError(f"{path}: its config.yaml does not say what its adapters belong to (checkpoint.load)")
-    try:
-        return model_reader(Path(base))
-    except UserError as error:
-        raise UserError(
-            [*error.problems, f"{path}: needs its base {base}; put it there, or write where it is into "
-             f"{path / 'config.yaml'} (checkpoint.load)"]
-        ) from error  # fmt: skip
+    base = base_of(path)
+    assert base is not None, "they are adapters"
+    return model_reader(base)
 
 
 def model_reader(source: Path | str) -> Reader:

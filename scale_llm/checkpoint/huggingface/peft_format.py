@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from scale_llm.checkpoint.bases import base_of
 from scale_llm.checkpoint.huggingface.merging import is_adapters
 from scale_llm.checkpoint.huggingface.source import read_json
 from scale_llm.checkpoint.safetensors_files import Planned, SafetensorsFolder, write_file
@@ -61,14 +62,22 @@ def export_adapters(
     family = export_family(cfg.model, cfg.model.architecture)
     planned = list(_planned(TorchDistReader(path), cfg, family, dtype))
     step = progress(sum(tensor.bytes for tensor in planned))
-    base = cfg.checkpoint.load
-    config = adapter_config(family, cfg.model, cfg.peft, str(Path(base).resolve()) if base else None)
+    config = adapter_config(family, cfg.model, cfg.peft, _base_name(path, cfg))
     with staged(output) as directory:
         if is_first():  # they are small
             for tensor in write_file(directory / WEIGHTS, planned):
                 step(tensor.bytes)
             (directory / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return output
+
+
+def _base_name(path: Path, cfg: RunConfig) -> str | None:
+    """For base_model_name_or_path; what is not there any more is named as the run knew it."""
+    try:
+        base: Path | str | None = base_of(path)
+    except UserError:
+        base = cfg.checkpoint.load
+    return None if base is None else str(Path(base).resolve())
 
 
 def _planned(reader: TorchDistReader, cfg: RunConfig, family, dtype: torch.dtype | None) -> Iterable[Planned]:

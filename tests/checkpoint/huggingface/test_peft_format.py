@@ -8,12 +8,18 @@ import torch
 import torch.nn.functional as F
 from support import families
 from support.parity import EP2, PP2, SP, TP2
+from support.tool import TOOL
 
 from scale_llm.checkpoint.huggingface import export_adapters, export_huggingface, import_adapters
 from scale_llm.checkpoint.huggingface.merging import HuggingFaceReader, MergedReader, merge_checkpoint
+from scale_llm.checkpoint.resharding import Layout, reshard
 from scale_llm.checkpoint.safetensors_files import SafetensorsFolder
 from scale_llm.checkpoint.torch_dist import checkpoint_config, find_checkpoint
+from scale_llm.checkpoint.verifying import compare_tensors
 from scale_llm.config.errors import UserError
+from scale_llm.config.io import save_config
+from scale_llm.config.model import Backend
+from scale_llm.config.precision import Fp8Format
 
 peft = pytest.importorskip("peft")
 
@@ -62,7 +68,7 @@ def trained_by_peft(model, batches):
 
 @pytest.mark.parametrize("case", CASES)
 def test_trains_as_peft_does_and_goes_back(models, ranks, tmp_path, case):
-    """peft's directory -> ours -> steps on a layout -> peft's directory and a merged model."""
+    """peft's directory -> ours -> steps on a layout, from those adapters on -> peft's directory and a merged model."""
     name, options, layout = CASES[case]
     base = models.original(name)
     model = tuned(base, name, options)
@@ -88,6 +94,8 @@ def test_trains_as_peft_does_and_goes_back(models, ranks, tmp_path, case):
     with torch.no_grad():
         logits = model(text).logits
         export_adapters(tmp_path / "trained", tmp_path / "trained_peft", silent)
+        written = json.loads((tmp_path / "trained_peft" / "adapter_config.json").read_text())
+        assert written["base_model_name_or_path"] == str(base), "not the adapters that they went on from"
         again = peft.PeftModel.from_pretrained(families.build(name), tmp_path / "trained_peft").eval()
         assert (again(text).logits - logits).abs().max() < 1e-4
         export_huggingface(tmp_path / "trained", tmp_path / "merged", silent)
@@ -114,6 +122,53 @@ def test_merged_checkpoint_computes_the_same(models, ranks, tmp_path):
     export_huggingface(tmp_path / "ours", tmp_path / "second", silent)
     first, second = SafetensorsFolder(tmp_path / "first"), SafetensorsFolder(tmp_path / "second")
     assert all(torch.equal(first.read(name), second.read(name)) for name in first.entries | second.entries)
+
+
+def test_adapters_are_verified_and_cut_as_the_model_they_make(models, ranks, tmp_path):
+    """With what a run in FP8 on another layout has written into their configuration."""
+    tuned(models.original("llama3"), "llama3", {"target_modules": ALL}).save_pretrained(tmp_path / "peft")
+    path = import_adapters(tmp_path / "peft", tmp_path / "ours", silent)
+    cfg = checkpoint_config(path)
+    cfg.model.backend, cfg.precision.bf16, cfg.precision.fp8 = Backend.transformer_engine, True, Fp8Format.hybrid
+    cfg.parallel.tensor_model_parallel_size, cfg.parallel.tp_comm_overlap = 2, True
+    save_config(cfg, path)
+    merge_checkpoint(tmp_path / "ours", tmp_path / "merged", silent)
+    assert all(found.largest == 0 for found in compare_tensors(tmp_path / "ours", tmp_path / "merged", silent))
+    export_huggingface(tmp_path / "ours", tmp_path / "exported", silent)
+    for name in ("ours", "merged"):
+        words = ["verify", str(tmp_path / "exported"), str(tmp_path / name)]
+        ((status, said),) = ranks.fresh(1, "support.tool:run", program=TOOL, words=words)
+        assert status == 0 and "the same function" in said, said
+    ((status, said),) = ranks.fresh(
+        1, "support.tool:run", program=TOOL, words=["verify", str(models.original("llama3")), str(tmp_path / "ours")]
+    )
+    assert status == 1 and "not the same function" in said, said
+    shards = []
+    for name in ("ours", "merged"):
+        reshard(tmp_path / name, tmp_path / f"{name}_shards", Layout(), silent)
+        (file,) = (tmp_path / f"{name}_shards").glob("iter_0000000/mp_rank_00/*.pt")
+        shards.append(torch.load(file, weights_only=False)["model"])
+    assert shards[0].keys() == shards[1].keys() and all(shards[0][key].equal(shards[1][key]) for key in shards[0])
+
+
+def test_adapters_that_go_on_from_adapters_hold_them(models, ranks, tmp_path):
+    """The second run's are over the whole model and not over the first's: loaded, and merged, they are the same."""
+    tuned(models.original("llama3"), "llama3", {"target_modules": ALL}).save_pretrained(tmp_path / "peft")
+    import_adapters(tmp_path / "peft", tmp_path / "first", silent)
+    batches = models.saved("adapted", torch.stack([families.tokens(2, 33, start=i) for i in range(STEPS)]))
+    words = {"data": batches, "layout": {}, "lr": RATE}
+    for before, after in (("first", "second"), ("second", "third")):
+        where = {"directory": str(tmp_path / before), "output": str(tmp_path / after)}
+        ranks.fresh(1, "support.conversion:train", **words, **where)
+    merge_checkpoint(tmp_path / "third", tmp_path / "merged", silent)
+    shutil.copytree(models.imported("llama3") / "huggingface", tmp_path / "merged" / "huggingface")
+    data = models.saved("adapted_text", families.tokens(2, 49))
+    third, merged, first = (
+        ranks(1, "support.conversion:output", directory=str(tmp_path / where), data=data, layout={})[0]
+        for where in ("third", "merged", "first")
+    )
+    assert (third - merged).abs().max() < 1e-5
+    assert (third - first).abs().max() > 1e-2, "training must show"
 
 
 def test_merging_in_bf16_rounds_once(models, tmp_path):

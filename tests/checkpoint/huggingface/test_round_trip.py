@@ -1,14 +1,19 @@
 """import -> run -> export gives back every bit, whatever the layout of the run between."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from support import families
 from support.parity import EP2, PP2, SP, TP2, VPP2
 
+from scale_llm.checkpoint.describing import describe
 from scale_llm.checkpoint.huggingface import export_huggingface
+from scale_llm.checkpoint.resharding import Layout, reshard
 from scale_llm.checkpoint.safetensors_files import SafetensorsFolder
+from scale_llm.checkpoint.torch_dist import Chunk, TorchDistReader, find_checkpoint, write_chunks
+from scale_llm.checkpoint.verifying import compare_tensors
 
 LAYOUTS = {"tp2": (2, TP2), "pp2": (2, PP2), "vpp2": (2, VPP2), "tp2_pp2": (4, {**SP, **PP2})}
 MOE_LAYOUTS = {"ep2": (2, EP2), "tp2_sp_ep2_dp2": (4, {**SP, **EP2})}
@@ -83,6 +88,33 @@ def loads_the_same(exported, original, name):
         with torch.no_grad():
             answers.append(loaded.eval()(tokens, output_hidden_states=True).hidden_states[-1])
     assert torch.equal(*answers)
+
+
+def test_a_critic_beside_the_model_is_left_out(models, tmp_path):
+    """As PPO saves one: with the names of the model after `critic.`, and an optimizer of its own."""
+    path = find_checkpoint(models.imported("llama3"))
+    reader = TorchDistReader(path)
+
+    def chunk(key, name):
+        entry = reader.tensors[key]
+        shape = tuple(entry.size)
+        return Chunk(name, shape, (0,) * len(shape), shape, entry.properties.dtype, lambda: reader.read(key))
+
+    beside = ("", "critic.", "critic.optimizer.state.exp_avg.", "optimizer.state.exp_avg.")
+    chunks = [chunk(key, f"{prefix}{key}") for prefix in beside for key in reader.tensors]
+    saved = tmp_path / "run" / "iter_0000003"
+    shutil.copytree(path, saved, ignore=shutil.ignore_patterns("*.distcp", ".metadata", "checksums.json"))
+    write_chunks(saved, chunks, {}, lambda done: None)
+
+    assert_same(export_huggingface(saved, tmp_path / "out", silent), models.original("llama3"))
+    ours, plain = describe(saved), describe(path)
+    assert ours.parameters == plain.parameters and ours.lines == plain.lines
+    assert ours.beside_bytes == {"critic": 2 * plain.bytes, "optimizer state": plain.bytes}
+    assert all(found.largest == 0 for found in compare_tensors(saved, path, silent))
+    reshard(saved, tmp_path / "shards", Layout(), silent)
+    (file,) = (tmp_path / "shards").glob("iter_0000003/mp_rank_00/*.pt")
+    names = torch.load(file, weights_only=False)["model"]
+    assert names and not [name for name in names if "critic" in name or "optimizer" in name]
 
 
 def test_shards_index_and_dtype(models, tmp_path):
