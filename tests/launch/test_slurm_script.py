@@ -52,8 +52,8 @@ def test_every_key_is_a_line_of_sbatch(tmp_path):
         "--job-name=pretrain-tiny-4n8g-dp", "--partition=gpu", "--account=lab", "--qos=high", "--time=1-12:00:00",
         "--nodes=4", "--ntasks-per-node=8", "--cpus-per-task=14", "--gpus-per-node=8", "--mem=0",
         '--constraint="h100&ib"', "--exclude=n[3-4]", "--nodelist=n[1-9]", "--signal=USR1@600",
-        f"--output={tmp_path}/r/logs/job-%j.out", "--open-mode=append", "--no-requeue", "--exclusive",
-        "--mail-type=END",
+        f"--chdir={os.getcwd()}", f"--output={tmp_path}/r/logs/job-%j.out", "--open-mode=append", "--no-requeue",
+        "--exclusive", "--mail-type=END",
     ]  # fmt: skip
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
     assert srun_arguments(cfg.cluster) == [
@@ -63,13 +63,23 @@ def test_every_key_is_a_line_of_sbatch(tmp_path):
 
 def test_what_is_not_asked_for_is_left_to_the_cluster():
     names = [line.split("=")[0] for line in head(render(composed("cluster.nodes=2")))]
-    assert names == ["--job-name", "--nodes", "--ntasks-per-node", "--signal", "--output", "--open-mode", "--requeue"]
+    assert names == ["--job-name", "--nodes", "--ntasks-per-node", "--signal", "--chdir", "--output", "--open-mode",
+                     "--requeue"]  # fmt: skip
 
 
 def test_a_directory_with_blanks_and_percents(tmp_path):
     text = render(composed(f"run_dir='{tmp_path}/my run 50%'"))
     assert f'--output="{tmp_path}/my run 50%%/logs/job-%j.out"' in text
     assert f"run_dir='{tmp_path}/my run 50%'" in text
+
+
+def test_a_job_works_where_it_was_composed(tmp_path, monkeypatch):
+    """config.yaml keeps relative paths, and sbatch may be called from anywhere."""
+    here = tmp_path / "a b" / 'c"d\\e'
+    here.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    text = render(composed("run_dir=r", "data.path=text.txt"))
+    assert rf'#SBATCH --chdir="{tmp_path}/a b/c\"d\\e"' in text.splitlines()
 
 
 @pytest.mark.parametrize(("words", "scripts"), [(["--dry-run"], 1), (["-m", "--dry-run", "train.seed=1,2"], 2)])
