@@ -61,6 +61,8 @@ def compose_run(
         base = Path(resolve(cfg, machine).run_dir)
         cfg.run_dir = str(base / point)
         cfg.data.cache_dir = cfg.data.cache_dir or str(base / "data")  # text is indexed once for all points
+        if cfg.checkpoint.save is not None:  # else one point would go on from another's checkpoints
+            cfg.checkpoint.save = str(Path(cfg.checkpoint.save) / point)
     identity = hashlib.sha256(json.dumps(asdict(cfg), default=str).encode()).hexdigest()
     return Planned(cfg=resolve(cfg, machine), machine=machine, join=join, identity=identity)
 

@@ -19,6 +19,8 @@ def test_each_point_has_its_own_run_directory_and_all_share_the_data():
     assert [plan.cfg.run_dir for plan in plans] == ["s/train.seed=1", "s/train.seed=2"]
     assert {plan.cfg.data.cache_dir for plan in plans} == {"s/data"}
     assert plans[0].cfg.checkpoint.save == "s/train.seed=1/checkpoints"
+    given = [compose_run(words, name) for name, words in points(["train.seed=1,2", "checkpoint.save=fast"])]
+    assert [plan.cfg.checkpoint.save for plan in given] == ["fast/train.seed=1", "fast/train.seed=2"]
 
 
 def test_table(tmp_path, capsys):
