@@ -9,7 +9,6 @@ all ranks agree. A later start of the run finds nothing open and keeps what the 
 import os
 import signal
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -22,8 +21,8 @@ from scale_llm.config.resolve import resolve
 from scale_llm.config.run import RunConfig
 from scale_llm.config.stage import UntrainedStageConfig
 from scale_llm.config.validate import machine_problems
-from scale_llm.launch.environment import Joined, interface_towards, rank_variables, task_of_srun
-from scale_llm.launch.join import READY, wait_until_ready
+from scale_llm.launch.environment import Joined, interface_towards, rank_variables, start_name, task_of_srun
+from scale_llm.launch.join import READY, marked, wait_until_ready
 from scale_llm.launch.lock import take
 
 SECONDS_FOR_THE_DYING = 60
@@ -59,25 +58,15 @@ def _answer_signals(saves: bool) -> None:
 
 def _meet(cfg: RunConfig, run_dir: Path, join: Joined) -> None:
     """The first task makes the run ready, the others wait. The mark is of this start alone."""
-    start = start_name(os.environ)
-    ready, failed = run_dir / READY, f"failed {start}"
+    start = start_name(join, os.environ)
     if join.rank > 0:
-        wait_until_ready(ready, start, join, failed=failed)
+        wait_until_ready(run_dir / READY, start, join)
         return
     from scale_llm.launch.runs import open_run
 
-    try:
+    with marked(run_dir / READY, start):
         take(run_dir, wait_seconds=SECONDS_FOR_THE_DYING, inheritable=True)
         open_run(settle(cfg, run_dir, detect()))
-    except BaseException:
-        write_text(ready, failed)
-        raise
-    write_text(ready, start)
-
-
-def start_name(env: Mapping[str, str]) -> str:
-    """Job, start of the job, and step: no two starts share it."""
-    return f"{env['SLURM_JOB_ID']}.{env.get('SLURM_RESTART_COUNT', '0')}.{env.get('SLURM_STEP_ID', '0')}"
 
 
 def settle(cfg: RunConfig, run_dir: Path, machine: Machine) -> RunConfig:
