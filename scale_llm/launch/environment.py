@@ -109,8 +109,7 @@ def task_of_srun(env: Mapping[str, str]) -> Joined:
 
 
 def start_name(join: Joined, env: Mapping[str, str]) -> str:
-    """The same on all ranks of a start. No two starts by srun share it: it is job, start of the job, and step. Starts by
-    torchrun at one address may."""
+    """The same on all ranks of a start. No two starts by srun share it; two by torchrun at one address may."""
     if join.starter == "srun":
         return f"{env.get('SLURM_JOB_ID', '0')}.{env.get('SLURM_RESTART_COUNT', '0')}.{env.get('SLURM_STEP_ID', '0')}"
     return f"{join.master_addr}:{join.master_port} {env.get('TORCHELASTIC_RUN_ID', '')}"
