@@ -110,11 +110,24 @@ def check(plan: Planned) -> int:
     return 0
 
 
-def prepare(plan: Planned) -> int:
-    """Make the run's data and nothing else: a start of the run finds them. This machine may be unfit for its ranks."""
+def show(plan: Planned) -> int:
+    """Print the configuration."""
+    from scale_llm.config.io import to_yaml
+
+    print(to_yaml(plan.cfg), end="")
+    return 0
+
+
+def data_problems(plan: Planned) -> list[str]:
+    """Those that making the data meets: this machine may be unfit for the ranks."""
     of_ranks = ("cluster.", "parallel.", "layout.", "precision.", "model.backend", "model.compile_ops",
                 "train.cuda_graph_impl")  # fmt: skip
-    if found := [problem for problem in problems(plan) if not problem.startswith(of_ranks)]:
+    return [problem for problem in problems(plan) if not problem.startswith(of_ranks)]
+
+
+def prepare(plan: Planned) -> int:
+    """Make the run's data and nothing else: a start of the run finds them."""
+    if found := data_problems(plan):
         raise UserError(found)
     from scale_llm.launch.preparation import prepare_data
 
@@ -147,6 +160,12 @@ def execute(plan: Planned) -> int:
     with held(plan.cfg.run_dir):
         open_run(plan.cfg)
         return launch(plan.cfg)
+
+
+ACTIONS: dict[str, Callable[[Planned], int]] = {
+    "config": show, "check": check, "prepare": prepare, "dry_run": dry_run, "run": execute,
+}  # fmt: skip
+"""What the command line may ask for."""
 
 
 def open_run(cfg: RunConfig) -> None:

@@ -35,21 +35,28 @@ def _directory(words: list[str]) -> str:
     return re.sub(r"[^A-Za-z0-9_.,=+-]+", "_", ",".join(words))
 
 
-def sweep(words: list[str], *, check_only: bool = False, dry_run: bool = False) -> int:
-    """Check every point, then run or submit them; returns 0 if all succeeded, else the first failing status."""
+def sweep(words: list[str], do: str = "run") -> int:
+    """Check every point, then do what `runs.ACTIONS` has under this name; returns 0 if all succeeded, else the first
+    failing status."""
     planned = [(name, runs.compose_run(point, name or None)) for name, point in points(words)]
-    problems = [f"[{name}] {problem}" for name, plan in planned for problem in runs.problems(plan)]
+    if do == "run" and (join := planned[0][1].join) is not None:
+        raise UserError(
+            f"-m: the process that {join.starter} has started becomes a rank of the first point, and the others would "
+            f"never run; give -m without {join.starter}, or start every point with a {join.starter} of its own"
+        )
+    find = {"config": lambda plan: [], "prepare": runs.data_problems}.get(do, runs.problems)
+    problems = [f"[{name}] {problem}" for name, plan in planned for problem in find(plan)]
     if problems:
         raise UserError(problems)
-    if check_only:
+    if do in ("config", "check", "prepare"):
         for name, plan in planned:
-            print(f"\n{name}")
-            runs.check(plan)
+            print(f"\n# {name}", flush=True)
+            runs.ACTIONS[do](plan)
         return 0
-    if dry_run or planned[0][1].is_job:
+    if do == "dry_run" or planned[0][1].is_job:
         from scale_llm.launch.slurm.submit import submit_points
 
-        return submit_points([(name, plan.cfg) for name, plan in planned], dry_run=dry_run)
+        return submit_points([(name, plan.cfg) for name, plan in planned], dry_run=do == "dry_run")
     outcomes = []
     for number, (name, plan) in enumerate(planned, 1):
         print(f"sweep {number}/{len(planned)}: {name}", flush=True)
