@@ -1,5 +1,6 @@
 """scale-llm -m: one run for each point of a product of values, one after the other."""
 
+import hashlib
 import json
 import re
 import sys
@@ -10,6 +11,9 @@ from typing import Any
 
 from scale_llm.config.errors import UserError
 from scale_llm.launch import runs
+
+LONGEST = 200
+"""Bytes of a point's name. File systems take 255, and some names are made of this one and more."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -23,16 +27,28 @@ class Outcome:
 
 
 def points(words: list[str]) -> list[tuple[str, list[str]]]:
-    """Name and words of every point. The name holds what differs between points: `optim.lr=0.001,train.seed=1`."""
+    """Name and words of every point. The name is a directory's, of its own, and holds what differs between points:
+    `optim.lr=0.001,train.seed=1`."""
     from scale_llm.config.compose import expand_sweep
 
-    expanded = expand_sweep(words)
+    expanded = list(dict.fromkeys(map(tuple, expand_sweep(words))))
     changing = {word for point in expanded for word in point if not all(word in other for other in expanded)}
-    return [(_directory([word for word in point if word in changing]), point) for point in expanded]
+    texts = [",".join(word for word in point if word in changing) for point in expanded]
+    names = [_directory(text) for text in texts]
+    unique = [
+        name if names.count(name) == 1 and len(name) <= LONGEST else _with_digest(name, text)
+        for name, text in zip(names, texts, strict=True)
+    ]
+    return [(name, list(point)) for name, point in zip(unique, expanded, strict=True)]
 
 
-def _directory(words: list[str]) -> str:
-    return re.sub(r"[^A-Za-z0-9_.,=+-]+", "_", ",".join(words))
+def _directory(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.,=+-]+", "_", text)
+
+
+def _with_digest(name: str, text: str) -> str:
+    """What `_directory` makes alike, or is too long for a file system, is told apart by the words themselves."""
+    return f"{name[:LONGEST]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def sweep(words: list[str], do: str = "run") -> int:
