@@ -24,7 +24,8 @@ class ClusterConfig:
     """Ranks per node; None: the GPUs of this machine, or on a CPU as many as the layout needs."""
     device: Device = Device.auto
     omp_num_threads: int | None = None
-    """Threads of a CPU rank; None: the cores of this machine divided by its ranks, on Slurm cpus_per_task."""
+    """Threads of a CPU rank; None: the cores of this machine divided by its ranks, on Slurm cpus_per_task, under srun
+    the cores of its task."""
     # What follows is for launcher: slurm, under sbatch's own names
     nodes: int | None = None
     """Slurm's name of nnodes."""

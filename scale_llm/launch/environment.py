@@ -108,6 +108,18 @@ def task_of_srun(env: Mapping[str, str]) -> Joined:
     )
 
 
+def cores_of_task(join: Joined | None, cores: int, env: Mapping[str, str]) -> int | None:
+    """Cores that srun has given to this rank alone, of those that it may run on; None: ranks of its node share them.
+
+    A variable of sbatch may promise more than srun has given, and without binding every task may run on all cores.
+    """
+    if join is None or join.starter != "srun":
+        return None
+    if asked := env.get("SLURM_CPUS_PER_TASK"):
+        return min(int(asked), cores)
+    return cores if cores < int(env.get("SLURM_CPUS_ON_NODE", "0")) else None
+
+
 def start_name(join: Joined, env: Mapping[str, str]) -> str:
     """The same on all ranks of a start. No two starts by srun share it; two by torchrun at one address may."""
     if join.starter == "srun":

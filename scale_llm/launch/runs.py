@@ -2,9 +2,10 @@
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from scale_llm.config.cluster import Launcher
@@ -15,7 +16,7 @@ from scale_llm.config.resolve import resolve
 from scale_llm.config.run import RunConfig
 from scale_llm.config.validate import problems_of
 from scale_llm.launch import from_checkpoint
-from scale_llm.launch.environment import Joined, joined
+from scale_llm.launch.environment import Joined, cores_of_task, joined
 from scale_llm.launch.lock import held
 from scale_llm.launch.policy_checks import role_problems
 from scale_llm.launch.run_directory import greeting, prepare_run_dir, tracker_problems
@@ -55,6 +56,7 @@ def compose_run(
         fill(cfg, given_keys(words))
     is_job = join is None and cfg.cluster.launcher is Launcher.slurm
     machine = node_of_job(cfg.cluster.gpus_per_node or 0) if is_job else detect()
+    machine = replace(machine, cores_of_rank=cores_of_task(join, machine.cores, os.environ))
     if join is not None:
         cfg.cluster.nnodes, cfg.cluster.nproc_per_node = join.nnodes, join.local_world_size
     if point is not None:
