@@ -1,6 +1,7 @@
 """The job script of a run, and what is refused before it is submitted. No Slurm is needed."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -168,6 +169,17 @@ def test_more_ranks_than_gpus():
     cfg = composed("cluster.gpus_per_node=4")
     four = Allocation(job="5", restart=0, nodes=1, node_list="n1", cpus_per_node=64, gpus_per_node=2)
     assert "has 2 GPUs a node" in allocation_problems(cfg, four)[0]
+
+
+def test_what_the_documents_submit_has_room_for_its_ranks():
+    """sbatch gives a node the cores of one task where it is not told how many there are."""
+    top = Path(__file__).resolve().parents[2]
+    texts = [path.read_text() for path in [top / "README.md", *(top / "slurm").glob("*.sbatch")]]
+    lines = [line for text in texts for line in text.splitlines() if "sbatch --" in line and "--gpus-per-node" in line]
+    assert len(lines) >= 4
+    for line in lines:
+        gpus = re.search(r"--gpus-per-node=(\d+)", line)[1]
+        assert f"--ntasks-per-node={gpus}" in line, line
 
 
 def test_a_directory_with_a_job_of_its_own(tmp_path, monkeypatch):
