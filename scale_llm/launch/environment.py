@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from scale_llm.config.cluster import Device
 from scale_llm.config.run import RunConfig
 
+LOOPBACK = ("lo", "lo0")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Joined:
@@ -142,6 +144,18 @@ def interface_towards(host: str, port: int) -> str | None:
         if any(address.address.partition("%")[0] == own for address in addresses):
             return name
     return None
+
+
+def network_variables(cfg: RunConfig, join: Joined) -> dict[str, str]:
+    """The interface that leads to the other nodes, for the libraries that would take the host name's (gloo) or the
+    first that they find (NCCL, for its handshake)."""
+    interface = interface_towards(join.master_addr, join.master_port)
+    if interface is None:
+        return {}
+    # A host name that is 127.0.1.1 to its own node: NCCL leaves the loopback out and finds the others
+    nccl = cfg.cluster.device is not Device.cpu and interface not in LOOPBACK
+    names = ["GLOO_SOCKET_IFNAME", *(["NCCL_SOCKET_IFNAME"] if nccl else [])]
+    return {name: interface for name in names if name not in os.environ}
 
 
 def tasks_per_node(text: str) -> list[int]:

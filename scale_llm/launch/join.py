@@ -11,7 +11,7 @@ from typing import NoReturn
 from scale_llm.config.errors import UserError
 from scale_llm.config.io import write_text
 from scale_llm.config.run import RunConfig
-from scale_llm.launch.environment import Joined, rank_variables, start_name
+from scale_llm.launch.environment import Joined, network_variables, rank_variables, start_name
 from scale_llm.launch.lock import take
 
 MINUTES_TO_PREPARE = 120
@@ -34,7 +34,7 @@ def join_ranks(cfg: RunConfig, join: Joined, identity: str) -> NoReturn:
             open_run(cfg)
     else:
         wait_until_ready(ready, start, join)
-    environment = {**os.environ, **join.variables(), **rank_variables(cfg)}
+    environment = {**os.environ, **join.variables(), **rank_variables(cfg), **network_variables(cfg, join)}
     command = [sys.executable, "-u", "-m", "scale_llm.launch.rank", cfg.run_dir, "--joined"]
     os.execve(sys.executable, command, environment)
 
