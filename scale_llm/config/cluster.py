@@ -3,6 +3,9 @@
 from dataclasses import dataclass, field
 from enum import Enum
 
+MOST_RANKS = 2**24
+"""Of one job: more is a slip of the pen, and no list of them would fit into memory."""
+
 
 class Device(Enum):
     auto = "auto"

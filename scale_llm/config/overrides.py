@@ -124,10 +124,10 @@ def _group_problem(override: Override, tree: Tree) -> str | None:
         return f"{override.input_line}: a group cannot be moved with @; give {group}=<option>"
     wanted = list(value.list) if override.is_sweep_override() and hasattr(value, "list") else [value]
     for option in wanted:
-        name = str(getattr(option, "text", option))
-        if option is not None and not override.is_sweep_override() and isinstance(option, dict | list):
+        name = "null" if option is None else str(getattr(option, "text", option))
+        if not override.is_sweep_override() and isinstance(option, dict | list):
             return f"{override.input_line}: {group} takes the name of an option; one of {', '.join(options(group))}"
-        if option is not None and name not in options(group) and not override.is_delete():
+        if name not in options(group) and not override.is_delete():
             return _unknown("option", f"{group}={name}", name, options(group), tree.hint, f"{group}=")
     return None
 
