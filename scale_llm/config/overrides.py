@@ -133,14 +133,21 @@ def _group_problem(override: Override, tree: Tree) -> str | None:
 
 
 def _key_problem(override: Override, tree: Tree) -> str | None:
-    key, keys = override.key_or_group, tree.keys
-    if key in keys or any(key.startswith(f"{known}.") for known, kind in keys.items() if kind is Any):
+    key = override.key_or_group
+    if is_known(key, tree):
         return None
     if key.startswith("hydra"):
         return f"{override.input_line}: settings of Hydra itself have no effect here; leave it out"
-    if any(known.startswith(f"{key}.") for known in keys):
-        return None  # a whole table, as in data.fields={text: body}; Hydra checks it
-    return _unknown("key", str(override.input_line), key, list(keys), tree.hint)
+    return _unknown("key", str(override.input_line), key, list(tree.keys), tree.hint)
+
+
+def is_known(key: str, tree: Tree) -> bool:
+    """Whether a word may set it: a group, a key, a part of a value of any type, or a whole table, as in
+    data.fields={text: body}, which Hydra checks."""
+    if key in tree.groups or key in tree.keys:
+        return True
+    inside = any(key.startswith(f"{known}.") for known, kind in tree.keys.items() if kind is Any)
+    return inside or any(known.startswith(f"{key}.") for known in tree.keys)
 
 
 def _unknown(what: str, word: str, given: str, known: list[str], otherwise: str, prefix: str = "") -> str:

@@ -109,8 +109,22 @@ def test_score_is_a_run_in_fewer_words():
     from scale_llm.launch.score import score_words
 
     assert score_words(["--check", "ckpt", "a.jsonl", "out", "data.fields.prompt=question"]) == [
-        "stage=score", "model=from_checkpoint", "checkpoint.load=ckpt", "data.path=a.jsonl", "run_dir=out", "--check",
-        "data.fields.prompt=question",
+        "stage=score", "model=from_checkpoint", "checkpoint.load='ckpt'", "data.path='a.jsonl'", "run_dir='out'",
+        "--check", "data.fields.prompt=question",
     ]  # fmt: skip
     with pytest.raises(UsageError, match="scale-llm score runs/reward"):
         score_words(["ckpt", "a.jsonl"])
+    misspelt = ["ckpt", "a.jsonl", "out", "data.feilds.prompt=x"]
+    assert score_words(misspelt)[-1] == misspelt[-1], "a key, which composition names"
+
+
+@pytest.mark.parametrize(
+    "path", ["s/optim.lr=1e-3,train.seed=2/checkpoints", "a b", "it's", r"c\d", "e\\'f", "x\\", "null"]
+)
+def test_score_takes_any_path(path):
+    from scale_llm.config.overrides import parse
+    from scale_llm.launch.score import score_words
+
+    words = score_words([path, "train.seed=3", "a.jsonl", "x=1"])
+    values = {override.key_or_group: override.value() for override in parse(words)}
+    assert (values["checkpoint.load"], values["run_dir"], values["train.seed"]) == (path, "x=1", 3)
