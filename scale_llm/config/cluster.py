@@ -55,7 +55,7 @@ class ClusterConfig:
     spare_nodes: int = 0
     """Nodes of the job beyond nnodes, which wait to take the place of one that fails."""
     signal: str = "USR1@300"
-    """Signal to the ranks, and seconds before the time limit: they save and the job is requeued. Slurm may send it a
+    """USR1 to the ranks, and seconds before the time limit: they save and the job is requeued. Slurm may send it a
     minute early."""
     preflight: bool = True
     """Check every node (GPUs, disk, an all-reduce over all) before the ranks start."""
