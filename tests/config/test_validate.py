@@ -85,6 +85,8 @@ CASES = {
     "model.rotary_percent=inf": ["model.rotary_percent=inf"],
     f"train.seed={2**63}": [f"train.seed={2**63}"],
     f"cluster.nnodes={10**18}": ["stage=grpo", f"cluster.nnodes={10**18}"],
+    "layout.bucket_megabytes=inf": ["stage=grpo", "parallel=tp2", "layout.rollout.tensor_model_parallel_size=1",
+                                    "layout.bucket_megabytes=inf"],
     "layout.actor.ranks=0-99999999999999": ["stage=grpo", "layout.actor.ranks=0-99999999999999"],
     "data.split=a,b,c": ["data.split='a,b,c'"],
     "data.split=0,0,0": ["data.split='0,0,0'"],
