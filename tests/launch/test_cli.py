@@ -87,6 +87,7 @@ def test_sweep_names_the_points_with_problems(capsys):
 
 
 def test_a_sweep_is_shown_or_prepared_without_a_run(capsys, monkeypatch):
+    monkeypatch.setattr("scale_llm.launch.runs.execute", None)
     monkeypatch.setattr("scale_llm.launch.preparation.prepare_data", lambda cfg: print(f"data of {cfg.train.seed}"))
     words = ["train.train_iters=1", "train.seed=1,2", "run_dir=s"]
     assert run_command(["-m", "--cfg", "job", *words]) == 0
@@ -100,6 +101,7 @@ def test_a_sweep_is_shown_or_prepared_without_a_run(capsys, monkeypatch):
 def test_a_sweep_under_torchrun_would_run_one_point(capsys, monkeypatch):
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "h", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr("scale_llm.launch.join.join_ranks", None)  # would replace this process
     status, text = failing(capsys, "-m", "train.train_iters=1", "train.seed=1,2")
     assert status == 1 and "without torchrun" in text
 
