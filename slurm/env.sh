@@ -20,7 +20,7 @@ default TORCH_FR_BUFFER_SIZE 2000 # before torch 2.9: TORCH_NCCL_TRACE_BUFFER_SI
 default TORCH_NCCL_DUMP_ON_TIMEOUT 1
 default TORCH_FR_DUMP_TEMP_FILE "${run_dir:-/tmp}/logs/nccl_trace_rank_"
 # NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME are set for each rank, to the interface that leads to MASTER_ADDR
-# (scale_llm/launch/slurm/task.py): the libraries' own choice is a bridge of containers on some nodes, and a host name
+# (scale_llm/launch/environment.py): the libraries' own choice is a bridge of containers on some nodes, and a host name
 # that resolves to 127.0.1.1 on others.
 
 # ---- InfiniBand and RoCE

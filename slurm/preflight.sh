@@ -40,8 +40,9 @@ check_node() { # what each node runs: one line, NODE ok or NODE bad REASON
 }
 
 on_every_node() { # one task a node; what goes wrong shows in what a node does not say
+    # --wait: nodes that have answered do not end the others before their time
     srun --nodes="$count" --nodelist="$nodes" --ntasks="$count" --ntasks-per-node=1 --gpu-bind=none --kill-on-bad-exit=0 \
-        --wait=30 --quiet timeout "$SECONDS_TO_ANSWER" "$@" || true
+        --wait="$((SECONDS_TO_ANSWER + 30))" --quiet timeout "$SECONDS_TO_ANSWER" "$@" || true
 }
 
 judge() { # judge WHAT OUTPUT: prints what nodes said, collects the bad and the silent

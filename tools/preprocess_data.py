@@ -82,6 +82,7 @@ def in_flags(problem: str) -> str:
 
 
 def index(arguments: argparse.Namespace) -> None:
+    from scale_llm.data.cache_entries import document_name
     from scale_llm.data.files import locked
     from scale_llm.data.index_output import index_output
     from scale_llm.data.index_work import left_out_lines
@@ -91,7 +92,7 @@ def index(arguments: argparse.Namespace) -> None:
     os.makedirs(os.path.dirname(os.path.abspath(arguments.output_prefix)), exist_ok=True)
     tokenizer = tokenizer_of(arguments)
     for key in arguments.json_keys:
-        prefix = f"{os.path.abspath(arguments.output_prefix)}_{key}_document"
+        prefix = f"{os.path.abspath(arguments.output_prefix)}_{document_name(key)}"
         settings = settings_of(arguments, tokenizer, key)
         total = sum(map(os.path.getsize, files))
         lock = Path(prefix).with_name(f".{Path(prefix).name}.lock")
@@ -153,6 +154,7 @@ def tokenizer_of(arguments: argparse.Namespace) -> str:
 
 
 def settings_of(arguments: argparse.Namespace, tokenizer: str, key: str):
+    from scale_llm.data.cache_entries import max_document_bytes
     from scale_llm.data.index_work import IndexSettings
     from scale_llm.data.indexing import token_dtype
     from scale_llm.data.tokenizer import Tokenizer, default_eod
@@ -160,7 +162,7 @@ def settings_of(arguments: argparse.Namespace, tokenizer: str, key: str):
     eod = (arguments.eod_token or default_eod(tokenizer)) if arguments.append_eod else None
     return IndexSettings(
         tokenizer=tokenizer, eod_token=eod, dtype=token_dtype(Tokenizer.load(tokenizer, eod).vocab_size),
-        text_field=key, max_document_bytes=int(arguments.max_document_megabytes * 1e6),
+        text_field=key, max_document_bytes=max_document_bytes(arguments.max_document_megabytes),
         drop_bad_rows=arguments.on_bad_row == "drop",
     )  # fmt: skip
 

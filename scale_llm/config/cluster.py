@@ -3,6 +3,9 @@
 from dataclasses import dataclass, field
 from enum import Enum
 
+MOST_RANKS = 2**24
+"""Of one job: more is a slip of the pen, and no list of them would fit into memory."""
+
 
 class Device(Enum):
     auto = "auto"
@@ -24,7 +27,8 @@ class ClusterConfig:
     """Ranks per node; None: the GPUs of this machine, or on a CPU as many as the layout needs."""
     device: Device = Device.auto
     omp_num_threads: int | None = None
-    """Threads of a CPU rank; None: the cores of this machine divided by its ranks, on Slurm cpus_per_task."""
+    """Threads of a CPU rank; None: the cores of this machine divided by its ranks, on Slurm cpus_per_task, under srun
+    the cores of its task."""
     # What follows is for launcher: slurm, under sbatch's own names
     nodes: int | None = None
     """Slurm's name of nnodes."""
@@ -51,7 +55,7 @@ class ClusterConfig:
     spare_nodes: int = 0
     """Nodes of the job beyond nnodes, which wait to take the place of one that fails."""
     signal: str = "USR1@300"
-    """Signal to the ranks, and seconds before the time limit: they save and the job is requeued. Slurm may send it a
+    """USR1 to the ranks, and seconds before the time limit: they save and the job is requeued. Slurm may send it a
     minute early."""
     preflight: bool = True
     """Check every node (GPUs, disk, an all-reduce over all) before the ranks start."""

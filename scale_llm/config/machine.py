@@ -30,6 +30,8 @@ class Machine:
     """The highest compute capability of its GPUs, such as (9, 0); None: not known."""
     transformer_engine: bool | None = None
     """Whether NVIDIA's Transformer Engine for torch is installed; None: not known."""
+    cores_of_rank: int | None = None
+    """Of `cores` those that are this process's alone, where it is a rank; None: ranks of the machine share them."""
 
 
 def detect() -> Machine:

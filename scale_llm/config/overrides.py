@@ -124,23 +124,30 @@ def _group_problem(override: Override, tree: Tree) -> str | None:
         return f"{override.input_line}: a group cannot be moved with @; give {group}=<option>"
     wanted = list(value.list) if override.is_sweep_override() and hasattr(value, "list") else [value]
     for option in wanted:
-        name = str(getattr(option, "text", option))
-        if option is not None and not override.is_sweep_override() and isinstance(option, dict | list):
+        name = "null" if option is None else str(getattr(option, "text", option))
+        if not override.is_sweep_override() and isinstance(option, dict | list):
             return f"{override.input_line}: {group} takes the name of an option; one of {', '.join(options(group))}"
-        if option is not None and name not in options(group) and not override.is_delete():
+        if name not in options(group) and not override.is_delete():
             return _unknown("option", f"{group}={name}", name, options(group), tree.hint, f"{group}=")
     return None
 
 
 def _key_problem(override: Override, tree: Tree) -> str | None:
-    key, keys = override.key_or_group, tree.keys
-    if key in keys or any(key.startswith(f"{known}.") for known, kind in keys.items() if kind is Any):
+    key = override.key_or_group
+    if is_known(key, tree):
         return None
     if key.startswith("hydra"):
         return f"{override.input_line}: settings of Hydra itself have no effect here; leave it out"
-    if any(known.startswith(f"{key}.") for known in keys):
-        return None  # a whole table, as in data.fields={text: body}; Hydra checks it
-    return _unknown("key", str(override.input_line), key, list(keys), tree.hint)
+    return _unknown("key", str(override.input_line), key, list(tree.keys), tree.hint)
+
+
+def is_known(key: str, tree: Tree) -> bool:
+    """Whether a word may set it: a group, a key, a part of a value of any type, or a whole table, as in
+    data.fields={text: body}, which Hydra checks."""
+    if key in tree.groups or key in tree.keys:
+        return True
+    inside = any(key.startswith(f"{known}.") for known, kind in tree.keys.items() if kind is Any)
+    return inside or any(known.startswith(f"{key}.") for known in tree.keys)
 
 
 def _unknown(what: str, word: str, given: str, known: list[str], otherwise: str, prefix: str = "") -> str:

@@ -81,7 +81,8 @@ def _resolve_cluster(cfg: RunConfig, machine: Machine) -> None:
         cluster.max_restarts = 10 if slurm else 3
     if cluster.omp_num_threads is None:
         # A task of Slurm is bound to its own cores, so those are not to be shared out a second time
-        share = cluster.cpus_per_task or 1 if slurm else machine.cores // max(cluster.nproc_per_node, 1)
+        own = machine.cores_of_rank or machine.cores // max(cluster.nproc_per_node, 1)
+        share = (cluster.cpus_per_task or machine.cores_of_rank or 1) if slurm else own
         cluster.omp_num_threads = max(1, share)
 
 

@@ -3,6 +3,7 @@
 import copy
 from dataclasses import fields
 
+from scale_llm.config.cluster import MOST_RANKS
 from scale_llm.config.layout import RoleLayout
 from scale_llm.config.model import Backend, Head, ModelConfig
 from scale_llm.config.parallel import ParallelConfig
@@ -56,6 +57,8 @@ def ranks_of(cfg: RunConfig, role: str) -> tuple[int, ...]:
 
 def parse_ranks(text: str, world: int) -> tuple[int, ...]:
     """`all`, `first_half`, `second_half` or numbers and spans of them."""
+    if world > MOST_RANKS:
+        raise ValueError(f"a job of {world} ranks has more than {MOST_RANKS}")
     named = {"all": range(world), "first_half": range(world // 2), "second_half": range(world // 2, world)}
     if text in named:
         found = list(named[text])
@@ -67,9 +70,9 @@ def parse_ranks(text: str, world: int) -> tuple[int, ...]:
         first, dash, last = part.strip().partition("-")
         if not first.isdigit() or (dash and not last.isdigit()):
             raise ValueError(f"{part.strip()!r} is no rank; give all, first_half, second_half, or such as 0-3,6")
-        found += range(int(first), int(last if dash else first) + 1)
+        found += range(int(first), min(int(last if dash else first), world) + 1)
     if not found or max(found) >= world or len(set(found)) != len(found):
-        raise ValueError(f"names other ranks than 0 to {world - 1}, or one twice")
+        raise ValueError(f"names other ranks than 0 to {world - 1}, or one twice; give ranks of this job")
     return tuple(sorted(found))
 
 

@@ -5,8 +5,6 @@ import re
 from scale_llm.config.cluster import ClusterConfig, Launcher
 
 SIGNAL = re.compile(r"(?:SIG)?(?P<name>[A-Z]+[0-9]*)(?:@(?P<seconds>[0-9]+))?")
-HANDLED = ("USR1", "TERM", "INT")
-"""Signals on which ranks save and stop."""
 
 
 def cluster_problems(cluster: ClusterConfig) -> list[str]:
@@ -35,8 +33,9 @@ def _signal(cluster: ClusterConfig) -> list[str]:
     if cluster.signal.startswith(("B:", "R:")):
         return [f"{what}: the ranks themselves take the signal; leave out {cluster.signal[:2]}"]
     found = SIGNAL.fullmatch(cluster.signal)
-    if found is None or found["name"] not in HANDLED or found["seconds"] is None:
-        return [f"{what}: not a signal that ranks save on ({', '.join(HANDLED)}) and seconds; give USR1@300"]
+    # TERM ends stages that have nothing to save, and INT ranks that do not listen yet; both mean another thing to Slurm
+    if found is None or found["name"] != "USR1" or found["seconds"] is None:
+        return [f"{what}: not the signal before the time limit, USR1, and seconds; give USR1@300"]
     return []
 
 

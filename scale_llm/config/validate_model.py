@@ -31,7 +31,8 @@ def _attention(model: ModelConfig) -> list[str]:
             f"model.num_attention_heads={heads}: not divisible by model.num_query_groups={groups}; "
             f"set model.num_query_groups to a divisor of {heads}"
         )
-    rotary = int((model.kv_channels or 2) * model.rotary_percent)
+    share = model.rotary_percent if 0 < model.rotary_percent <= 1 else 0  # one that is none has a problem of its own
+    rotary = int((model.kv_channels or 2) * share)
     if model.position_embedding_type is PositionEmbedding.rope and rotary % 2:
         found.append(
             f"model.kv_channels={model.kv_channels}: rotary embedding turns pairs, and {rotary} channels are odd; "

@@ -164,8 +164,9 @@ def role_layout_problems(cfg: RunConfig) -> list[str]:
 def size_problems(layout: LayoutConfig) -> list[str]:
     """Sizes that are zero or negative."""
     found = []
-    if layout.bucket_megabytes <= 0:
-        found.append(f"layout.bucket_megabytes={layout.bucket_megabytes}: must be larger than 0; 256 is usual")
+    if not 0 < layout.bucket_megabytes <= 1e9:
+        found.append(f"layout.bucket_megabytes={layout.bucket_megabytes}: must be larger than 0 and no more than the "
+                     "memory there is; 256 is usual")  # fmt: skip
     for role in ROLES:
         own = getattr(layout, role)
         for field in fields(own):

@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 from scale_llm.config.checkpoint import CheckpointConfig
+from scale_llm.config.cluster import MOST_RANKS
 from scale_llm.config.data import DataConfig, LoaderKind
 from scale_llm.config.model import Head
 from scale_llm.config.optim import OptimConfig
@@ -92,6 +93,19 @@ def sign_problems(cfg: RunConfig) -> list[str]:
                 continue
             if not math.isfinite(value) or value < 0 or (value == 0 and table is POSITIVE):
                 found.append(f"{key}={value}: must be {smallest}; give a number {smallest}")
+    return found + _too_large(cfg)
+
+
+def _too_large(cfg: RunConfig) -> list[str]:
+    """Numbers that nothing can hold."""
+    found, cluster, seed = [], cfg.cluster, cfg.train.seed
+    if cluster.nnodes * (cluster.nproc_per_node or 1) > MOST_RANKS:
+        found.append(
+            f"cluster.nnodes={cluster.nnodes}, cluster.nproc_per_node={cluster.nproc_per_node}: more than {MOST_RANKS} "
+            "ranks; give the nodes that there are"
+        )
+    if seed >= 2**63:
+        found.append(f"train.seed={seed}: generators of random numbers take 63 bits; give a number below {2**63}")
     return found
 
 

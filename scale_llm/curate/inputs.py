@@ -12,9 +12,7 @@ from scale_llm.curate.sources import Shard, expand, kind_of, shards_of
 from scale_llm.data.corpus import read_file
 from scale_llm.data.files import stamp
 from scale_llm.data.rows import Problems
-
-READ_BY_TRAINING = (".txt", ".jsonl", ".json", ".parquet", ".txt.gz", ".jsonl.gz", ".json.gz")
-"""Files that scale_llm.data reads: references and evaluation sets."""
+from scale_llm.data.sources import RAW_EXTENSIONS
 
 
 @dataclass(slots=True)
@@ -60,8 +58,9 @@ def cut(inputs: Inputs, cfg: CurationConfig) -> None:
 
 
 def _kinds(files: list[str], key: str) -> list[str]:
-    wrong = [file for file in files if not file.lower().endswith(READ_BY_TRAINING)]
-    return [f"{key}={file}: cannot be read here; give {', '.join(READ_BY_TRAINING)}" for file in wrong if kind_of(file)]
+    """References and evaluation sets are read as training reads its files."""
+    wrong = [file for file in files if not file.lower().endswith(RAW_EXTENSIONS)]
+    return [f"{key}={file}: cannot be read here; give {', '.join(RAW_EXTENSIONS)}" for file in wrong if kind_of(file)]
 
 
 def _empty(files: list[str], text_key: str) -> list[str]:

@@ -81,7 +81,7 @@ def shards_of(files: Iterable[str], megabytes: float) -> list[Shard]:
 
     Counts the lines of the files that are cut, at the speed of the disk, so that a part knows its line numbers.
     """
-    target = max(1, int(megabytes * 1e6))
+    target = max(1, int(min(megabytes * 1e6, 2.0**62)))
     shards: list[Shard] = []
     filled = target
     for file in files:

@@ -44,16 +44,22 @@ def tokenizer_entry(sources: list[Source], data: DataConfig, config: TokenizerCo
 def tokens_entry(source: Source, data: DataConfig, tokenizer_digest: str, eod: int, cache: Path) -> tuple[Path, str]:
     """(directory, name without extension) of the tokens of a source of text."""
     key = [FORMAT, tokenizer_digest, eod, source_key(source, data), *reading(data)]
-    return cache / "tokens" / fingerprint(key), f"{source_name(source)}_{data.fields.text}_document"
+    return cache / "tokens" / fingerprint(key), f"{source_name(source)}_{document_name(data.fields.text)}"
 
 
-def max_document_bytes(data: DataConfig) -> int:
-    return int(data.max_document_megabytes * 1e6)
+def document_name(field: str) -> str:
+    """End of an indexed file's name. A key of JSON may hold what parts a path."""
+    return f"{field.replace('/', '_')}_document"
+
+
+def max_document_bytes(megabytes: float) -> int:
+    """At most what one read takes."""
+    return int(min(megabytes * 1e6, 2.0**62))
 
 
 def reading(data: DataConfig) -> list[Any]:
     """How rows are read, as far as it changes what is indexed."""
-    return [data.on_bad_row.value, max_document_bytes(data)]
+    return [data.on_bad_row.value, max_document_bytes(data.max_document_megabytes)]
 
 
 def source_name(source: Source) -> str:

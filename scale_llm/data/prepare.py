@@ -165,7 +165,8 @@ def _index(
         settings = IndexSettings(
             tokenizer=tokenizer.path, eod_token=tokenizer.backend.id_to_token(tokenizer.eod),
             dtype=token_dtype(tokenizer.vocab_size), embedded=source.kind == "embedded", text_field=data.fields.text,
-            max_document_bytes=max_document_bytes(data), drop_bad_rows=data.on_bad_row is BadRow.drop,
+            max_document_bytes=max_document_bytes(data.max_document_megabytes),
+            drop_bad_rows=data.on_bad_row is BadRow.drop,
         )  # fmt: skip
         total = sum(os.path.getsize(file) for file in source.files)
         with byte_progress(f"index {source_name(source)}", total, show_progress) as on_bytes:

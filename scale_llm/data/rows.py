@@ -20,6 +20,9 @@ MAX_PROBLEMS = 20
 
 _UNLIMITED = 1 << 62
 
+NOT_JSON = (ValueError, RecursionError)
+"""What Python's reader raises. The second is for what is nested too deeply."""
+
 OnBytes = Callable[[int], None]
 """Called with the number of file bytes read since the last call."""
 
@@ -155,7 +158,7 @@ def _jsonl_rows(file: str, problems: Problems, on_bytes: OnBytes | None, part: P
             continue
         try:
             value = json.loads(line)
-        except ValueError as error:
+        except NOT_JSON as error:
             problems.add(file, number, f"not JSON ({error}); every line must be one object", "not JSON")
             continue
         if isinstance(value, dict):
@@ -182,8 +185,8 @@ def _array_rows(file: str, problems: Problems, on_bytes: OnBytes | None) -> Iter
         return
     try:
         values = json.loads(text)
-    except json.JSONDecodeError as error:
-        problems.add_file(file, error.lineno, f"not a JSON array of objects ({error}); write it again")
+    except NOT_JSON as error:
+        problems.add_file(file, getattr(error, "lineno", 1), f"not a JSON array of objects ({error}); write it again")
         return
     for number, value in enumerate(values, start=1):
         if isinstance(value, dict):

@@ -44,7 +44,7 @@ def documents_of(source: Source, data: DataConfig, problems: corpus.Problems, on
     """Documents of a source of text, in the order of its files; bad rows go to `problems`."""
     if source.kind == "embedded":
         return corpus.read_embedded(list(source.files), on_bytes)
-    part = Part(limit_bytes=max_document_bytes(data))
+    part = Part(limit_bytes=max_document_bytes(data.max_document_megabytes))
     return itertools.chain.from_iterable(
         corpus.read_file(file, data.fields.text, problems, on_bytes, part) for file in source.files
     )

@@ -71,21 +71,13 @@ def run_command(arguments: list[str]) -> int:
         return 0
     from scale_llm.launch import runs
 
+    asked = (flag for flag in ("check", "prepare", "dry_run") if flag in command.flags)
+    do = "config" if command.show_config else next(asked, "run")
     if "multirun" in command.flags:
         from scale_llm.launch.sweep import sweep
 
-        return sweep(command.words, check_only="check" in command.flags, dry_run="dry_run" in command.flags)
-    plan = runs.compose_run(command.words)
-    if command.show_config:
-        from scale_llm.config.io import to_yaml
-
-        print(to_yaml(plan.cfg), end="")
-        return 0
-    if "check" in command.flags:
-        return runs.check(plan)
-    if "prepare" in command.flags:
-        return runs.prepare(plan)
-    return runs.dry_run(plan) if "dry_run" in command.flags else runs.execute(plan)
+        return sweep(command.words, do)
+    return runs.ACTIONS[do](runs.compose_run(command.words))
 
 
 def main(arguments: list[str] | None = None) -> None:

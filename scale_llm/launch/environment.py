@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from scale_llm.config.cluster import Device
 from scale_llm.config.run import RunConfig
 
+LOOPBACK = ("lo", "lo0")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Joined:
@@ -108,6 +110,25 @@ def task_of_srun(env: Mapping[str, str]) -> Joined:
     )
 
 
+def cores_of_task(join: Joined | None, cores: int, env: Mapping[str, str]) -> int | None:
+    """Cores that srun has given to this rank alone, of those that it may run on; None: ranks of its node share them.
+
+    A variable of sbatch may promise more than srun has given, and without binding every task may run on all cores.
+    """
+    if join is None or join.starter != "srun":
+        return None
+    if asked := env.get("SLURM_CPUS_PER_TASK"):
+        return min(int(asked), cores)
+    return cores if cores < int(env.get("SLURM_CPUS_ON_NODE", "0")) else None
+
+
+def start_name(join: Joined, env: Mapping[str, str]) -> str:
+    """The same on all ranks of a start. No two starts by srun share it; two by torchrun at one address may."""
+    if join.starter == "srun":
+        return f"{env.get('SLURM_JOB_ID', '0')}.{env.get('SLURM_RESTART_COUNT', '0')}.{env.get('SLURM_STEP_ID', '0')}"
+    return f"{join.master_addr}:{join.master_port} {env.get('TORCHELASTIC_RUN_ID', '')}"
+
+
 def interface_towards(host: str, port: int) -> str | None:
     """The network interface of this machine that leads to a host; None where it cannot be told."""
     import psutil
@@ -123,6 +144,18 @@ def interface_towards(host: str, port: int) -> str | None:
         if any(address.address.partition("%")[0] == own for address in addresses):
             return name
     return None
+
+
+def network_variables(cfg: RunConfig, join: Joined) -> dict[str, str]:
+    """The interface that leads to the other nodes, for the libraries that would take the host name's (gloo) or the
+    first that they find (NCCL, for its handshake)."""
+    interface = interface_towards(join.master_addr, join.master_port)
+    if interface is None:
+        return {}
+    # A host name that is 127.0.1.1 to its own node: NCCL leaves the loopback out and finds the others
+    nccl = cfg.cluster.device is not Device.cpu and interface not in LOOPBACK
+    names = ["GLOO_SOCKET_IFNAME", *(["NCCL_SOCKET_IFNAME"] if nccl else [])]
+    return {name: interface for name in names if name not in os.environ}
 
 
 def tasks_per_node(text: str) -> list[int]:

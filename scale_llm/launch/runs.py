@@ -2,9 +2,10 @@
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from scale_llm.config.cluster import Launcher
@@ -16,7 +17,7 @@ from scale_llm.config.run import RunConfig
 from scale_llm.config.validate import problems_of
 from scale_llm.config.validate_positions import position_problems
 from scale_llm.launch import from_checkpoint
-from scale_llm.launch.environment import Joined, joined
+from scale_llm.launch.environment import Joined, cores_of_task, joined
 from scale_llm.launch.lock import held
 from scale_llm.launch.policy_checks import role_problems
 from scale_llm.launch.run_directory import greeting, prepare_run_dir, tracker_problems
@@ -59,12 +60,15 @@ def compose_run(
         fill(cfg, given)
     is_job = join is None and cfg.cluster.launcher is Launcher.slurm
     machine = node_of_job(cfg.cluster.gpus_per_node or 0) if is_job else detect()
+    machine = replace(machine, cores_of_rank=cores_of_task(join, machine.cores, os.environ))
     if join is not None:
         cfg.cluster.nnodes, cfg.cluster.nproc_per_node = join.nnodes, join.local_world_size
     if point is not None:
         base = Path(resolve(cfg, machine).run_dir)
         cfg.run_dir = str(base / point)
         cfg.data.cache_dir = cfg.data.cache_dir or str(base / "data")  # text is indexed once for all points
+        if cfg.checkpoint.save is not None:  # else one point would go on from another's checkpoints
+            cfg.checkpoint.save = str(Path(cfg.checkpoint.save) / point)
     identity = hashlib.sha256(json.dumps(asdict(cfg), default=str).encode()).hexdigest()
     return Planned(cfg=resolve(cfg, machine), machine=machine, join=join, identity=identity, given=given)
 
@@ -113,11 +117,24 @@ def check(plan: Planned) -> int:
     return 0
 
 
-def prepare(plan: Planned) -> int:
-    """Make the run's data and nothing else: a start of the run finds them. This machine may be unfit for its ranks."""
+def show(plan: Planned) -> int:
+    """Print the configuration."""
+    from scale_llm.config.io import to_yaml
+
+    print(to_yaml(plan.cfg), end="")
+    return 0
+
+
+def data_problems(plan: Planned) -> list[str]:
+    """Those that making the data meets: this machine may be unfit for the ranks."""
     of_ranks = ("cluster.", "parallel.", "layout.", "precision.", "model.backend", "model.compile_ops",
                 "train.cuda_graph_impl")  # fmt: skip
-    if found := [problem for problem in problems(plan) if not problem.startswith(of_ranks)]:
+    return [problem for problem in problems(plan) if not problem.startswith(of_ranks)]
+
+
+def prepare(plan: Planned) -> int:
+    """Make the run's data and nothing else: a start of the run finds them."""
+    if found := data_problems(plan):
         raise UserError(found)
     from scale_llm.launch.preparation import prepare_data
 
@@ -150,6 +167,12 @@ def execute(plan: Planned) -> int:
     with held(plan.cfg.run_dir):
         open_run(plan.cfg)
         return launch(plan.cfg)
+
+
+ACTIONS: dict[str, Callable[[Planned], int]] = {
+    "config": show, "check": check, "prepare": prepare, "dry_run": dry_run, "run": execute,
+}  # fmt: skip
+"""What the command line may ask for."""
 
 
 def open_run(cfg: RunConfig) -> None:

@@ -1,5 +1,6 @@
 """scale-llm -m: one run for each point of a product of values, one after the other."""
 
+import hashlib
 import json
 import re
 import sys
@@ -10,6 +11,9 @@ from typing import Any
 
 from scale_llm.config.errors import UserError
 from scale_llm.launch import runs
+
+LONGEST = 200
+"""Bytes of a point's name. File systems take 255, and some names are made of this one and more."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -23,33 +27,52 @@ class Outcome:
 
 
 def points(words: list[str]) -> list[tuple[str, list[str]]]:
-    """Name and words of every point. The name holds what differs between points: `optim.lr=0.001,train.seed=1`."""
+    """Name and words of every point. The name is a directory's, of its own, and holds what differs between points:
+    `optim.lr=0.001,train.seed=1`."""
     from scale_llm.config.compose import expand_sweep
 
-    expanded = expand_sweep(words)
+    expanded = list(dict.fromkeys(map(tuple, expand_sweep(words))))
     changing = {word for point in expanded for word in point if not all(word in other for other in expanded)}
-    return [(_directory([word for word in point if word in changing]), point) for point in expanded]
+    texts = [",".join(word for word in point if word in changing) for point in expanded]
+    names = [_directory(text) for text in texts]
+    unique = [
+        name if names.count(name) == 1 and len(name) <= LONGEST else _with_digest(name, text)
+        for name, text in zip(names, texts, strict=True)
+    ]
+    return [(name, list(point)) for name, point in zip(unique, expanded, strict=True)]
 
 
-def _directory(words: list[str]) -> str:
-    return re.sub(r"[^A-Za-z0-9_.,=+-]+", "_", ",".join(words))
+def _directory(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.,=+-]+", "_", text)
 
 
-def sweep(words: list[str], *, check_only: bool = False, dry_run: bool = False) -> int:
-    """Check every point, then run or submit them; returns 0 if all succeeded, else the first failing status."""
+def _with_digest(name: str, text: str) -> str:
+    """What `_directory` makes alike, or is too long for a file system, is told apart by the words themselves."""
+    return f"{name[:LONGEST]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def sweep(words: list[str], do: str = "run") -> int:
+    """Check every point, then do what `runs.ACTIONS` has under this name; returns 0 if all succeeded, else the first
+    failing status."""
     planned = [(name, runs.compose_run(point, name or None)) for name, point in points(words)]
-    problems = [f"[{name}] {problem}" for name, plan in planned for problem in runs.problems(plan)]
+    if do == "run" and (join := planned[0][1].join) is not None:
+        raise UserError(
+            f"-m: the process that {join.starter} has started becomes a rank of the first point, and the others would "
+            f"never run; give -m without {join.starter}, or start every point with a {join.starter} of its own"
+        )
+    find = {"config": lambda plan: [], "prepare": runs.data_problems}.get(do, runs.problems)
+    problems = [f"[{name}] {problem}" for name, plan in planned for problem in find(plan)]
     if problems:
         raise UserError(problems)
-    if check_only:
+    if do in ("config", "check", "prepare"):
         for name, plan in planned:
-            print(f"\n{name}")
-            runs.check(plan)
+            print(f"\n# {name}", flush=True)
+            runs.ACTIONS[do](plan)
         return 0
-    if dry_run or planned[0][1].is_job:
+    if do == "dry_run" or planned[0][1].is_job:
         from scale_llm.launch.slurm.submit import submit_points
 
-        return submit_points([(name, plan.cfg) for name, plan in planned], dry_run=dry_run)
+        return submit_points([(name, plan.cfg) for name, plan in planned], dry_run=do == "dry_run")
     outcomes = []
     for number, (name, plan) in enumerate(planned, 1):
         print(f"sweep {number}/{len(planned)}: {name}", flush=True)

@@ -27,21 +27,33 @@ def run(cfg: RunConfig, *, log: IO[str] | None = None, hung: Callable[[Exception
 
 def run_stage(context) -> None:
     """The stage of a rank that has joined its job."""
-    if context.cfg.stage.name == "evaluate":
+    stage = untrained_stage(context.cfg.stage.name)
+    if stage is None:
+        from scale_llm.stages.loop import train
+
+        return train(context, trained_stage(context))
+    import torch.distributed as dist
+
+    stage(context)
+    # The last rank writes the results: to Slurm the others must not have ended before it, or it is killed half-way
+    dist.barrier(group=context.mesh.host_group)
+
+
+def untrained_stage(name: str):
+    """What runs a stage without training; None: the loop does."""
+    if name == "evaluate":
         from scale_llm.stages.evaluate import evaluate
 
-        return evaluate(context)
-    if context.cfg.stage.name == "generate":
+        return evaluate
+    if name == "generate":
         from scale_llm.stages.generate import generate
 
-        return generate(context)
-    if context.cfg.stage.name == "score":
+        return generate
+    if name == "score":
         from scale_llm.stages.score import score
 
-        return score(context)
-    from scale_llm.stages.loop import train
-
-    train(context, trained_stage(context))
+        return score
+    return None
 
 
 def trained_stage(run):

@@ -24,8 +24,10 @@ BAD = {
     "cluster.time=soon": ["cluster.time=soon"],
     "cluster.time=5: no longer than": ["cluster.time=5"],
     "cluster.signal=B:USR1@60: the ranks": ["cluster.signal=B:USR1@60"],
-    "cluster.signal=KILL@60: not a signal": ["cluster.signal=KILL@60"],
-    "cluster.signal=USR1: not a signal": ["cluster.signal=USR1"],
+    "cluster.signal=KILL@60: not the signal": ["cluster.signal=KILL@60"],
+    "cluster.signal=TERM@60: not the signal": ["cluster.signal=TERM@60"],
+    "cluster.signal=INT@60: not the signal": ["cluster.signal=INT@60"],
+    "cluster.signal=USR1: not the signal": ["cluster.signal=USR1"],
     "cluster.nodes=3: is cluster.nnodes=2": ["cluster.nodes=3", "cluster.nnodes=2"],
     "cluster.sbatch_args=[exclusive]: not an option": ["cluster.sbatch_args=[exclusive]"],
     "cluster.srun_args=[": ["cluster.srun_args=[x]"],
@@ -38,7 +40,7 @@ def test_bad_values_are_named(problem):
     assert found.startswith(problem)
 
 
-@pytest.mark.parametrize("words", [["cluster.time=6"], ["cluster.time=0"], ["cluster.signal=SIGTERM@30"], []])
+@pytest.mark.parametrize("words", [["cluster.time=6"], ["cluster.time=0"], ["cluster.signal=SIGUSR1@30"], []])
 def test_good_values(words):
     assert cluster_problems(config_of("cluster=slurm", *words).cluster) == []
 

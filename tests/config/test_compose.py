@@ -111,6 +111,7 @@ def test_precision_said_by_hand_turns_auto_off():
         ("train.train_iter=5", "train.train_iters"),
         ("modle=tiny", "model"),
         ("model=tinny", "model=tiny"),
+        ("model=null", "unknown option"),
         ("train.lr=1", "optim.lr"),
         ("lr=1", "optim.lr"),
         ("+foo=1", "unknown"),

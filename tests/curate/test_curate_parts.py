@@ -89,6 +89,7 @@ def test_shards_depend_on_sizes_alone_and_know_their_lines(tmp_path: Path) -> No
     shards = shards_of(files, 0.001)
     assert not problems and [Path(piece.file).stem for shard in shards for piece in shard] == list("abccccdeee")
     assert shards[0] == [Piece(files[0]), Piece(files[1])]
+    assert len(shards_of(files, 1e308)) == 1
     for shard in shards:
         for piece in shard:
             content = Path(piece.file).read_bytes()[piece.start : piece.end]

@@ -1,11 +1,14 @@
 """What cannot be meant is refused before anything is read or written, all of it at once."""
 
+import bz2
+import lzma
 from pathlib import Path
 
 import pytest
 
 from scale_llm.config.curate_compose import compose_curation
 from scale_llm.config.errors import UserError
+from scale_llm.curate.inputs import find
 from scale_llm.curate.run import curate, plan
 
 ROW = '{"text": "A document about nothing much, which nobody has ever read to its end."}\n'
@@ -74,6 +77,18 @@ def test_files_and_names(tmp_path: Path, source: Path) -> None:
     (source.parent / "set.warc").write_bytes(b"")
     (problem,) = _problems(f"input={source}", "output=b", f"curate.decontaminate.against={source.parent / 'set.warc'}")
     assert "set.warc: cannot be read here" in problem
+
+
+def test_references_are_compressed_as_training_reads_them(tmp_path: Path, source: Path) -> None:
+    (tmp_path / "set.jsonl.bz2").write_bytes(bz2.compress(ROW.encode()))
+    (tmp_path / "good.txt.xz").write_bytes(lzma.compress(b"A reference."))
+    words = [*PLAIN, f"input={source}", "output=b", "curate.decontaminate.enabled=true", "curate.quality.enabled=true"]
+    named = [
+        f"curate.decontaminate.against={tmp_path}/set.jsonl.bz2",
+        f"curate.quality.reference={tmp_path}/good.txt.xz",
+    ]
+    found = find(compose_curation([*words, *named]))
+    assert found.evaluations == [f"{tmp_path}/set.jsonl.bz2"] and found.references == [f"{tmp_path}/good.txt.xz"]
 
 
 def test_an_output_directory_of_something_else(tmp_path: Path, source: Path) -> None:

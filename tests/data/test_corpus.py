@@ -67,6 +67,16 @@ def test_bad_rows_are_named_by_line(tmp_path: Path):
     assert "data.fields.text" in caught.value.problems[2]
 
 
+def test_json_that_is_nested_too_deeply_is_a_bad_row(tmp_path: Path):
+    deep, file, array = "[" * 100_000, tmp_path / "a.jsonl", tmp_path / "b.json"
+    file.write_text(f'{{"text": "fine"}}\n{{"text": {deep}\n')
+    array.write_text(deep)
+    with pytest.raises(UserError, match="a.jsonl:2: not JSON"):
+        read(file)
+    with pytest.raises(UserError, match="b.json:1: not a JSON array"):
+        read(array)
+
+
 def test_bad_rows_are_capped(tmp_path: Path):
     (tmp_path / "bad.jsonl").write_text("no\n" * 1000)
     with pytest.raises(UserError) as caught:

@@ -13,10 +13,12 @@ import pytest
 from scale_llm.config.data import BadRow, DataConfig, FieldsConfig
 from scale_llm.config.errors import UserError
 from scale_llm.config.tokenizer import TokenizerConfig
+from scale_llm.data.cache_entries import tokens_entry
 from scale_llm.data.files import build_once
 from scale_llm.data.index_work import left_out_lines
 from scale_llm.data.prepare import PreparedData, load_prepared, prepare
 from scale_llm.data.rows import too_large
+from scale_llm.data.sources import Source
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -97,6 +99,15 @@ def test_bad_rows_are_left_out_on_request(tmp_path: Path):
     assert not list((tmp_path / "cache" / "tokens").glob("*.parts"))
     config.max_document_megabytes = 0.01
     assert prepare(config, TokenizerConfig(vocab_size=300), tmp_path / "cache").num_documents == 3
+
+
+def test_names_and_sizes_that_files_cannot_have(tmp_path: Path):
+    """A key of JSON may hold a slash; a limit may be beyond what can be counted."""
+    data = DataConfig(path=["x"], max_document_megabytes=1e308)
+    data.fields.text = "a/b"
+    (tmp_path / "x.jsonl").touch()
+    directory, name = tokens_entry(Source(kind="raw", files=(str(tmp_path / "x.jsonl"),)), data, "", 0, tmp_path)
+    assert name == "x_a_b_document" and directory.parent == tmp_path / "tokens"
 
 
 def test_problems_together(embedded: PreparedData, tmp_path: Path):

@@ -86,13 +86,47 @@ def test_sweep_names_the_points_with_problems(capsys):
     assert status == 1 and "[model.num_layers=5]" in text and "[model.num_layers=4]" not in text
 
 
+def test_a_sweep_is_shown_or_prepared_without_a_run(capsys, monkeypatch):
+    monkeypatch.setattr("scale_llm.launch.runs.execute", None)
+    monkeypatch.setattr("scale_llm.launch.preparation.prepare_data", lambda cfg: print(f"data of {cfg.train.seed}"))
+    words = ["train.train_iters=1", "train.seed=1,2", "run_dir=s"]
+    assert run_command(["-m", "--cfg", "job", *words]) == 0
+    out = capsys.readouterr().out
+    assert "# train.seed=1\nrun_dir: s/train.seed=1\n" in out and "run_dir: s/train.seed=2\n" in out
+    assert run_command(["-m", "--prepare", *words]) == 0
+    out = capsys.readouterr().out
+    assert "data of 1" in out and "data of 2" in out
+
+
+def test_a_sweep_under_torchrun_would_run_one_point(capsys, monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "h", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("scale_llm.launch.join.join_ranks", None)  # would replace this process
+    status, text = failing(capsys, "-m", "train.train_iters=1", "train.seed=1,2")
+    assert status == 1 and "without torchrun" in text
+
+
 def test_score_is_a_run_in_fewer_words():
     from scale_llm.config.errors import UsageError
     from scale_llm.launch.score import score_words
 
     assert score_words(["--check", "ckpt", "a.jsonl", "out", "data.fields.prompt=question"]) == [
-        "stage=score", "model=from_checkpoint", "checkpoint.load=ckpt", "data.path=a.jsonl", "run_dir=out", "--check",
-        "data.fields.prompt=question",
+        "stage=score", "model=from_checkpoint", "checkpoint.load='ckpt'", "data.path='a.jsonl'", "run_dir='out'",
+        "--check", "data.fields.prompt=question",
     ]  # fmt: skip
     with pytest.raises(UsageError, match="scale-llm score runs/reward"):
         score_words(["ckpt", "a.jsonl"])
+    misspelt = ["ckpt", "a.jsonl", "out", "data.feilds.prompt=x"]
+    assert score_words(misspelt)[-1] == misspelt[-1], "a key, which composition names"
+
+
+@pytest.mark.parametrize(
+    "path", ["s/optim.lr=1e-3,train.seed=2/checkpoints", "a b", "it's", r"c\d", "e\\'f", "x\\", "null"]
+)
+def test_score_takes_any_path(path):
+    from scale_llm.config.overrides import parse
+    from scale_llm.launch.score import score_words
+
+    words = score_words([path, "train.seed=3", "a.jsonl", "x=1"])
+    values = {override.key_or_group: override.value() for override in parse(words)}
+    assert (values["checkpoint.load"], values["run_dir"], values["train.seed"]) == (path, "x=1", 3)

@@ -5,7 +5,7 @@ import pytest
 from scale_llm.config.compose import compose
 from scale_llm.config.machine import Machine
 from scale_llm.config.resolve import resolve
-from scale_llm.launch.environment import expand_hostlist, joined, rank_variables, tasks_per_node
+from scale_llm.launch.environment import cores_of_task, expand_hostlist, joined, rank_variables, tasks_per_node
 
 MACHINE = Machine(cores=4, gpus=1, fast_bf16_cpu=False)
 QUEUES = "CUDA_DEVICE_MAX_CONNECTIONS"
@@ -43,6 +43,23 @@ def test_srun():
         "RANK": "5", "WORLD_SIZE": "6", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
         "MASTER_ADDR": "gpu09", "MASTER_PORT": "20001",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("cores", "variables", "threads"),
+    [
+        (4, {"SLURM_CPUS_ON_NODE": "8"}, 4),  # bound
+        (8, {"SLURM_CPUS_ON_NODE": "8"}, 4),  # two tasks may run on all
+        (8, {"SLURM_CPUS_ON_NODE": "8", "SLURM_CPUS_PER_TASK": "3"}, 3),
+        (1, {"SLURM_CPUS_ON_NODE": "8", "SLURM_CPUS_PER_TASK": "3"}, 1),  # of sbatch, and srun was not told
+    ],
+)
+def test_threads_of_a_task_are_its_own_cores(cores, variables, threads):
+    own = cores_of_task(joined(SLURM), cores, variables)
+    cfg = compose(["cluster.nproc_per_node=2"])
+    machine = Machine(cores=cores, gpus=0, fast_bf16_cpu=False, cores_of_rank=own)
+    assert resolve(cfg, machine).cluster.omp_num_threads == threads
+    assert cores_of_task(None, cores, variables) is None
 
 
 def test_the_batch_script_may_choose_the_rendezvous():

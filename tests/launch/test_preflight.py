@@ -8,9 +8,10 @@ import pytest
 
 SCRIPT = Path(__file__).resolve().parents[2] / "slurm" / "preflight.sh"
 
-# srun calls its command once for each node; the two options before it that are no flags are timeout and its seconds
+# srun calls its command once for each node, unless it would end slow nodes before their time
 SRUN = """
-while case $1 in -*) true ;; *) false ;; esac; do shift; done
+while case $1 in -*) true ;; *) false ;; esac; do case $1 in --wait=*) wait=${1#*=} ;; esac; shift; done
+[ "$wait" -gt "$2" ] || exit 1 # timeout and its seconds
 for node in n1 n2 n3; do [ "$node" = "$SILENT" ] || SLURMD_NODENAME=$node "$@"; done
 """
 SCONTROL = "printf '%s\\n' n1 n2 n3"

@@ -1,6 +1,7 @@
 """The job script of a run, and what is refused before it is submitted. No Slurm is needed."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -52,8 +53,8 @@ def test_every_key_is_a_line_of_sbatch(tmp_path):
         "--job-name=pretrain-tiny-4n8g-dp", "--partition=gpu", "--account=lab", "--qos=high", "--time=1-12:00:00",
         "--nodes=4", "--ntasks-per-node=8", "--cpus-per-task=14", "--gpus-per-node=8", "--mem=0",
         '--constraint="h100&ib"', "--exclude=n[3-4]", "--nodelist=n[1-9]", "--signal=USR1@600",
-        f"--output={tmp_path}/r/logs/job-%j.out", "--open-mode=append", "--no-requeue", "--exclusive",
-        "--mail-type=END",
+        f"--chdir={os.getcwd()}", f"--output={tmp_path}/r/logs/job-%j.out", "--open-mode=append", "--no-requeue",
+        "--exclusive", "--mail-type=END",
     ]  # fmt: skip
     assert subprocess.run(["bash", "-n"], input=text, text=True).returncode == 0
     assert srun_arguments(cfg.cluster) == [
@@ -63,13 +64,23 @@ def test_every_key_is_a_line_of_sbatch(tmp_path):
 
 def test_what_is_not_asked_for_is_left_to_the_cluster():
     names = [line.split("=")[0] for line in head(render(composed("cluster.nodes=2")))]
-    assert names == ["--job-name", "--nodes", "--ntasks-per-node", "--signal", "--output", "--open-mode", "--requeue"]
+    assert names == ["--job-name", "--nodes", "--ntasks-per-node", "--signal", "--chdir", "--output", "--open-mode",
+                     "--requeue"]  # fmt: skip
 
 
 def test_a_directory_with_blanks_and_percents(tmp_path):
     text = render(composed(f"run_dir='{tmp_path}/my run 50%'"))
     assert f'--output="{tmp_path}/my run 50%%/logs/job-%j.out"' in text
     assert f"run_dir='{tmp_path}/my run 50%'" in text
+
+
+def test_a_job_works_where_it_was_composed(tmp_path, monkeypatch):
+    """config.yaml keeps relative paths, and sbatch may be called from anywhere."""
+    here = tmp_path / "a b" / 'c"d\\e'
+    here.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    text = render(composed("run_dir=r", "data.path=text.txt"))
+    assert rf'#SBATCH --chdir="{tmp_path}/a b/c\"d\\e"' in text.splitlines()
 
 
 @pytest.mark.parametrize(("words", "scripts"), [(["--dry-run"], 1), (["-m", "--dry-run", "train.seed=1,2"], 2)])
@@ -158,6 +169,17 @@ def test_more_ranks_than_gpus():
     cfg = composed("cluster.gpus_per_node=4")
     four = Allocation(job="5", restart=0, nodes=1, node_list="n1", cpus_per_node=64, gpus_per_node=2)
     assert "has 2 GPUs a node" in allocation_problems(cfg, four)[0]
+
+
+def test_what_the_documents_submit_has_room_for_its_ranks():
+    """sbatch gives a node the cores of one task where it is not told how many there are."""
+    top = Path(__file__).resolve().parents[2]
+    texts = [path.read_text() for path in [top / "README.md", *(top / "slurm").glob("*.sbatch")]]
+    lines = [line for text in texts for line in text.splitlines() if "sbatch --" in line and "--gpus-per-node" in line]
+    assert len(lines) >= 4
+    for line in lines:
+        gpus = re.search(r"--gpus-per-node=(\d+)", line)[1]
+        assert f"--ntasks-per-node={gpus}" in line, line
 
 
 def test_a_directory_with_a_job_of_its_own(tmp_path, monkeypatch):

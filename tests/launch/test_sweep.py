@@ -14,11 +14,22 @@ def test_points_are_named_by_what_differs():
     assert "/" not in points(["data.path=a/b.txt,c/d.txt"])[0][0]
 
 
+def test_names_that_would_be_one_directory_or_none():
+    names = [name for name, _ in points(["data.path=a/b.txt,a_b.txt,c.txt"])]
+    assert len(set(names)) == 3 and names[2] == "data.path=c.txt"
+    assert all(name.startswith("data.path=a_b.txt-") for name in names[:2])
+    long = [name for name, _ in points([f"data.path={'x' * 300}1,{'x' * 300}2"])]
+    assert len(set(long)) == 2 and max(map(len, long)) <= 240
+    assert [name for name, _ in points(["train.seed=1,1"])] == [""], "the same run twice"
+
+
 def test_each_point_has_its_own_run_directory_and_all_share_the_data():
     plans = [compose_run(words, name) for name, words in points(["train.seed=1,2", "run_dir=s"])]
     assert [plan.cfg.run_dir for plan in plans] == ["s/train.seed=1", "s/train.seed=2"]
     assert {plan.cfg.data.cache_dir for plan in plans} == {"s/data"}
     assert plans[0].cfg.checkpoint.save == "s/train.seed=1/checkpoints"
+    given = [compose_run(words, name) for name, words in points(["train.seed=1,2", "checkpoint.save=fast"])]
+    assert [plan.cfg.checkpoint.save for plan in given] == ["fast/train.seed=1", "fast/train.seed=2"]
 
 
 def test_table(tmp_path, capsys):

@@ -56,7 +56,7 @@ def call(tool, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def write(name: str, texts: list[str]) -> str:
-    Path(name).write_text("".join(json.dumps({"text": text, "title": text[:3]}) + "\n" for text in texts))
+    Path(name).write_text("".join(json.dumps({"text": text, "a/b": text[:3]}) + "\n" for text in texts))
     return name
 
 
@@ -71,11 +71,11 @@ def stamps() -> dict[str, int]:
 
 
 def test_once_then_nothing_then_more(call, tokenizer: Tokenizer):
-    words = ("--input", write("a.jsonl", TEXTS), "--output-prefix", "x", "--append-eod", "--json-keys", "text", "title")
+    words = ("--input", write("a.jsonl", TEXTS), "--output-prefix", "x", "--append-eod", "--json-keys", "text", "a/b")
     status, output = call(*words)
     assert status == 0 and "4 documents" in output
     assert texts_of("x_text_document", tokenizer) == TEXTS
-    assert texts_of("x_title_document", tokenizer) == [text[:3] for text in TEXTS]
+    assert texts_of("x_a_b_document", tokenizer) == [text[:3] for text in TEXTS]
     before = stamps()
     assert "nothing to do" in call(*words)[1] and stamps() == before
     more = ("--input", "a.jsonl", write("b.jsonl", ["five"]), *words[2:])

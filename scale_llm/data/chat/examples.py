@@ -5,6 +5,7 @@ cache_dir/examples/<fingerprint>/   arrays (see writing.py), report.json, prepar
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -58,6 +59,15 @@ class Example(NamedTuple):
     weight: float
 
 
+class _Places(NamedTuple):
+    """Where each example was read."""
+
+    files: numpy.ndarray
+    """int32 [n]: which of the report's"""
+    lines: numpy.ndarray
+    """int64 [n]"""
+
+
 class Examples:
     """The examples of a directory; arrays are mapped, not read."""
 
@@ -89,7 +99,11 @@ class Examples:
 
     def where(self, index: int) -> str:
         """`file:line` of the row."""
-        return f"{self.files[self.array('files.npy')[index]]}:{self.array('where.npy')[index]}"
+        return f"{self.files[self._places.files[index]]}:{self._places.lines[index]}"
+
+    @cached_property
+    def _places(self) -> "_Places":
+        return _Places(self.array("files.npy"), self.array("where.npy"))
 
     def array(self, name: str) -> numpy.ndarray:
         """One of the directory's arrays."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from scale_llm.config.errors import UserError
-from scale_llm.data.rows import encodable
+from scale_llm.data.rows import NOT_JSON, encodable
 
 Message = dict[str, Any]
 """role, content, and what else the row gives (tool_calls, name, reasoning_content, ...)."""
@@ -118,7 +118,7 @@ def parsed(value: Any) -> Any:
     """The value of JSON in a string; what is none stays as it is."""
     try:
         return json.loads(value) if isinstance(value, str) else value
-    except ValueError:
+    except NOT_JSON:
         return value
 
 

@@ -62,6 +62,7 @@ def options(cfg: RunConfig, run_dir: str) -> list[str]:
         "exclude": cluster.exclude,
         "nodelist": cluster.nodelist,
         "signal": cluster.signal,
+        "chdir": os.getcwd(),  # where relative paths of config.yaml begin, wherever sbatch is called
         "output": log,
         "open-mode": "append",  # a requeued job writes on in the same file
     }
@@ -72,9 +73,11 @@ def options(cfg: RunConfig, run_dir: str) -> list[str]:
 
 
 def _quoted(value: str | int) -> str:
-    """sbatch reads its lines as a shell would, quotes included."""
+    """sbatch reads its lines as a shell would, quotes and backslashes included."""
     text = str(value)
-    return f'"{text}"' if any(letter in text for letter in " &|;'#") else text
+    if not any(letter in text for letter in " &|;'#\"\\"):
+        return text
+    return '"' + text.replace("\\", r"\\").replace('"', r"\"") + '"'
 
 
 def srun_arguments(cluster: ClusterConfig, nodes: Sequence[str] = ()) -> list[str]:

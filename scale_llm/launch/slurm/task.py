@@ -9,11 +9,9 @@ all ranks agree. A later start of the run finds nothing open and keeps what the 
 import os
 import signal
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
-from scale_llm.config.cluster import Device
 from scale_llm.config.errors import UserError
 from scale_llm.config.exit_status import REQUEUE
 from scale_llm.config.io import CONFIG_FILE, load_config, to_yaml, write_text
@@ -22,8 +20,8 @@ from scale_llm.config.resolve import resolve
 from scale_llm.config.run import RunConfig
 from scale_llm.config.stage import UntrainedStageConfig
 from scale_llm.config.validate import machine_problems
-from scale_llm.launch.environment import Joined, interface_towards, rank_variables, task_of_srun
-from scale_llm.launch.join import READY, wait_until_ready
+from scale_llm.launch.environment import Joined, network_variables, rank_variables, start_name, task_of_srun
+from scale_llm.launch.join import READY, marked, wait_until_ready
 from scale_llm.launch.lock import take
 
 SECONDS_FOR_THE_DYING = 60
@@ -40,7 +38,7 @@ def become_rank(run_dir: Path) -> NoReturn:
     error_file = run_dir / ERROR_FILES.format(rank=join.rank)
     os.environ["TORCHELASTIC_ERROR_FILE"] = str(error_file)  # where `job end` finds why a rank failed
     _meet(cfg, run_dir, join)
-    environment = {**os.environ, **join.variables(), **rank_variables(cfg), **_network(cfg, join)}
+    environment = {**os.environ, **join.variables(), **rank_variables(cfg), **network_variables(cfg, join)}
     command = [sys.executable, "-u", "-m", "scale_llm.launch.rank", str(run_dir), "--joined", "--job"]
     if saves:
         # From here the kernel keeps a signal, as a mask survives exec, until the rank's StopRequest asks for it
@@ -59,25 +57,15 @@ def _answer_signals(saves: bool) -> None:
 
 def _meet(cfg: RunConfig, run_dir: Path, join: Joined) -> None:
     """The first task makes the run ready, the others wait. The mark is of this start alone."""
-    start = start_name(os.environ)
-    ready, failed = run_dir / READY, f"failed {start}"
+    start = start_name(join, os.environ)
     if join.rank > 0:
-        wait_until_ready(ready, start, join, failed=failed)
+        wait_until_ready(run_dir / READY, start, join)
         return
     from scale_llm.launch.runs import open_run
 
-    try:
+    with marked(run_dir / READY, start):
         take(run_dir, wait_seconds=SECONDS_FOR_THE_DYING, inheritable=True)
         open_run(settle(cfg, run_dir, detect()))
-    except BaseException:
-        write_text(ready, failed)
-        raise
-    write_text(ready, start)
-
-
-def start_name(env: Mapping[str, str]) -> str:
-    """Job, start of the job, and step: no two starts share it."""
-    return f"{env['SLURM_JOB_ID']}.{env.get('SLURM_RESTART_COUNT', '0')}.{env.get('SLURM_STEP_ID', '0')}"
 
 
 def settle(cfg: RunConfig, run_dir: Path, machine: Machine) -> RunConfig:
@@ -88,12 +76,3 @@ def settle(cfg: RunConfig, run_dir: Path, machine: Machine) -> RunConfig:
     if settled != cfg:
         write_text(run_dir / CONFIG_FILE, to_yaml(settled))
     return settled
-
-
-def _network(cfg: RunConfig, join: Joined) -> dict[str, str]:
-    """The interface that leads to the other nodes, for the libraries that would take the host name's (gloo) or the
-    first that they find (NCCL, for its handshake)."""
-    libraries = ["GLOO"] if cfg.cluster.device is Device.cpu else ["GLOO", "NCCL"]
-    interface = interface_towards(join.master_addr, join.master_port)
-    names = [f"{library}_SOCKET_IFNAME" for library in libraries]
-    return {name: interface for name in names if interface is not None and name not in os.environ}
