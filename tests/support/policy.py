@@ -92,8 +92,8 @@ def _watch(seen: dict[str, Any]) -> None:
         seen["away"].append({name: other.engine.is_away for name, other in roles.items() if other.is_here})
         return train(role, *arguments, **options)
 
-    def watched_step(self, batches, loss, *, samples):
-        result = step(self, batches, loss, samples=samples)
+    def watched_step(self, batches, loss, **options):
+        result = step(self, batches, loss, **options)
         seen["steps"].setdefault(role_at_work[-1], []).append({
             "metrics": result.metrics, "grad_norm": result.grad_norm, "learning_rate": result.learning_rate,
             "answers": _numbers(batches),
