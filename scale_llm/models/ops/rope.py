@@ -10,8 +10,7 @@ from scale_llm.models.ops.wide import wide
 from scale_llm.parallel.fused import fused
 
 Tables = tuple[torch.Tensor, torch.Tensor]
-"""Of each position: the cosines [s, 1, 1, 1, rot/2], which both halves of a head are multiplied by, and the sines
-[s, 1, 1, 2, rot/2], first negative, then as they are, which their other halves are."""
+"""Cosines and sines of each position [s, 1, 1, 1, rot/2]: both halves of a head turn by the same angles."""
 
 
 def rotary_tables(angles: torch.Tensor, dtype: torch.dtype) -> Tables:
@@ -20,8 +19,7 @@ def rotary_tables(angles: torch.Tensor, dtype: torch.dtype) -> Tables:
     dtype: that of the activations; the tables have at least FP32. Made once and shared by the layers.
     """
     half = angles[..., : angles.size(-1) // 2].to(torch.promote_types(dtype, torch.float32)).unsqueeze(-2)
-    sine = half.sin()
-    return half.cos(), torch.cat([-sine, sine], dim=-2)
+    return half.cos(), half.sin()
 
 
 def rotary(x: torch.Tensor, tables: Tables) -> torch.Tensor:
@@ -103,7 +101,8 @@ def _turn(x, cos, sin):
     """x [..., d] -> [..., p, d/p]: p is 2 where all of a head turns, else 1. To flatten the halves is the caller's: in
     one compiled loop over both, each number would be found by a division."""
     pair = wide(x[..., : 2 * cos.size(-1)]).unflatten(-1, (2, cos.size(-1)))
-    turned = (pair * cos + pair.flip(-2) * sin).to(x.dtype)
+    sign = torch.arange(-1, 3, 2, dtype=sin.dtype, device=sin.device).unsqueeze(-1)
+    turned = (pair * cos + pair.flip(-2) * (sign * sin)).to(x.dtype)
     if turned.size(-2) * turned.size(-1) == x.size(-1):
         return turned
     return torch.cat([turned.flatten(-2), x[..., 2 * cos.size(-1) :]], dim=-1).unsqueeze(-2)
