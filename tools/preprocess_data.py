@@ -89,10 +89,16 @@ def index(arguments: argparse.Namespace) -> None:
     from scale_llm.data.progress import byte_progress
 
     files = input_files(arguments.input)
+    named: dict[str, str] = {}
+    for key in arguments.json_keys:
+        other = named.setdefault(document_name(key), key)
+        if other != key:
+            target = f"{arguments.output_prefix}_{document_name(key)}"
+            raise UserError([f"--json-keys={other} {key}: both would be written to {target}; give each its own prefix"])
     os.makedirs(os.path.dirname(os.path.abspath(arguments.output_prefix)), exist_ok=True)
     tokenizer = tokenizer_of(arguments)
-    for key in arguments.json_keys:
-        prefix = f"{os.path.abspath(arguments.output_prefix)}_{document_name(key)}"
+    for name, key in named.items():
+        prefix = f"{os.path.abspath(arguments.output_prefix)}_{name}"
         settings = settings_of(arguments, tokenizer, key)
         total = sum(map(os.path.getsize, files))
         lock = Path(prefix).with_name(f".{Path(prefix).name}.lock")

@@ -28,8 +28,8 @@ _FACTORIES = ("tensor", "empty", "zeros", "ones", "full", "arange", "rand", "ran
               "empty_like", "zeros_like", "ones_like", "full_like", "linspace", "eye")  # fmt: skip
 
 
-_COALESCING = "megatron.core.distributed"
-"""Has torch collect its own asynchronous operations and start them together."""
+_DATA_PARALLEL = "megatron.core.distributed"
+"""Starts operations on gradients and weights and waits for them later; has torch collect those that start together."""
 
 _GPU_PACKAGES = ("transformer_engine", "apex", "amp_C", "fused_weight_gradient_mlp_cuda")
 """megatron-core takes these wherever they can be imported, and their optimizers and kernels fail without a GPU. Also,
@@ -205,11 +205,11 @@ class _ViewFinder(importlib.abc.MetaPathFinder):
             collectives.all_gather_into_tensor,
             collectives.reduce_scatter_tensor,
         ]
-        awaited = [collectives.awaited(each) for each in ours]
-        self._of_all, self._of_coalescing = (
+        at_once = [collectives.at_once(each) for each in ours]
+        self._of_all, self._of_data_parallel = (
             (_cpu_view(all_reduce), {"dist_all_gather_func": all_gather, "dist_reduce_scatter_func": reduce_scatter,
                                      "_coalescing_manager": collectives.coalesced})
-            for all_reduce, all_gather, reduce_scatter in (ours, awaited)
+            for all_reduce, all_gather, reduce_scatter in (ours, at_once)
         )  # fmt: skip
 
     def find_spec(self, name, path, target=None):
@@ -217,7 +217,7 @@ class _ViewFinder(importlib.abc.MetaPathFinder):
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
         if spec is not None and isinstance(spec.loader, importlib.machinery.SourceFileLoader):
-            given = self._of_coalescing if name.startswith(_COALESCING) else self._of_all
+            given = self._of_data_parallel if name.startswith(_DATA_PARALLEL) else self._of_all
             spec.loader = _ViewLoader(spec.loader, *given)
         return spec
 

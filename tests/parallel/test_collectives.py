@@ -44,6 +44,13 @@ def test_asynchronous_sums(ranks):
     assert ranks(2, "support.collectives:asynchronous") == [[True] * 6] * 2
 
 
+def test_overlapped_operations_of_data_parallelism_are_done_at_once(ranks):
+    """No thread of gloo writes to a bucket while the rank computes."""
+    for rank, found in enumerate(ranks(2, "support.collectives:of_data_parallelism")):
+        assert found == {"weights": [1, 1, 2, 2], "share": [[0, 3], [6, 9]][rank], "total": [6, 6, 6],
+                         "exchanges": 4, "waited": True, "awaited": None}  # fmt: skip
+
+
 def test_a_peer_that_ends_is_named_at_once(ranks, tmp_path):
     """In words that the launcher knows for those of a rank that has lost another."""
     words = tmp_path / "words"

@@ -5,6 +5,7 @@ import os
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -190,6 +191,25 @@ def asynchronous() -> list[bool]:
         shared = collectives._channels[group][0]._count > before
         found += [value.sum().item() == 6, handle.is_completed(), shared == (sizes.tp == 2)]
     return found
+
+
+def of_data_parallelism() -> dict[str, Any]:
+    """megatron-core's overlapped operations on buckets, as they are before they are waited for."""
+    start("cpu", threads=1)
+    from megatron.core.distributed import param_and_grad_buffer as buffers
+
+    group = build_mesh(MeshSizes(dp=2), "gloo").groups.dp
+    channel = collectives._channels[group][0]
+    before, mine = channel._count, float(group.rank() + 1)
+    weights, share, total = torch.zeros(4), torch.zeros(2), torch.full((3,), mine)
+    with buffers._coalescing_manager(group, async_ops=True) as handle:
+        buffers.dist_all_gather_func(weights, torch.full((2,), mine), group=group, async_op=True)
+        buffers.dist_reduce_scatter_func(share, torch.arange(4.0) * mine, group=group, async_op=True)
+        buffers.torch.distributed.all_reduce(total, group=group, async_op=True)
+    with buffers._coalescing_manager(group, async_ops=False) as awaited:
+        buffers.torch.distributed.all_reduce(total, group=group)
+    return {"weights": weights.tolist(), "share": share.tolist(), "total": total.tolist(),
+            "exchanges": channel._count - before, "waited": handle.wait(), "awaited": awaited}  # fmt: skip
 
 
 def without_a_peer(words: str, *, ends: bool) -> None:

@@ -235,6 +235,15 @@ def test_gpt2_files(call, tool, tokenizer: Tokenizer):
     assert texts_of("x_text_document", tokenizer, eod=False) == TEXTS
 
 
+def test_keys_of_one_name(call):
+    words = ("--input", write("a.jsonl", TEXTS), "--output-prefix", "x", "--json-keys")
+    status, output = call(*words, "a/b", "text", "a_b")
+    assert status != 0 and "--json-keys=a/b a_b: both would be written to x_a_b_document" in output
+    assert not [name for name in os.listdir() if name.startswith("x_")]
+    status, output = call(*words, "text", "text")
+    assert status == 0 and output.count("x_text_document:") == 1
+
+
 def row(text: object) -> bytes:
     return json.dumps({"text": text}).encode() + b"\n"
 
