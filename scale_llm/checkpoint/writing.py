@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +54,14 @@ def write_tokenizer(file: Path, checkpoint: Path, chat_template: str | None) -> 
 
 
 def special_ids(places: list[Path]) -> dict[str, Any]:
-    """bos, eos and pad by the first directory that says: config.json of a model, or what a checkpoint has of one."""
+    """bos, eos and pad by the first directory that says: config.json of a model, or what a checkpoint has of one. A
+    config.json that cannot be read, or is another program's, says nothing: a save may not fail for it."""
     for place in places:
         for name in ("config.json", SPECIAL_IDS_FILE):
-            if (place / name).is_file():
+            with suppress(OSError, ValueError):
                 found = json.loads((place / name).read_text(encoding="utf-8"))
-                return {key: found[key] for key in SPECIAL_IDS if found.get(key) is not None}
+                if isinstance(found, dict):
+                    return {key: found[key] for key in SPECIAL_IDS if found.get(key) is not None}
     return {}
 
 

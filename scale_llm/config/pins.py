@@ -47,7 +47,7 @@ def pin_problems(cfg: RunConfig) -> list[str]:
     for what, keys in _read_again(cfg).items():
         key, given = _first(cfg, keys)
         _, before = _first(former, keys)
-        text = f"{key}={given or 'null'}: the run in {cfg.run_dir} has {what} from {before}"
+        text = f"{key}={given or 'null'}: the run in {cfg.run_dir} has {what} from {before or 'no checkpoint'}"
         if (given is None) is not (before is None) or (given and before and not _same_place(before, given)):
             give = f"give {key}={before}" if before else f"leave {key} out"
             found[key] = f"{text}; {give}, or another run_dir (where it was moved, write its new place into {config})"
@@ -86,8 +86,7 @@ def _read_again(cfg: RunConfig) -> dict[str, tuple[str, ...]]:
     if measured:
         found["its reference"] = ("stage.reference_load", "checkpoint.load")
     if isinstance(stage, PolicyStageConfig):
-        if cfg.reward.load is not None:
-            found["its reward model"] = ("reward.load",)
+        found["its reward model"] = ("reward.load",)
         if isinstance(stage, PpoConfig) and stage.adv_estimator is AdvEstimator.gae:
             found["its critic"] = ("stage.critic_load", "reward.load", "checkpoint.load")
     return found

@@ -118,8 +118,11 @@ def _load(cfg: RunConfig, key: str, load: str | None) -> list[str]:
     except UserError as error:
         return error.problems
     problems = _other_model(cfg, former, f"{key}={load}: holds another model", "choose that model")
-    if cfg.peft.method is PeftMethod.none or (former.get("peft") or {}).get("method", "none") == "none":
+    if (former.get("peft") or {}).get("method", "none") == "none":
         return problems
+    if cfg.peft.method is PeftMethod.none:
+        merge = "merge them into their base (tools/convert_checkpoint.py merge), and give that"
+        return [*problems, f"{key}={load}: holds adapters alone; {merge}"]
     remedy = "choose those, which the run goes on from, or merge them first (tools/convert_checkpoint.py merge)"
     return problems + other_adapters(cfg, former, f"{key}={load}: holds other adapters", remedy)
 

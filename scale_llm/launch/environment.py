@@ -123,10 +123,11 @@ def cores_of_task(join: Joined | None, cores: int, env: Mapping[str, str]) -> in
 
 
 def start_name(join: Joined, env: Mapping[str, str]) -> str:
-    """The same on all ranks of a start. No two starts by srun share it; two by torchrun at one address may."""
+    """The same on all ranks of a start. No two starts by srun share it; two by torchrun at one port may, whose address
+    nodes may name in several ways."""
     if join.starter == "srun":
         return f"{env.get('SLURM_JOB_ID', '0')}.{env.get('SLURM_RESTART_COUNT', '0')}.{env.get('SLURM_STEP_ID', '0')}"
-    return f"{join.master_addr}:{join.master_port} {env.get('TORCHELASTIC_RUN_ID', '')}"
+    return f"{join.master_port} {env.get('TORCHELASTIC_RUN_ID', '')}"
 
 
 def interface_towards(host: str, port: int) -> str | None:
@@ -146,14 +147,14 @@ def interface_towards(host: str, port: int) -> str | None:
     return None
 
 
-def network_variables(cfg: RunConfig, join: Joined) -> dict[str, str]:
+def network_variables(join: Joined, *, cuda: bool) -> dict[str, str]:
     """The interface that leads to the other nodes, for the libraries that would take the host name's (gloo) or the
     first that they find (NCCL, for its handshake)."""
     interface = interface_towards(join.master_addr, join.master_port)
-    if interface is None:
+    if interface is None or (interface in LOOPBACK and join.nnodes > 1):  # its own name for itself leads nowhere else
         return {}
     # A host name that is 127.0.1.1 to its own node: NCCL leaves the loopback out and finds the others
-    nccl = cfg.cluster.device is not Device.cpu and interface not in LOOPBACK
+    nccl = cuda and interface not in LOOPBACK
     names = ["GLOO_SOCKET_IFNAME", *(["NCCL_SOCKET_IFNAME"] if nccl else [])]
     return {name: interface for name in names if name not in os.environ}
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
+from scale_llm.config.cluster import Device
 from scale_llm.config.errors import UserError
 from scale_llm.config.io import write_text
 from scale_llm.config.run import RunConfig
@@ -34,7 +35,8 @@ def join_ranks(cfg: RunConfig, join: Joined, identity: str) -> NoReturn:
             open_run(cfg)
     else:
         wait_until_ready(ready, start, join)
-    environment = {**os.environ, **join.variables(), **rank_variables(cfg), **network_variables(cfg, join)}
+    network = network_variables(join, cuda=cfg.cluster.device is Device.cuda)
+    environment = {**os.environ, **join.variables(), **rank_variables(cfg), **network}
     command = [sys.executable, "-u", "-m", "scale_llm.launch.rank", cfg.run_dir, "--joined"]
     os.execve(sys.executable, command, environment)
 

@@ -92,7 +92,7 @@ class CachedReference:
     """Values of all sequences, from run_dir/reference/<fingerprint>.npy; made where they are not there yet."""
 
     def __init__(self, run: RunContext, start: Path, sequences: TokenSequences, groups: np.ndarray):
-        path = Path(run.cfg.run_dir) / "reference" / f"{_fingerprint(run, start)}.npy"
+        path = Path(run.cfg.run_dir) / "reference" / f"{_fingerprint(run, start, sequences)}.npy"
         there = [path.is_file()]
         dist.broadcast_object_list(there, src=0, group=run.mesh.host_group)
         if not there[0]:
@@ -125,11 +125,12 @@ def _load(directory: str | None) -> Path:
     return found[1]
 
 
-def _fingerprint(run: RunContext, start: Path) -> str:
-    """Of the model and the data: another of either has another name."""
+def _fingerprint(run: RunContext, start: Path, sequences: TokenSequences) -> str:
+    """Of the model and the data: another of either, or other answers chosen of the data, has another name."""
     files = sorted(str(file) for file in start.iterdir() if file.is_file())
     shape = hashlib.sha256(repr((run.cfg.model, run.cfg.precision, run.cfg.peft)).encode()).hexdigest()
-    return fingerprint([[stamp(file) for file in files], shape, run.prepared.path])
+    lengths = hashlib.sha256(sequences.lengths.tobytes()).hexdigest()
+    return fingerprint([[stamp(file) for file in files], shape, run.prepared.path, lengths])
 
 
 def _values(run: RunContext, start: Path, sequences: TokenSequences, groups: np.ndarray) -> np.ndarray:

@@ -104,8 +104,8 @@ def load_weights(run: RunContext, engine: Engine | None, path: Path) -> None:
     base = base_of(path)
     if base is not None and not has_adapters:
         raise UserError(
-            f"checkpoint.load={path}: holds adapters alone; merge them into their base with "
-            f"tools/convert_checkpoint.py merge {path} OUT, and load that"
+            f"{path}: holds adapters alone; merge them into their base with "
+            f"tools/convert_checkpoint.py merge {path} OUT, and give that"
         )
     _load(run, engine, base or path, Weights.base if has_adapters else Weights.all)
     if has_adapters and engine is not None:

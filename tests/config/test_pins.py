@@ -120,3 +120,15 @@ def test_another_place_is_a_problem_where_it_is_read_again(tmp_path, start):
     cfg.reward.load, cfg.checkpoint.load = f"{tmp_path}/base", f"{tmp_path}/other"
     (problem,) = pin_problems(cfg)
     assert problem.startswith("checkpoint.load=") and "its reference" in problem
+    cfg.reward.load, cfg.checkpoint.load = None, f"{tmp_path}/base"
+    (problem,) = [found for found in pin_problems(cfg) if "its reward model" in found]
+    assert problem.startswith("reward.load=null: ") and f"give reward.load={tmp_path}/base/iter_0000010" in problem
+
+
+def test_a_reward_model_that_the_run_did_not_begin_with(tmp_path, start):
+    checkpoint(tmp_path / "base", 10)
+    words = ["stage=grpo", f"checkpoint.load={tmp_path}/base", "reward.function=length"]
+    start(*words)
+    words += ["train.train_iters=10", f"run_dir={tmp_path}/run", f"reward.load={tmp_path}/base"]
+    (problem,) = pin_problems(resolve(config_of(*words), MACHINE))
+    assert "has its reward model from no checkpoint; leave reward.load out" in problem

@@ -222,6 +222,10 @@ def test_adapters_that_a_checkpoint_holds_are_not_made_others(tmp_path):
         assert "peft.method=dora (there lora)" in problem
     (problem,) = [p for p in problems("stage=sft", *there[:1]) if "other adapters" in p]
     assert "peft.method=none (there lora)" in problem
+    for stage, key in (("sft", "checkpoint.load"), ("dpo", "stage.reference_load"), ("grpo", "stage.reference_load")):
+        given = f"{key}={tmp_path}/a/checkpoints"
+        (problem,) = [p for p in problems(f"stage={stage}", f"run_dir={tmp_path}/b", given) if "adapters alone" in p]
+        assert problem.startswith(f"{given}: holds adapters alone; merge them into their base")
 
 
 def test_local_copies_have_a_place_and_another_node():

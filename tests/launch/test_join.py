@@ -2,6 +2,7 @@
 
 import os
 import threading
+from dataclasses import replace
 
 import pytest
 
@@ -50,9 +51,10 @@ def test_a_failure_that_an_earlier_start_of_the_same_name_has_left(tmp_path, mon
         join.wait_until_ready(ready, "this start", rank_of("torchrun"), poll_seconds=0.05)
 
 
-@pytest.mark.parametrize(("device", "way", "libraries"), [("cpu", "eth1", "GLOO"), ("cuda", "eth1", "GLOO NCCL"),
-                                                         ("cuda", "lo", "GLOO")])  # fmt: skip
-def test_a_rank_takes_the_interface_that_leads_to_the_first(tmp_path, monkeypatch, device, way, libraries):
+@pytest.mark.parametrize(("device", "way", "world", "libraries"), [
+    ("cpu", "eth1", 4, "GLOO"), ("cuda", "eth1", 4, "GLOO NCCL"), ("cuda", "lo", 2, "GLOO"), ("cpu", "lo", 4, ""),
+])  # fmt: skip
+def test_a_rank_takes_the_interface_that_leads_to_the_first(tmp_path, monkeypatch, device, way, world, libraries):
     """The libraries' own choice is a bridge of containers on some nodes."""
     for library in ("GLOO", "NCCL"):
         monkeypatch.delenv(f"{library}_SOCKET_IFNAME", raising=False)
@@ -61,7 +63,7 @@ def test_a_rank_takes_the_interface_that_leads_to_the_first(tmp_path, monkeypatc
     found = {}
     monkeypatch.setattr(os, "execve", lambda program, words, variables: found.update(variables))
     cfg = resolve(compose([f"run_dir={tmp_path}", f"cluster.device={device}"]), MACHINE)
-    join.join_ranks(cfg, rank_of("torchrun"), "x")
+    join.join_ranks(cfg, replace(rank_of("torchrun"), world_size=world), "x")
     names = {name: value for name, value in found.items() if name.endswith("_SOCKET_IFNAME")}
     assert names == {f"{library}_SOCKET_IFNAME": way for library in libraries.split()}
 
@@ -70,4 +72,5 @@ def test_names_of_starts():
     step = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0"}
     srun = [start_name(rank_of("srun"), {**step, **changed}) for changed in ({}, {"SLURM_RESTART_COUNT": "1"})]
     assert srun == ["7.0.0", "7.1.0"]
-    assert start_name(rank_of("torchrun"), {"TORCHELASTIC_RUN_ID": "x"}) == "h:1 x"
+    here, there = (replace(rank_of("torchrun"), master_addr=address) for address in ("localhost", "10.0.0.1"))
+    assert [start_name(rank, {"TORCHELASTIC_RUN_ID": "x"}) for rank in (here, there)] == ["1 x"] * 2

@@ -116,7 +116,8 @@ def import_adapters(
     base = Path(base or config.get("base_model_name_or_path") or "")
     cfg = _base_config(base, source)
     cfg.peft = read_adapter_config(config, str(source / CONFIG))
-    cfg.checkpoint.load = str(base.resolve())
+    # One checkpoint, not the newest of a run that may go on
+    cfg.checkpoint.load = str((base if is_huggingface(base) else find_checkpoint(base)).resolve())
     folder = SafetensorsFolder(source, single=WEIGHTS)
     chunks = list(_chunks(folder, cfg))
     with staged(output) as directory:

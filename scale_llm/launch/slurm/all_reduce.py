@@ -9,7 +9,7 @@ import os
 import sys
 import time
 
-from scale_llm.launch.environment import Joined, interface_towards, task_of_srun
+from scale_llm.launch.environment import Joined, network_variables, task_of_srun
 
 SECONDS = 60
 MEGABYTES = 64
@@ -28,10 +28,7 @@ def main() -> None:
 
 def reduce(join: Joined, node: str, gpus: int) -> str:
     """What the reduction did; raises Absent or Wrong, or what the library raises."""
-    interface = interface_towards(join.master_addr, join.master_port)
-    if interface is not None:
-        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-            os.environ.setdefault(name, interface)
+    os.environ.update(network_variables(join, cuda=gpus > 0))
     import torch
     import torch.distributed as dist
 

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from scale_llm.config.cluster import Device
 from scale_llm.config.errors import UserError
 from scale_llm.config.exit_status import REQUEUE
 from scale_llm.config.io import CONFIG_FILE, load_config, to_yaml, write_text
@@ -38,7 +39,8 @@ def become_rank(run_dir: Path) -> NoReturn:
     error_file = run_dir / ERROR_FILES.format(rank=join.rank)
     os.environ["TORCHELASTIC_ERROR_FILE"] = str(error_file)  # where `job end` finds why a rank failed
     _meet(cfg, run_dir, join)
-    environment = {**os.environ, **join.variables(), **rank_variables(cfg), **network_variables(cfg, join)}
+    network = network_variables(join, cuda=cfg.cluster.device is Device.cuda)
+    environment = {**os.environ, **join.variables(), **rank_variables(cfg), **network}
     command = [sys.executable, "-u", "-m", "scale_llm.launch.rank", str(run_dir), "--joined", "--job"]
     if saves:
         # From here the kernel keeps a signal, as a mask survives exec, until the rank's StopRequest asks for it

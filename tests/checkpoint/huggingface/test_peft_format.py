@@ -171,6 +171,13 @@ def test_adapters_that_go_on_from_adapters_hold_them(models, ranks, tmp_path):
     assert (third - first).abs().max() > 1e-2, "training must show"
 
 
+def test_the_base_is_one_checkpoint_of_a_run_that_may_go_on(models, tmp_path):
+    tuned(models.original("llama3"), "llama3", {"target_modules": ["q_proj"]}).save_pretrained(tmp_path / "peft")
+    base = models.imported("llama3")
+    path = import_adapters(tmp_path / "peft", tmp_path / "ours", silent, base=base)
+    assert checkpoint_config(path).checkpoint.load == str(find_checkpoint(base).resolve()) != str(base)
+
+
 def test_merging_in_bf16_rounds_once(models, tmp_path):
     base = families.save("llama3", tmp_path / "base")
     families.build("llama3").to(torch.bfloat16).save_pretrained(base)
