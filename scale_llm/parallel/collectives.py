@@ -21,26 +21,18 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.in
 torch_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 torch_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
-_channels: dict[Any, tuple[Channel, bool]] = {}
-"""Group -> (its memory, whether operations that need not be waited for are done at once, too)."""
+_channels: dict[Any, Channel] = {}
 
 
-def share(group: Any, timeout_seconds: float, *, at_once: bool = False) -> None:
-    """Give a group of ranks on CPUs shared memory, if its ranks can share any. A collective of the group.
-
-    at_once: do asynchronous operations of this group while they are asked for. Only where all its ranks ask for all
-    operations, on other groups too, in one order: tensor parallelism.
-    """
-    if group in _channels:
-        known, before = _channels[group]
-        _channels[group] = (known, before or at_once)
-    elif group.size() > 1 and (channel := channel_of(group, timeout_seconds)) is not None:
-        _channels[group] = (channel, at_once)
+def share(group: Any, timeout_seconds: float) -> None:
+    """Give a group of ranks on CPUs shared memory, if its ranks can share any. A collective of the group."""
+    if group not in _channels and group.size() > 1 and (channel := channel_of(group, timeout_seconds)) is not None:
+        _channels[group] = channel
 
 
 def forget_all() -> None:
     """When the process leaves the job."""
-    for channel, _ in _channels.values():
+    for channel in _channels.values():
         channel.close()
     _channels.clear()
 
@@ -55,15 +47,12 @@ class _Done:
         return True
 
 
-def _channel(group: Any, async_op: bool, tensor: torch.Tensor) -> Channel | None:
+def _channel(group: Any, tensor: torch.Tensor) -> Channel | None:
     """The group's memory, if this operation may go through it: the same answer on all its ranks, so nothing is asked
     that may differ between them, such as strides."""
-    found = _channels.get(group)
-    if found is None or (async_op and not found[1]) or tensor.dtype not in _DTYPES:
+    if tensor.dtype not in _DTYPES or threading.current_thread() is not threading.main_thread():
         return None
-    if threading.current_thread() is not threading.main_thread():
-        return None
-    return found[0]
+    return _channels.get(group)
 
 
 def _outside_autograd(tensor: torch.Tensor) -> torch.Tensor:
@@ -72,10 +61,12 @@ def _outside_autograd(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def at_once(collective: Callable[..., Any]) -> Callable[..., Any]:
-    """The same, done when it is asked for, where the caller would wait for it later.
+    """The same with `async_op`, and done when it is asked for all the same.
 
-    For gradients and weights of data parallelism, whose ranks ask for all operations in one order. gloo would do them
-    in threads of its own, several at a time: with torch 2.13 a rank's heap was then corrupt after some 3,000 steps.
+    megatron-core starts operations within layers (tensor parallelism) and on gradients and weights (data parallelism),
+    and waits for them later. All ranks of such a group ask for all operations in one order, so none waits for ever.
+    gloo would do them in threads of its own, several at a time: with torch 2.13 a rank's heap was then corrupt after
+    some 3,000 steps.
     """
 
     def call(*args, async_op=False, **kwargs):
@@ -91,31 +82,31 @@ def coalesced(group=None, device=None, async_ops=False) -> Iterator[Any]:
     yield _Done() if async_ops else None
 
 
-def all_reduce(tensor, op=dist.ReduceOp.SUM, group=None, async_op=False):
-    if group is not None and group.size() == 1 and not async_op:
-        return None
-    channel = _channel(group, async_op, tensor) if op in _KINDS else None
+def all_reduce(tensor, op=dist.ReduceOp.SUM, group=None):
+    if group is not None and group.size() == 1:
+        return
+    channel = _channel(group, tensor) if op in _KINDS else None
     if channel is None:
-        return dist.all_reduce(tensor, op=op, group=group, async_op=async_op)
+        dist.all_reduce(tensor, op=op, group=group)
+        return
     data = _outside_autograd(tensor)
     dense = data.contiguous()
     channel.all_reduce(dense, _KINDS[op])
     if dense is not data:
         data.copy_(dense)
-    return _Done() if async_op else None
 
 
-def all_gather_into_tensor(output, tensor, group=None, async_op=False):
-    channel = _channel(group, async_op, tensor)
+def all_gather_into_tensor(output, tensor, group=None):
+    channel = _channel(group, tensor)
     if channel is None:
-        return torch_all_gather(output, tensor, group=group, async_op=async_op)
-    channel.all_gather(_outside_autograd(output), _outside_autograd(tensor).contiguous())
-    return _Done() if async_op else None
+        torch_all_gather(output, tensor, group=group)
+    else:
+        channel.all_gather(_outside_autograd(output), _outside_autograd(tensor).contiguous())
 
 
-def reduce_scatter_tensor(output, tensor, op=dist.ReduceOp.SUM, group=None, async_op=False):
-    channel = _channel(group, async_op, tensor) if op == dist.ReduceOp.SUM else None
+def reduce_scatter_tensor(output, tensor, op=dist.ReduceOp.SUM, group=None):
+    channel = _channel(group, tensor) if op == dist.ReduceOp.SUM else None
     if channel is None:
-        return torch_reduce_scatter(output, tensor, op=op, group=group, async_op=async_op)
-    channel.reduce_scatter(_outside_autograd(output), _outside_autograd(tensor).contiguous())
-    return _Done() if async_op else None
+        torch_reduce_scatter(output, tensor, op=op, group=group)
+    else:
+        channel.reduce_scatter(_outside_autograd(output), _outside_autograd(tensor).contiguous())

@@ -2,9 +2,9 @@
 
 `adapt()` gives every module of megatron-core a view of torch in which the current accelerator is the CPU: factories
 that ask for `device="cuda"` make CPU tensors, streams and events do nothing, the CUDA generator is the CPU's, and
-collectives that are waited for may go through shared memory (collectives.py). torch itself stays as it is, apart from
-`Tensor.cuda` (returns the tensor) and `Tensor.type()` (megatron-core's optimizers compare it with the names of CUDA
-types). On a GPU nothing here is called.
+sums and gathers are done when asked for, through shared memory where ranks have it (collectives.py). torch itself stays
+as it is, apart from `Tensor.cuda` (returns the tensor) and `Tensor.type()` (megatron-core's optimizers compare it with
+the names of CUDA types). On a GPU nothing here is called.
 
 Call it before megatron-core is first imported. Tried with megatron-core 0.16.1.
 """
@@ -17,7 +17,6 @@ import math
 import sys
 import types
 import warnings
-from collections.abc import Callable
 
 import torch
 
@@ -27,9 +26,6 @@ from scale_llm.parallel.weight_gradient import accumulate_weight_gradient
 _FACTORIES = ("tensor", "empty", "zeros", "ones", "full", "arange", "rand", "randn", "randint",
               "empty_like", "zeros_like", "ones_like", "full_like", "linspace", "eye")  # fmt: skip
 
-
-_DATA_PARALLEL = "megatron.core.distributed"
-"""Starts operations on gradients and weights and waits for them later; has torch collect those that start together."""
 
 _GPU_PACKAGES = ("transformer_engine", "apex", "amp_C", "fused_weight_gradient_mlp_cuda")
 """megatron-core takes these wherever they can be imported, and their optimizers and kernels fail without a GPU. Also,
@@ -200,25 +196,19 @@ class _ViewFinder(importlib.abc.MetaPathFinder):
     """Finds megatron-core's modules and has them loaded with a view."""
 
     def __init__(self):
-        ours: list[Callable] = [
-            collectives.all_reduce,
-            collectives.all_gather_into_tensor,
-            collectives.reduce_scatter_tensor,
-        ]
-        at_once = [collectives.at_once(each) for each in ours]
-        self._of_all, self._of_data_parallel = (
-            (_cpu_view(all_reduce), {"dist_all_gather_func": all_gather, "dist_reduce_scatter_func": reduce_scatter,
-                                     "_coalescing_manager": collectives.coalesced})
-            for all_reduce, all_gather, reduce_scatter in (ours, at_once)
-        )  # fmt: skip
+        self._view = _cpu_view(collectives.at_once(collectives.all_reduce))
+        self._kept = {
+            "dist_all_gather_func": collectives.at_once(collectives.all_gather_into_tensor),
+            "dist_reduce_scatter_func": collectives.at_once(collectives.reduce_scatter_tensor),
+            "_coalescing_manager": collectives.coalesced,
+        }
 
     def find_spec(self, name, path, target=None):
         if not name.startswith("megatron.core"):
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
         if spec is not None and isinstance(spec.loader, importlib.machinery.SourceFileLoader):
-            given = self._of_data_parallel if name.startswith(_DATA_PARALLEL) else self._of_all
-            spec.loader = _ViewLoader(spec.loader, *given)
+            spec.loader = _ViewLoader(spec.loader, self._view, self._kept)
         return spec
 
 

@@ -169,8 +169,7 @@ def build_mesh(
 def _share_memory(collection: Any, world_group: dist.ProcessGroup, timeout_minutes: float | None) -> None:
     """For what ranks of a mesh on CPUs wait for; all ranks of a group come to it in one order."""
     seconds = 60 * (timeout_minutes or 30)
-    share(collection.tp, seconds, at_once=True)
-    for name in ("cp", "dp", "mp", "tp_cp", "dp_cp", "tp_dp_cp", "ep", "expt_tp", "tp_ep", "tp_ep_pp"):
+    for name in ("tp", "cp", "dp", "mp", "tp_cp", "dp_cp", "tp_dp_cp", "ep", "expt_tp", "tp_ep", "tp_ep_pp"):
         share(getattr(collection, name), seconds)
     share(world_group, seconds)
 

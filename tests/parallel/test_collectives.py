@@ -40,15 +40,12 @@ def test_autograd_sees_no_change(ranks):
     assert ranks(2, "support.collectives:saved_for_backward")[0] == pytest.approx(2 * 3 * 2.718281828)
 
 
-def test_asynchronous_sums(ranks):
-    assert ranks(2, "support.collectives:asynchronous") == [[True] * 6] * 2
-
-
-def test_overlapped_operations_of_data_parallelism_are_done_at_once(ranks):
-    """No thread of gloo writes to a bucket while the rank computes."""
-    for rank, found in enumerate(ranks(2, "support.collectives:of_data_parallelism")):
-        assert found == {"weights": [1, 1, 2, 2], "share": [[0, 3], [6, 9]][rank], "total": [6, 6, 6],
-                         "exchanges": 4, "waited": True, "awaited": None}  # fmt: skip
+@pytest.mark.parametrize(("axis", "total", "exchanges"), [("tensor", 3, 3), ("data", 6, 4)])
+def test_what_megatron_core_starts_is_done_at_once(ranks, axis, total, exchanges):
+    """No thread of gloo writes to a tensor while the rank computes."""
+    for rank, found in enumerate(ranks(2, f"support.collectives:of_{axis}_parallelism")):
+        assert found == {"weights": [1, 1, 2, 2], "share": [[0, 3], [6, 9]][rank], "total": [total] * 3,
+                         "exchanges": exchanges, "waited": True, "awaited": None}  # fmt: skip
 
 
 def test_a_peer_that_ends_is_named_at_once(ranks, tmp_path):

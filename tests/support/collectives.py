@@ -109,7 +109,7 @@ def mixed(turns: int) -> dict:
             wanted = wanted.view(size, count)[rank] if kind == "reduce_scatter" else wanted
         if not torch.equal(output, wanted):
             wrong.append(f"{turn} {kind} {dtype} {count}")
-    channel, _ = collectives._channels[group]
+    channel = collectives._channels[group]
     return {"wrong": wrong, "exchanges": channel._count}
 
 
@@ -176,21 +176,23 @@ def saved_for_backward() -> float:
     return x.grad.sum().item()
 
 
-def asynchronous() -> list[bool]:
-    """Whether an asynchronous sum is done when it was waited for, and which way it went: through shared memory within
-    tensor parallelism, through gloo elsewhere."""
+def of_tensor_parallelism() -> dict[str, Any]:
+    """What megatron-core's layers start, as it is before they wait for it."""
     start("cpu", threads=1)
-    found = []
-    for sizes in (MeshSizes(dp=2), MeshSizes(tp=2)):
-        mesh = build_mesh(sizes, "gloo")
-        group = mesh.groups.tp if sizes.tp == 2 else mesh.groups.dp
-        before = collectives._channels[group][0]._count
-        value = torch.ones(3)
-        handle = collectives.all_reduce(value, group=group, async_op=True)
-        handle.wait()
-        shared = collectives._channels[group][0]._count > before
-        found += [value.sum().item() == 6, handle.is_completed(), shared == (sizes.tp == 2)]
-    return found
+    from megatron.core.tensor_parallel import layers
+
+    group = build_mesh(MeshSizes(tp=2), "gloo").groups.tp
+    channel = collectives._channels[group]
+    before, mine = channel._count, float(group.rank() + 1)
+    total, whole, share = torch.full((3,), mine), torch.zeros(4), torch.zeros(2)
+    handles = [
+        layers.torch.distributed.all_reduce(total, group=group, async_op=True),
+        layers.dist_all_gather_func(whole, torch.full((2,), mine), group=group, async_op=True),
+        layers.dist_reduce_scatter_func(share, torch.arange(4.0) * mine, group=group, async_op=True),
+    ]
+    return {"total": total.tolist(), "weights": whole.tolist(), "share": share.tolist(),
+            "exchanges": channel._count - before, "waited": all(handle.wait() for handle in handles),
+            "awaited": layers.torch.distributed.all_reduce(total, group=group)}  # fmt: skip
 
 
 def of_data_parallelism() -> dict[str, Any]:
@@ -199,7 +201,7 @@ def of_data_parallelism() -> dict[str, Any]:
     from megatron.core.distributed import param_and_grad_buffer as buffers
 
     group = build_mesh(MeshSizes(dp=2), "gloo").groups.dp
-    channel = collectives._channels[group][0]
+    channel = collectives._channels[group]
     before, mine = channel._count, float(group.rank() + 1)
     weights, share, total = torch.zeros(4), torch.zeros(2), torch.full((3,), mine)
     with buffers._coalescing_manager(group, async_ops=True) as handle:
