@@ -159,6 +159,12 @@ def network_variables(join: Joined, *, cuda: bool) -> dict[str, str]:
     return {name: interface for name in names if name not in os.environ}
 
 
+def environment_of(cfg: RunConfig, join: Joined) -> dict[str, str]:
+    """What a rank that this process becomes finds."""
+    network = network_variables(join, cuda=cfg.cluster.device is Device.cuda)
+    return {**os.environ, **join.variables(), **rank_variables(cfg), **network}
+
+
 def tasks_per_node(text: str) -> list[int]:
     """Slurm's short form, one number a node: `2(x3),1` is [2, 2, 2, 1]."""
     counts: list[int] = []

@@ -8,11 +8,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn
 
-from scale_llm.config.cluster import Device
 from scale_llm.config.errors import UserError
 from scale_llm.config.io import write_text
 from scale_llm.config.run import RunConfig
-from scale_llm.launch.environment import Joined, network_variables, rank_variables, start_name
+from scale_llm.launch.environment import Joined, environment_of, start_name
 from scale_llm.launch.lock import take
 
 MINUTES_TO_PREPARE = 120
@@ -35,10 +34,8 @@ def join_ranks(cfg: RunConfig, join: Joined, identity: str) -> NoReturn:
             open_run(cfg)
     else:
         wait_until_ready(ready, start, join)
-    network = network_variables(join, cuda=cfg.cluster.device is Device.cuda)
-    environment = {**os.environ, **join.variables(), **rank_variables(cfg), **network}
     command = [sys.executable, "-u", "-m", "scale_llm.launch.rank", cfg.run_dir, "--joined"]
-    os.execve(sys.executable, command, environment)
+    os.execve(sys.executable, command, environment_of(cfg, join))
 
 
 @contextmanager

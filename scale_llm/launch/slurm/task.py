@@ -12,7 +12,6 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from scale_llm.config.cluster import Device
 from scale_llm.config.errors import UserError
 from scale_llm.config.exit_status import REQUEUE
 from scale_llm.config.io import CONFIG_FILE, load_config, to_yaml, write_text
@@ -21,7 +20,7 @@ from scale_llm.config.resolve import resolve
 from scale_llm.config.run import RunConfig
 from scale_llm.config.stage import UntrainedStageConfig
 from scale_llm.config.validate import machine_problems
-from scale_llm.launch.environment import Joined, network_variables, rank_variables, start_name, task_of_srun
+from scale_llm.launch.environment import Joined, environment_of, start_name, task_of_srun
 from scale_llm.launch.join import READY, marked, wait_until_ready
 from scale_llm.launch.lock import take
 
@@ -39,13 +38,11 @@ def become_rank(run_dir: Path) -> NoReturn:
     error_file = run_dir / ERROR_FILES.format(rank=join.rank)
     os.environ["TORCHELASTIC_ERROR_FILE"] = str(error_file)  # where `job end` finds why a rank failed
     _meet(cfg, run_dir, join)
-    network = network_variables(join, cuda=cfg.cluster.device is Device.cuda)
-    environment = {**os.environ, **join.variables(), **rank_variables(cfg), **network}
     command = [sys.executable, "-u", "-m", "scale_llm.launch.rank", str(run_dir), "--joined", "--job"]
     if saves:
         # From here the kernel keeps a signal, as a mask survives exec, until the rank's StopRequest asks for it
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    os.execve(sys.executable, command, environment)
+    os.execve(sys.executable, command, environment_of(cfg, join))
 
 
 def _answer_signals(saves: bool) -> None:
