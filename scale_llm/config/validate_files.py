@@ -121,10 +121,15 @@ def _load(cfg: RunConfig, key: str, load: str | None) -> list[str]:
     if (former.get("peft") or {}).get("method", "none") == "none":
         return problems
     if cfg.peft.method is PeftMethod.none:
-        merge = "merge them into their base (tools/convert_checkpoint.py merge), and give that"
-        return [*problems, f"{key}={load}: holds adapters alone; {merge}"]
+        return [*problems, adapters_alone(key, load)]
     remedy = "choose those, which the run goes on from, or merge them first (tools/convert_checkpoint.py merge)"
     return problems + other_adapters(cfg, former, f"{key}={load}: holds other adapters", remedy)
+
+
+def adapters_alone(key: str, load: str) -> str:
+    """The problem of a checkpoint that a whole model is to be read from."""
+    merge = "merge them into their base (tools/convert_checkpoint.py merge), and give that"
+    return f"{key}={load}: holds adapters alone; {merge}"
 
 
 def _one_of(directory: Path) -> str:

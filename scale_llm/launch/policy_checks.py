@@ -7,7 +7,7 @@ from scale_llm.config.peft import PeftMethod
 from scale_llm.config.policy import PolicyStageConfig
 from scale_llm.config.roles import ROLES, load_of, ranks_of, role_config, roles_of
 from scale_llm.config.run import RunConfig
-from scale_llm.config.validate_files import other_tokenizer
+from scale_llm.config.validate_files import adapters_alone, other_tokenizer
 from scale_llm.config.validate_layout import layout_problems
 from scale_llm.config.validate_model import model_problems
 from scale_llm.config.validate_policy import size_problems
@@ -59,10 +59,7 @@ def _role(cfg: RunConfig, role: str) -> list[str]:
     if role == "reference":
         return found
     if written.peft.method is not PeftMethod.none:
-        found.append(
-            f"{key}={load}: holds adapters alone; merge them into their base (tools/convert_checkpoint.py merge), and "
-            "give that"
-        )
+        found.append(adapters_alone(key, load))
     longest = written.model.max_position_embeddings or 0
     if written.model.position_embedding_type is PositionEmbedding.learned_absolute and longest < cfg.model.seq_length:
         found.append(
