@@ -36,7 +36,7 @@ class Machine:
 
 def detect() -> Machine:
     """This machine. Costs milliseconds, and a call of nvidia-smi where there are GPUs."""
-    fast_bf16 = not _cpu_flags().isdisjoint({"amx_bf16", "avx512_bf16"})
+    fast_bf16 = not cpu_flags().isdisjoint({"amx_bf16", "avx512_bf16"})
     gpus = _gpus()
     return Machine(
         cores=_cores(),
@@ -62,7 +62,8 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _cpu_flags() -> frozenset[str]:
+def cpu_flags() -> frozenset[str]:
+    """Features of the processor by Linux's names; none where it does not say."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:

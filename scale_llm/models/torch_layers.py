@@ -12,7 +12,16 @@ from megatron.core.transformer.enums import AttnMaskType
 
 from scale_llm.models.cached_attention import CachedSelfAttention
 from scale_llm.models.kv_cache import CachedTokens
-from scale_llm.models.ops import attention, rms_norm, rotary_tables, swiglu, to_batches, to_row
+from scale_llm.models.ops import (
+    attention,
+    attention_of_sequences,
+    rms_norm,
+    rotary_tables,
+    swiglu,
+    takes_sequences,
+    to_batches,
+    to_row,
+)
 from scale_llm.models.packing import PackedSequences
 from scale_llm.parallel.context import gather_sequence, sequence_chunks
 
@@ -75,7 +84,7 @@ class TorchSelfAttention(CachedSelfAttention):
                 hidden_states, attention_mask, key_value_states, inference_context, rotary_pos_emb, **kwargs
             )
         mixed, _ = self.linear_qkv(hidden_states)
-        if packed is None or packed.batches is None:
+        if packed is None or packed.batches is None or self.core_attention.takes_rows(mixed):
             tables = None if rotary_pos_emb is None else self._tables_of(rotary_pos_emb, mixed.dtype, packed)
             return self.linear_proj(self._context(mixed, tables, attention_mask, packed))
         tables = None if rotary_pos_emb is None else self._tables_of(rotary_pos_emb, mixed.dtype, None)
@@ -120,6 +129,7 @@ class TorchAttention(torch.nn.Module):
         self.cp_group = pg_collection.cp
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.window = None if config.window_size is None else config.window_size[0] + 1
+        self.head_size = config.kv_channels
         self.scale = softmax_scale if softmax_scale is not None else 1.0 / math.sqrt(config.kv_channels)
 
     def forward(
@@ -135,12 +145,20 @@ class TorchAttention(torch.nn.Module):
         causal = attn_mask_type is not AttnMaskType.no_mask
         return self._attend(query, key, value, hidden=attention_mask, causal=causal)
 
+    def takes_rows(self, x) -> bool:
+        """Whether it takes rows of several sequences as they are, with numbers of the type of x."""
+        return takes_sequences(x.dtype, x.device, self.head_size, window=self.window, dropout_p=self._dropout())
+
+    def _dropout(self) -> float:
+        return self.dropout if self.training else 0.0
+
     def _attend(self, query, key, value, **where):
-        dropout = self.dropout if self.training else 0.0
-        return attention(query, key, value, scale=self.scale, dropout_p=dropout, window=self.window, **where)
+        return attention(query, key, value, scale=self.scale, dropout_p=self._dropout(), window=self.window, **where)
 
     def _packed(self, query, key, value, packed: PackedSequences):
         """Each sequence attends to itself alone; padding, which nothing reads, gives 0."""
+        if packed.batches is not None:
+            return attention_of_sequences(query, key, value, packed.starts, scale=self.scale)
         chunk = query.size(0)
         chunks: tuple[int, ...] = (0,)
         if self.cp_group is not None and self.cp_group.size() > 1:

@@ -117,3 +117,17 @@ def test_a_context_parallel_rank_with_padding_alone_takes_part(ranks):
     found = ranks(2, STEP, overrides={**CP2, "model.seq_length": 1600}, batching="packed")
     assert found[0]["shapes"] == [(1, 1600)]
     assert_same(found, alone)
+
+
+@pytest.mark.slow
+def test_packed_in_bf16(ranks):
+    """By compiled kernels, which take a row of sequences as it is where the processor multiplies BF16: as close to one
+    by one as BF16 is, which is far less than what a look at another sequence would change."""
+    overrides = {"precision.bf16": True, "model.compile_ops": True}
+    alone = ranks(1, STEP, overrides=overrides, batching="padded")[0]
+    found = ranks(1, STEP, overrides=overrides, batching="packed", micro_batch_size=2)[0]
+    assert relative(found["loss"], alone["loss"]) < 1e-3
+    assert relative(found["grad_norm"], alone["grad_norm"]) < 3e-3
+    for name, gradient in alone["gradient"].items():
+        if "layernorm" not in name:  # their weights are 1, and a gradient is a difference of weights in BF16
+            assert (found["gradient"][name] - gradient).norm() < 0.02 * gradient.norm(), name

@@ -7,10 +7,13 @@ torch has one. No megatron-core here: tensors in, tensors out.
 Shapes: s sequence, b batch, h hidden, g key/value groups, r query heads of a group, d head size, f feed-forward.
 """
 
-from scale_llm.models.ops.attention import attention
+from scale_llm.models.ops.attention import attention, attention_of_sequences, takes_sequences
 from scale_llm.models.ops.norm import rms_norm
 from scale_llm.models.ops.regroup import to_batches, to_row
 from scale_llm.models.ops.rope import rotary, rotary_tables, split_rotary
 from scale_llm.models.ops.swiglu import swiglu
 
-__all__ = ["attention", "rms_norm", "rotary", "rotary_tables", "split_rotary", "swiglu", "to_batches", "to_row"]
+__all__ = [
+    "attention", "attention_of_sequences", "rms_norm", "rotary", "rotary_tables", "split_rotary", "swiglu",
+    "takes_sequences", "to_batches", "to_row",
+]  # fmt: skip

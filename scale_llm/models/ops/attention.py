@@ -1,14 +1,16 @@
 """Attention with grouped queries, causal with an offset or under an explicit mask.
 
-On a CPU the forward pass is torch's flash kernel and the backward pass is written here, by blocks of queries as batched
-matrix products: torch's own CPU backward takes 19 ms where this takes 9 (32 heads of [512, 64], BF16, two cores with
-AMX). Nothing of the size of queries x keys is kept between the two. On a GPU both are torch's.
+Causal attention in BF16 on a CPU that multiplies BF16 is `attention_native`. Elsewhere on a CPU, and under a mask, the
+forward pass is torch's flash kernel and the backward pass is written here, by blocks of queries as batched matrix
+products: torch's own takes 19 ms where this takes 9 (32 heads of [512, 64], BF16, two cores with AMX). Nothing of the
+size of queries x keys is kept between the two. On a GPU both are torch's.
 """
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from scale_llm.models.ops import attention_native as native
 from scale_llm.models.ops.wide import wide
 from scale_llm.parallel.fused import add_into, compiling, fused
 
@@ -54,12 +56,34 @@ def attention(
         hidden, end = _outside(window, hidden, end, sq, key.size(0), query.device), None
     q, k, v = query.permute(1, 2, 0, 3, 4), key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
     if q.device.type == "cpu" and dropout_p == 0.0:
+        if hidden is None and native.usable(q.dtype, q.device, q.size(-1)):
+            return native.Attention.apply(q, k, v, scale, end, None)
         return _Attention.apply(q, k, v, scale, hidden, end)
     heads, k, v, mask, is_causal = _for_kernel(q, k, v, hidden, end)
     out = F.scaled_dot_product_attention(
         heads, k, v, attn_mask=mask, is_causal=is_causal, dropout_p=dropout_p, scale=scale
     )
     return _merge(out.unflatten(0, q.shape[:2]))
+
+
+def takes_sequences(dtype: torch.dtype, device: torch.device, d: int, *, window: int | None, dropout_p: float) -> bool:
+    """Whether `attention_of_sequences` can be asked for heads of size d."""
+    return window is None and dropout_p == 0.0 and native.usable(dtype, device, d)
+
+
+def attention_of_sequences(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor, *, scale: float
+) -> torch.Tensor:
+    """Causal attention of the sequences of one row, each to itself alone.
+
+    Shapes as in `attention`, with sq = sk and b = 1. starts: int64 [n + 1], where each begins, and the end of the last;
+    places behind it give 0.
+    """
+    g = key.size(2)
+    if query.dim() == 4:
+        query = query.unflatten(2, (g, query.size(2) // g))
+    q, k, v = query.permute(1, 2, 0, 3, 4), key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
+    return native.Attention.apply(q, k, v, scale, 0, starts)
 
 
 def _outside(window, hidden, end, sq, sk, device):
@@ -189,5 +213,7 @@ def _masked_gradient(scores, grad, log_sum, delta, scale, hidden):
 
 def _gradient(scores, grad, log_sum, delta, scale, hidden):
     p = torch.where(hidden, 0.0, torch.exp(wide(scores) * scale - log_sum.unsqueeze(-1)))
-    grad.copy_(p * (wide(grad) - delta.unsqueeze(-1)) * scale)
+    # Hidden again: with the same indices as the probabilities it is compiled into one pass with them, else they are
+    # kept in FP32 between two.
+    grad.copy_(torch.where(hidden, 0.0, p * (wide(grad) - delta.unsqueeze(-1)) * scale))
     scores.copy_(p)

@@ -1,0 +1,420 @@
+// Causal attention of BF16 heads with grouped queries, forward and backward, for CPUs that multiply BF16 (AVX-512 BF16
+// or AMX). The products are oneDNN's brgemm, which libtorch_cpu exports; what is between them stays in cache.
+//
+// Scores are held transposed, [keys, queries]: lanes of a vector are then queries, so that maxima and sums of the
+// softmax need no step across lanes, and the operands that the next product wants are written as they come.
+// Softmax by blocks of keys: Dao et al., FlashAttention-2, https://arxiv.org/abs/2307.08691, algorithms 1 and 2.
+//
+// "pairs": [k/2, n, 2], the layout in which brgemm wants its second operand [k, n] of BF16.
+// Every number depends on its sequence and head alone, not on the number of threads.
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+
+namespace c10 {
+struct BFloat16;
+}
+namespace at::native::cpublas {
+void brgemm(int64_t m, int64_t n, int64_t k, int64_t ld_a, int64_t ld_b, int64_t ld_c, const bool add_c,
+            const c10::BFloat16* a, const c10::BFloat16* b, float* c, bool is_vnni);
+void brgemm_release(bool is_vnni);
+}  // namespace at::native::cpublas
+
+namespace {
+
+using bf16 = uint16_t;
+constexpr int64_t LANES = 16;
+constexpr int64_t UNIT = 32;      // blocks are padded to a multiple of this, so that few kinds of brgemm are made
+constexpr int64_t QUERIES = 128;  // of a block
+constexpr int64_t KEYS = 128;     // of a block
+constexpr float LOG2_E = 1.4426950408889634f;
+constexpr float NEVER = 1e30f;  // 2^-NEVER is 0; no infinity, which compilers may be told not to expect
+
+int64_t padded(int64_t n) { return (n + UNIT - 1) / UNIT * UNIT; }
+
+template <typename T>
+struct Buffer {
+  T* data;
+  explicit Buffer(int64_t n) : data(static_cast<T*>(std::aligned_alloc(64, padded(n * sizeof(T) + 64) / 64 * 64))) {}
+  ~Buffer() { std::free(data); }
+  Buffer(const Buffer&) = delete;
+  operator T*() const { return data; }
+};
+
+// c [m, n] (+)= a [m, k] b [k, n], b in pairs
+void multiply(int64_t m, int64_t n, int64_t k, const bf16* a, int64_t ld_a, const bf16* b, int64_t ld_b, float* c,
+              int64_t ld_c, bool add) {
+  at::native::cpublas::brgemm(m, n, k, ld_a, ld_b, ld_c, add, reinterpret_cast<const c10::BFloat16*>(a),
+                              reinterpret_cast<const c10::BFloat16*>(b), c, true);
+}
+
+__mmask16 first(int64_t n) { return n >= LANES ? 0xffff : n <= 0 ? 0 : (1u << n) - 1; }
+
+// 2^x, relative error under 2e-7; Taylor's series to the sixth power on [-1/2, 1/2]. 0 for x below -150, NaN for NaN.
+__m512 exp2(__m512 x) {
+  x = _mm512_max_ps(_mm512_set1_ps(-200.f), x);  // in this order: of NaN and a number, the instruction gives the second
+  const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 f = _mm512_sub_ps(x, whole);
+  __m512 y = _mm512_set1_ps(1.5403530e-4f);
+  for (const float c : {1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.f})
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(c));
+  return _mm512_scalef_ps(y, whole);
+}
+
+void transpose(__m512i r[LANES]) {
+  __m512i t[LANES];
+  for (int i = 0; i < 8; i++) {
+    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < LANES; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int j = 0; j < 4; j++) {
+    t[j] = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88);
+    t[4 + j] = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd);
+    t[8 + j] = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);
+    t[12 + j] = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
+  }
+  for (int j = 0; j < 4; j++) {
+    r[j] = _mm512_shuffle_i32x4(t[j], t[8 + j], 0x88);
+    r[4 + j] = _mm512_shuffle_i32x4(t[4 + j], t[12 + j], 0x88);
+    r[8 + j] = _mm512_shuffle_i32x4(t[j], t[8 + j], 0xdd);
+    r[12 + j] = _mm512_shuffle_i32x4(t[4 + j], t[12 + j], 0xdd);
+  }
+}
+
+// Rows [n, d] of a tensor as they are, zeros to row `to`.
+void copy_rows(const bf16* x, int64_t stride, int64_t n, int64_t to, int64_t d, bf16* out) {
+  for (int64_t i = 0; i < n; i++) std::copy_n(x + i * stride, d, out + i * d);
+  std::fill_n(out + n * d, (to - n) * d, 0);
+}
+
+// Rows [n, d] as pairs of rows [to / 2, d, 2], zeros to row `to`.
+void pair_rows(const bf16* x, int64_t stride, int64_t n, int64_t to, int64_t d, bf16* out) {
+  for (int64_t i = 0; i < to; i += 2, out += 2 * d) {
+    const bf16 *a = x + i * stride, *b = a + stride;
+    for (int64_t c = 0; c < d; c += LANES) {
+      const __mmask16 some = first(d - c);
+      const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(i < n ? some : 0, a + c));
+      const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(i + 1 < n ? some : 0, b + c));
+      _mm512_mask_storeu_epi32(out + 2 * c, some, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    }
+  }
+}
+
+// Rows [n, d] as pairs of columns [d / 2, ld, 2], zeros to row `to`, a multiple of UNIT.
+void pair_columns(const bf16* x, int64_t stride, int64_t n, int64_t to, int64_t d, bf16* out, int64_t ld) {
+  for (int64_t i = 0; i < to; i += LANES) {
+    for (int64_t c = 0; c < d / 2; c += LANES) {
+      __m512i r[LANES];
+      for (int64_t j = 0; j < LANES; j++)
+        r[j] = _mm512_maskz_loadu_epi32(i + j < n ? first(d / 2 - c) : 0, x + (i + j) * stride + 2 * c);
+      transpose(r);
+      for (int64_t j = 0; j < std::min(LANES, d / 2 - c); j++) _mm512_storeu_si512(out + 2 * ((c + j) * ld + i), r[j]);
+    }
+  }
+}
+
+// Rows [n, d] as columns [d, ld], zeros to column `to`, a multiple of UNIT.
+void columns(const bf16* x, int64_t stride, int64_t n, int64_t to, int64_t d, bf16* out, int64_t ld) {
+  for (int64_t i = 0; i < to; i += LANES) {
+    for (int64_t c = 0; c < d / 2; c += LANES) {
+      __m512i r[LANES];
+      for (int64_t j = 0; j < LANES; j++)
+        r[j] = _mm512_maskz_loadu_epi32(i + j < n ? first(d / 2 - c) : 0, x + (i + j) * stride + 2 * c);
+      transpose(r);
+      for (int64_t j = 0; j < std::min(LANES, d / 2 - c); j++) {
+        bf16* row = out + 2 * (c + j) * ld + i;
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(row), _mm512_cvtepi32_epi16(r[j]));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(row + ld), _mm512_cvtepi32_epi16(_mm512_srli_epi32(r[j], 16)));
+      }
+    }
+  }
+}
+
+// Columns [d, ld] of FP32, each times its factor, as rows [n, d] of BF16.
+void write_columns(const float* x, int64_t ld, const float* factor, int64_t n, int64_t d, bf16* out, int64_t stride) {
+  for (int64_t i = 0; i < n; i += LANES) {
+    const __m512 by = _mm512_loadu_ps(factor + i);
+    for (int64_t c = 0; c < d; c += LANES) {
+      __m512i r[LANES];
+      for (int64_t j = 0; j < LANES; j++)
+        r[j] = c + j < d ? _mm512_castps_si512(_mm512_mul_ps(_mm512_loadu_ps(x + (c + j) * ld + i), by))
+                         : _mm512_setzero_si512();
+      transpose(r);
+      for (int64_t j = 0; j < std::min(LANES, n - i); j++)
+        _mm256_mask_storeu_epi16(out + (i + j) * stride + c, first(d - c),
+                                 (__m256i)_mm512_cvtneps_pbh(_mm512_castsi512_ps(r[j])));
+    }
+  }
+}
+
+void write_rows(const float* x, int64_t n, int64_t d, bf16* out, int64_t stride) {
+  for (int64_t i = 0; i < n; i++)
+    for (int64_t c = 0; c < d; c += LANES)
+      _mm256_mask_storeu_epi16(out + i * stride + c, first(d - c),
+                               (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(first(d - c), x + i * d + c)));
+}
+
+// The products of two rows of BF16, summed.
+float dot(const bf16* a, const bf16* b, int64_t d) {
+  __m512 sum = _mm512_setzero_ps();
+  for (int64_t c = 0; c < d; c += LANES) {
+    const auto wide = [&](const bf16* x) {
+      const __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(d - c), x + c));
+      return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+    };
+    sum = _mm512_fmadd_ps(wide(a), wide(b), sum);
+  }
+  return _mm512_reduce_add_ps(sum);
+}
+
+// Two rows as pairs: a0 b0 a1 b1 ...
+__m512i pairs(__m512 a, __m512 b) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+}
+
+void store(bf16* to, __m512 x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x));
+}
+
+// Which of 16 queries see a key: those whose last key is not before it.
+struct Sees {
+  bool all;
+  __m512i last;
+  __mmask16 operator()(int64_t key) const {
+    return all ? 0xffff : _mm512_cmpge_epi32_mask(last, _mm512_set1_epi32(static_cast<int>(key)));
+  }
+};
+
+}  // namespace
+
+extern "C" {
+
+// A tensor [batch, group, place, head of the group, d], or without the heads; strides in elements, that of d is 1.
+struct Tensor {
+  bf16* data;
+  int64_t batch, group, place, head;
+  bf16* at(int64_t b, int64_t g, int64_t s, int64_t h) const {
+    return data + b * batch + g * group + s * place + h * head;
+  }
+};
+
+// Query i sees keys 0 to end + i. starts: null, or where each of `sequences` sequences of one row begins, and the end
+// of the last.
+struct Shape {
+  int64_t sequences, groups, heads, queries, keys, d, end, threads;
+  float scale;
+  const int64_t* starts;
+};
+}
+
+namespace {
+
+struct Sequence {
+  int64_t row, place, queries, keys, end;  // row: of the tensors' batch; place: its first there
+};
+
+Sequence sequence_of(const Shape& s, int64_t i) {
+  if (s.starts == nullptr) return {i, 0, s.queries, s.keys, s.end};
+  const int64_t length = s.starts[i + 1] - s.starts[i];
+  return {0, s.starts[i], length, length, 0};
+}
+
+// A block of queries, [first, first + n), against a block of keys.
+struct Block {
+  int64_t start, n, lanes;  // lanes: n, padded
+  int64_t end, keys;
+  int64_t seen() const { return std::max<int64_t>(0, std::min(keys, end + start + n)); }
+  Sees sees(int64_t lane, int64_t key, int64_t count) const {
+    if (key + count <= std::min(keys, end + start + 1)) return {true, _mm512_setzero_si512()};
+    const __m512i step = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i last = _mm512_add_epi32(step, _mm512_set1_epi32(static_cast<int>(end + start + lane)));
+    return {false, _mm512_min_epi32(last, _mm512_set1_epi32(static_cast<int>(keys - 1)))};
+  }
+};
+
+// Scores [count, lanes] -> probabilities in pairs, with the running maximum and sum of each lane; sums of values
+// [d, lanes] so far are brought to the new maximum.
+void softmax(const Block& block, const float* scores, int64_t key, int64_t count, float scale, float* maximum,
+             float* sum, float* values, int64_t d, bf16* p) {
+  const __m512 by = _mm512_set1_ps(scale * LOG2_E);
+  for (int64_t lane = 0; lane < block.lanes; lane += LANES) {
+    const Sees sees = block.sees(lane, key, count);
+    const __m512 before = _mm512_loadu_ps(maximum + lane);
+    __m512 most = before;
+    for (int64_t i = 0; i < count; i++) {
+      const __m512 score = _mm512_mul_ps(_mm512_loadu_ps(scores + i * QUERIES + lane), by);
+      most = _mm512_mask_max_ps(most, sees(key + i), most, score);
+    }
+    _mm512_storeu_ps(maximum + lane, most);
+    const __m512 factor = exp2(_mm512_sub_ps(before, most));
+    __m512 total = _mm512_mul_ps(_mm512_loadu_ps(sum + lane), factor);
+    for (int64_t i = 0; i < count; i += 2) {
+      const auto exponential = [&](int64_t j) {
+        const __m512 score = _mm512_loadu_ps(scores + j * QUERIES + lane);
+        const __m512 y = exp2(_mm512_fmsub_ps(score, by, most));
+        return _mm512_maskz_mov_ps(sees(key + j), y);
+      };
+      const __m512 a = exponential(i), b = exponential(i + 1);
+      total = _mm512_add_ps(total, _mm512_add_ps(a, b));
+      _mm512_storeu_si512(p + i * QUERIES + 2 * lane, pairs(a, b));
+    }
+    _mm512_storeu_ps(sum + lane, total);
+    if (key > 0)
+      for (int64_t c = 0; c < d; c++) {
+        float* value = values + c * QUERIES + lane;
+        _mm512_storeu_ps(value, _mm512_mul_ps(_mm512_loadu_ps(value), factor));
+      }
+  }
+}
+
+// Scores and gradients of probabilities [count, lanes] -> probabilities [count, lanes], and the gradient of the
+// products of queries and keys as [count, lanes] and in pairs. log_sum: binary logarithm of the lane's exponentials;
+// delta: its sum of probabilities times their gradients.
+void softmax_gradient(const Block& block, const float* scores, const float* grads, int64_t key, int64_t count,
+                      float scale, const float* log_sum, const float* delta, bf16* p, bf16* ds, bf16* ds_pairs) {
+  const __m512 by = _mm512_set1_ps(scale * LOG2_E), scales = _mm512_set1_ps(scale);
+  for (int64_t lane = 0; lane < block.lanes; lane += LANES) {
+    const Sees sees = block.sees(lane, key, count);
+    const __m512 from = _mm512_loadu_ps(log_sum + lane), mean = _mm512_loadu_ps(delta + lane);
+    for (int64_t i = 0; i < count; i += 2) {
+      __m512 gradient[2];
+      for (int64_t j = i; j < i + 2; j++) {
+        const __m512 y = exp2(_mm512_fmsub_ps(_mm512_loadu_ps(scores + j * QUERIES + lane), by, from));
+        const __m512 probability = _mm512_maskz_mov_ps(sees(key + j), y);
+        const __m512 less = _mm512_sub_ps(_mm512_loadu_ps(grads + j * QUERIES + lane), mean);
+        gradient[j - i] = _mm512_mul_ps(_mm512_mul_ps(probability, less), scales);
+        store(p + j * QUERIES + lane, probability);
+        store(ds + j * QUERIES + lane, gradient[j - i]);
+      }
+      _mm512_storeu_si512(ds_pairs + i * QUERIES + 2 * lane, pairs(gradient[0], gradient[1]));
+    }
+  }
+}
+
+void forward_of(const Shape& shape, int64_t sequence, int64_t g, const Tensor& query, const Tensor& key,
+                const Tensor& value, const Tensor& out, float* log_sum) {
+  const auto [b, place, queries, keys, end] = sequence_of(shape, sequence);
+  const int64_t d = shape.d, all = padded(keys);
+  Buffer<bf16> k(all * d), v((all + KEYS) * d), q(QUERIES * d), p(KEYS * QUERIES);
+  Buffer<float> scores(KEYS * QUERIES), values(QUERIES * d), maximum(QUERIES), sum(QUERIES);
+  copy_rows(key.at(b, g, place, 0), key.place, keys, all, d, k);
+  for (int64_t j = 0; j < keys; j += KEYS)
+    columns(value.at(b, g, place + j, 0), value.place, std::min(KEYS, keys - j), std::min(KEYS, all - j), d, v + j * d,
+            KEYS);
+  for (int64_t h = 0; h < shape.heads; h++) {
+    for (int64_t i = 0; i < queries; i += QUERIES) {
+      const int64_t n = std::min(QUERIES, queries - i);
+      const Block block{i, n, padded(n), end, keys};
+      const int64_t seen = block.seen(), lanes = block.lanes;
+      pair_columns(query.at(b, g, place + i, h), query.place, n, lanes, d, q, QUERIES);
+      std::fill_n(maximum.data, QUERIES, -NEVER);
+      std::fill_n(sum.data, QUERIES, 0.f);
+      std::fill_n(values.data, seen > 0 ? 0 : QUERIES * d, 0.f);
+      for (int64_t j = 0; j < seen; j += KEYS) {
+        const int64_t count = padded(std::min(KEYS, seen - j));
+        multiply(count, lanes, d, k + j * d, d, q, QUERIES, scores, QUERIES, false);
+        softmax(block, scores, j, count, shape.scale, maximum, sum, values, d, p);
+        multiply(d, lanes, count, v + j * d, KEYS, p, QUERIES, values, QUERIES, j > 0);
+      }
+      float* logs = log_sum + ((b * shape.groups + g) * shape.queries + place + i) * shape.heads + h;
+      for (int64_t l = 0; l < lanes; l++) {
+        const bool some = sum[l] != 0;
+        if (l < n) logs[l * shape.heads] = some ? maximum[l] + std::log2(sum[l]) : NEVER;
+        sum[l] = some ? 1 / sum[l] : 0;
+      }
+      write_columns(values, QUERIES, sum, n, d, out.at(b, g, place + i, h), out.place);
+    }
+  }
+}
+
+void backward_of(const Shape& shape, int64_t sequence, int64_t g, const Tensor& query, const Tensor& key,
+                 const Tensor& value, const Tensor& out, const Tensor& grad, const float* log_sum,
+                 const Tensor& grad_query, const Tensor& grad_key, const Tensor& grad_value) {
+  const auto [b, place, queries, keys, end] = sequence_of(shape, sequence);
+  const int64_t d = shape.d, all = padded(keys);
+  Buffer<bf16> k(all * d), k_columns((all + KEYS) * d), v(all * d), q(QUERIES * d), q_rows(QUERIES * d);
+  Buffer<bf16> dy(QUERIES * d), dy_rows(QUERIES * d), p(KEYS * QUERIES), ds(KEYS * QUERIES), ds_pairs(KEYS * QUERIES);
+  Buffer<float> scores(KEYS * QUERIES), grads(KEYS * QUERIES), logs(QUERIES), delta(QUERIES), ones(QUERIES);
+  Buffer<float> dk(all * d), dv(all * d), dq(QUERIES * d);
+  copy_rows(key.at(b, g, place, 0), key.place, keys, all, d, k);
+  copy_rows(value.at(b, g, place, 0), value.place, keys, all, d, v);
+  for (int64_t j = 0; j < keys; j += KEYS)
+    columns(key.at(b, g, place + j, 0), key.place, std::min(KEYS, keys - j), std::min(KEYS, all - j), d,
+            k_columns + j * d, KEYS);
+  std::fill_n(dk.data, all * d, 0.f);
+  std::fill_n(dv.data, all * d, 0.f);
+  std::fill_n(ones.data, QUERIES, 1.f);
+  for (int64_t h = 0; h < shape.heads; h++) {
+    for (int64_t i = 0; i < queries; i += QUERIES) {
+      const int64_t n = std::min(QUERIES, queries - i);
+      const Block block{i, n, padded(n), end, keys};
+      const int64_t seen = block.seen(), lanes = block.lanes, s = place + i;
+      pair_columns(query.at(b, g, s, h), query.place, n, lanes, d, q, QUERIES);
+      pair_columns(grad.at(b, g, s, h), grad.place, n, lanes, d, dy, QUERIES);
+      pair_rows(query.at(b, g, s, h), query.place, n, lanes, d, q_rows);
+      pair_rows(grad.at(b, g, s, h), grad.place, n, lanes, d, dy_rows);
+      for (int64_t l = 0; l < lanes; l++) {
+        logs[l] = l < n ? log_sum[((b * shape.groups + g) * shape.queries + s + l) * shape.heads + h] : NEVER;
+        delta[l] = l < n ? dot(grad.at(b, g, s + l, h), out.at(b, g, s + l, h), d) : 0;
+      }
+      std::fill_n(dq.data, seen > 0 ? 0 : QUERIES * d, 0.f);
+      for (int64_t j = 0; j < seen; j += KEYS) {
+        const int64_t count = padded(std::min(KEYS, seen - j));
+        multiply(count, lanes, d, k + j * d, d, q, QUERIES, scores, QUERIES, false);
+        multiply(count, lanes, d, v + j * d, d, dy, QUERIES, grads, QUERIES, false);
+        softmax_gradient(block, scores, grads, j, count, shape.scale, logs, delta, p, ds, ds_pairs);
+        multiply(count, d, lanes, p, QUERIES, dy_rows, d, dv + j * d, d, true);
+        multiply(count, d, lanes, ds, QUERIES, q_rows, d, dk + j * d, d, true);
+        multiply(d, lanes, count, k_columns + j * d, KEYS, ds_pairs, QUERIES, dq, QUERIES, j > 0);
+      }
+      write_columns(dq, QUERIES, ones, n, d, grad_query.at(b, g, s, h), grad_query.place);
+    }
+  }
+  write_rows(dk, keys, d, grad_key.at(b, g, place, 0), grad_key.place);
+  write_rows(dv, keys, d, grad_value.at(b, g, place, 0), grad_value.place);
+}
+
+template <typename F>
+void for_each_group(const Shape& shape, F&& work) {
+#pragma omp parallel num_threads(shape.threads)
+  {
+#pragma omp for collapse(2) schedule(dynamic, 1)
+    for (int64_t i = 0; i < shape.sequences; i++)
+      for (int64_t g = 0; g < shape.groups; g++) work(i, g);
+    at::native::cpublas::brgemm_release(true);  // AMX's tiles
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+void attention_forward(const Shape* shape, const Tensor* query, const Tensor* key, const Tensor* value,
+                       const Tensor* out, float* log_sum) {
+  for_each_group(*shape, [&](int64_t i, int64_t g) {
+    forward_of(*shape, i, g, *query, *key, *value, *out, log_sum);
+  });
+}
+
+void attention_backward(const Shape* shape, const Tensor* query, const Tensor* key, const Tensor* value,
+                        const Tensor* out, const Tensor* grad, const float* log_sum, const Tensor* grad_query,
+                        const Tensor* grad_key, const Tensor* grad_value) {
+  for_each_group(*shape, [&](int64_t i, int64_t g) {
+    backward_of(*shape, i, g, *query, *key, *value, *out, *grad, log_sum, *grad_query, *grad_key,
+                *grad_value);
+  });
+}
+}
