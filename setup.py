@@ -9,6 +9,6 @@ setup(
     package_data={
         "scale_llm_conf": ["**/*.yaml"],
         "scale_llm_slurm": ["*.sh", "*.sbatch", "*.md"],
-        "scale_llm": ["**/*.cpp", "**/*.jinja", "**/py.typed"],
+        "scale_llm": ["**/*.cpp", "**/*.h", "**/*.jinja", "**/py.typed"],
     },
 )

@@ -6,23 +6,36 @@ import functools
 import logging
 from pathlib import Path
 
+from scale_llm.config.machine import cpu_flags
 from scale_llm.parallel.fused import compiling
 
 log = logging.getLogger(__name__)
 
+_HEADER = Path(__file__).with_name("bf16.h")
+_INCLUDE = '#include "scale_llm/parallel/bf16.h"\n'
+"""Of a source; the file takes its place, so that a change of it is one of what is compiled."""
+
 
 def library(source: Path) -> ctypes.CDLL | None:
     """What `source` exports with C's names; it may call what libtorch_cpu exports. None: kernels are not compiled in
-    this process (`fused.use_compiler`), or this one could not be, which is logged once."""
-    return _compiled(source) if compiling() else None
+    this process (`fused.use_compiler`), the processor does not multiply BF16, or the source could not be compiled,
+    which is logged once."""
+    return _compiled(source) if compiling() and multiplies_bf16() else None
+
+
+@functools.cache
+def multiplies_bf16() -> bool:
+    """By AVX-512 BF16, which processors with AMX have too."""
+    return "avx512_bf16" in cpu_flags()
 
 
 @functools.cache
 def _compiled(source: Path) -> ctypes.CDLL | None:
     from torch._inductor.codecache import CppCodeCache
 
+    text = source.read_text().replace(_INCLUDE, _HEADER.read_text())
     try:
-        return CppCodeCache.load(source.read_text(), device_type="cpu")
+        return CppCodeCache.load(text, device_type="cpu")
     except (OSError, RuntimeError) as error:
         log.warning("%s could not be compiled; torch's own functions do its work, more slowly: %s", source.name, error)
         return None

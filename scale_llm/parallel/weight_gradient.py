@@ -1,10 +1,15 @@
 """Weight gradients of linear layers, added to a buffer of higher precision."""
 
+import ctypes
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from scale_llm.parallel.fused import add_into, compiling, fused
+from scale_llm.parallel.native import library
+
+SOURCE = Path(__file__).with_name("weight_gradient.cpp")
 
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 
@@ -12,11 +17,16 @@ Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 def accumulate_weight_gradient(x: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
     """main_grad [out, in] += grad_output^T x, for x [..., in] and grad_output [..., out].
 
-    The product of BF16 matrices is accumulated in FP32 and rounded once to BF16 before the addition.
+    The product of BF16 matrices is added in FP32 where weight_gradient.cpp is compiled. Elsewhere it is accumulated in
+    FP32 and rounded once to BF16 before the addition.
     """
     x, grad = x.reshape(-1, x.size(-1)), grad_output.reshape(-1, grad_output.size(-1))
     if main_grad.dtype == grad.dtype:
         main_grad.addmm_(grad.t(), x)
+    elif native := _native(x, grad, main_grad):
+        x, grad = x.contiguous(), grad.contiguous()
+        sizes = (ctypes.c_int64(n) for n in (*x.shape, grad.size(1), torch.get_num_threads()))
+        native(*(ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, grad, main_grad)), *sizes)
     elif not compiling():
         main_grad.add_(torch.mm(grad.t(), x))
     # oneDNN multiplies BF16 at half its rate where the left matrix is transposed in memory, so the smaller of the two
@@ -25,6 +35,16 @@ def accumulate_weight_gradient(x: torch.Tensor, grad_output: torch.Tensor, main_
         add_into(main_grad, torch.mm(_transposed(x), grad).t())
     else:
         add_into(main_grad, torch.mm(_transposed(grad), x))
+
+
+def _native(x: torch.Tensor, grad: torch.Tensor, main_grad: torch.Tensor):
+    """`weight_gradient` of weight_gradient.cpp, where it takes these matrices."""
+    if not (x.dtype == grad.dtype == torch.bfloat16 and main_grad.dtype == torch.float32):
+        return None
+    if grad.size(1) % 2 or not main_grad.is_contiguous():
+        return None
+    found = library(SOURCE)
+    return None if found is None else found.weight_gradient
 
 
 @fused

@@ -5,6 +5,7 @@ import torch
 
 from scale_llm.parallel import weight_gradient
 from scale_llm.parallel.fused import use_compiler
+from scale_llm.parallel.native import library
 from scale_llm.parallel.weight_gradient import accumulate_weight_gradient
 
 
@@ -23,6 +24,51 @@ def test_twice_into_one_buffer_is_the_sum(dtype, tolerance, size, compiled):
     finally:
         use_compiler(False)
     assert (buffer - exact).norm() < tolerance * exact.norm()
+
+
+@pytest.fixture
+def native():
+    use_compiler(True)
+    if library(weight_gradient.SOURCE) is None:
+        use_compiler(False)
+        pytest.skip("this processor does not multiply BF16, or there is no compiler")
+    yield
+    use_compiler(False)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "size"), [(1, (2, 2)), (37, (19, 50)), (512, (128, 128)), (1100, (130, 300)), (65, (700, 34))]
+)
+def test_added_in_fp32_on_a_cpu_that_multiplies_bf16(native, tokens, size):
+    """Nothing is rounded to BF16, at sizes within tiles, of whole tiles and beyond."""
+    generator = torch.Generator().manual_seed(0)
+    x, dy = (torch.randn(tokens, n, generator=generator).bfloat16() for n in size)
+    buffer = torch.ones(size[1], size[0])
+    accumulate_weight_gradient(x, dy, buffer)
+    exact = 1 + dy.double().t() @ x.double()
+    assert (buffer - exact).norm() < 1e-6 * exact.norm()
+
+
+def test_threads_change_nothing(native):
+    x, dy = (torch.randn(600, n, generator=torch.Generator().manual_seed(n)).bfloat16() for n in (300, 200))
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(torch.zeros(200, 300))
+            accumulate_weight_gradient(x, dy, found[-1])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found)
+
+
+def test_other_matrices_than_it_takes(native):
+    """An odd number of outputs, and a buffer that is a part of another's columns."""
+    x, dy = torch.randn(40, 16).bfloat16(), torch.randn(40, 9).bfloat16()
+    wide = torch.zeros(9, 20)
+    accumulate_weight_gradient(x, dy, wide[:, :16])
+    exact = dy.double().t() @ x.double()
+    assert (wide[:, :16] - exact).norm() < 1e-2 * exact.norm() and not wide[:, 16:].any()
 
 
 def test_a_kernel_for_a_gpu_is_taken_only_where_it_rounds_nothing():

@@ -1,59 +1,20 @@
 // Causal attention of BF16 heads with grouped queries, forward and backward, for CPUs that multiply BF16 (AVX-512 BF16
-// or AMX). The products are oneDNN's brgemm, which libtorch_cpu exports; what is between them stays in cache.
+// or AMX); what is between the products stays in cache.
 //
 // Scores are held transposed, [keys, queries]: lanes of a vector are then queries, so that maxima and sums of the
 // softmax need no step across lanes, and the operands that the next product wants are written as they come.
 // Softmax by blocks of keys: Dao et al., FlashAttention-2, https://arxiv.org/abs/2307.08691, algorithms 1 and 2.
 //
-// "pairs": [k/2, n, 2], the layout in which brgemm wants its second operand [k, n] of BF16.
 // Every number depends on its sequence and head alone, not on the number of threads.
 
-#include <immintrin.h>
-
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstdlib>
-#include <memory>
-
-namespace c10 {
-struct BFloat16;
-}
-namespace at::native::cpublas {
-void brgemm(int64_t m, int64_t n, int64_t k, int64_t ld_a, int64_t ld_b, int64_t ld_c, const bool add_c,
-            const c10::BFloat16* a, const c10::BFloat16* b, float* c, bool is_vnni);
-void brgemm_release(bool is_vnni);
-}  // namespace at::native::cpublas
+#include "scale_llm/parallel/bf16.h"
 
 namespace {
 
-using bf16 = uint16_t;
-constexpr int64_t LANES = 16;
-constexpr int64_t UNIT = 32;      // blocks are padded to a multiple of this, so that few kinds of brgemm are made
 constexpr int64_t QUERIES = 128;  // of a block
 constexpr int64_t KEYS = 128;     // of a block
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float NEVER = 1e30f;  // 2^-NEVER is 0; no infinity, which compilers may be told not to expect
-
-int64_t padded(int64_t n) { return (n + UNIT - 1) / UNIT * UNIT; }
-
-template <typename T>
-struct Buffer {
-  T* data;
-  explicit Buffer(int64_t n) : data(static_cast<T*>(std::aligned_alloc(64, padded(n * sizeof(T) + 64) / 64 * 64))) {}
-  ~Buffer() { std::free(data); }
-  Buffer(const Buffer&) = delete;
-  operator T*() const { return data; }
-};
-
-// c [m, n] (+)= a [m, k] b [k, n], b in pairs
-void multiply(int64_t m, int64_t n, int64_t k, const bf16* a, int64_t ld_a, const bf16* b, int64_t ld_b, float* c,
-              int64_t ld_c, bool add) {
-  at::native::cpublas::brgemm(m, n, k, ld_a, ld_b, ld_c, add, reinterpret_cast<const c10::BFloat16*>(a),
-                              reinterpret_cast<const c10::BFloat16*>(b), c, true);
-}
-
-__mmask16 first(int64_t n) { return n >= LANES ? 0xffff : n <= 0 ? 0 : (1u << n) - 1; }
 
 // 2^x, relative error under 2e-7; Taylor's series to the sixth power on [-1/2, 1/2]. 0 for x below -150, NaN for NaN.
 __m512 exp2(__m512 x) {
@@ -64,81 +25,6 @@ __m512 exp2(__m512 x) {
   for (const float c : {1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.f})
     y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(c));
   return _mm512_scalef_ps(y, whole);
-}
-
-void transpose(__m512i r[LANES]) {
-  __m512i t[LANES];
-  for (int i = 0; i < 8; i++) {
-    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-  }
-  for (int i = 0; i < LANES; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int j = 0; j < 4; j++) {
-    t[j] = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88);
-    t[4 + j] = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd);
-    t[8 + j] = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);
-    t[12 + j] = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
-  }
-  for (int j = 0; j < 4; j++) {
-    r[j] = _mm512_shuffle_i32x4(t[j], t[8 + j], 0x88);
-    r[4 + j] = _mm512_shuffle_i32x4(t[4 + j], t[12 + j], 0x88);
-    r[8 + j] = _mm512_shuffle_i32x4(t[j], t[8 + j], 0xdd);
-    r[12 + j] = _mm512_shuffle_i32x4(t[4 + j], t[12 + j], 0xdd);
-  }
-}
-
-// Rows [n, d] of a tensor as they are, zeros to row `to`.
-void copy_rows(const bf16* x, int64_t stride, int64_t n, int64_t to, int64_t d, bf16* out) {
-  for (int64_t i = 0; i < n; i++) std::copy_n(x + i * stride, d, out + i * d);
-  std::fill_n(out + n * d, (to - n) * d, 0);
-}
-
-// Rows [n, d] as pairs of rows [to / 2, d, 2], zeros to row `to`.
-void pair_rows(const bf16* x, int64_t stride, int64_t n, int64_t to, int64_t d, bf16* out) {
-  for (int64_t i = 0; i < to; i += 2, out += 2 * d) {
-    const bf16 *a = x + i * stride, *b = a + stride;
-    for (int64_t c = 0; c < d; c += LANES) {
-      const __mmask16 some = first(d - c);
-      const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(i < n ? some : 0, a + c));
-      const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(i + 1 < n ? some : 0, b + c));
-      _mm512_mask_storeu_epi32(out + 2 * c, some, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-    }
-  }
-}
-
-// Rows [n, d] as pairs of columns [d / 2, ld, 2], zeros to row `to`, a multiple of UNIT.
-void pair_columns(const bf16* x, int64_t stride, int64_t n, int64_t to, int64_t d, bf16* out, int64_t ld) {
-  for (int64_t i = 0; i < to; i += LANES) {
-    for (int64_t c = 0; c < d / 2; c += LANES) {
-      __m512i r[LANES];
-      for (int64_t j = 0; j < LANES; j++)
-        r[j] = _mm512_maskz_loadu_epi32(i + j < n ? first(d / 2 - c) : 0, x + (i + j) * stride + 2 * c);
-      transpose(r);
-      for (int64_t j = 0; j < std::min(LANES, d / 2 - c); j++) _mm512_storeu_si512(out + 2 * ((c + j) * ld + i), r[j]);
-    }
-  }
-}
-
-// Rows [n, d] as columns [d, ld], zeros to column `to`, a multiple of UNIT.
-void columns(const bf16* x, int64_t stride, int64_t n, int64_t to, int64_t d, bf16* out, int64_t ld) {
-  for (int64_t i = 0; i < to; i += LANES) {
-    for (int64_t c = 0; c < d / 2; c += LANES) {
-      __m512i r[LANES];
-      for (int64_t j = 0; j < LANES; j++)
-        r[j] = _mm512_maskz_loadu_epi32(i + j < n ? first(d / 2 - c) : 0, x + (i + j) * stride + 2 * c);
-      transpose(r);
-      for (int64_t j = 0; j < std::min(LANES, d / 2 - c); j++) {
-        bf16* row = out + 2 * (c + j) * ld + i;
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(row), _mm512_cvtepi32_epi16(r[j]));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(row + ld), _mm512_cvtepi32_epi16(_mm512_srli_epi32(r[j], 16)));
-      }
-    }
-  }
 }
 
 // Columns [d, ld] of FP32, each times its factor, as rows [n, d] of BF16.
@@ -364,8 +250,8 @@ void backward_of(const Shape& shape, int64_t sequence, int64_t g, const Tensor& 
       const int64_t seen = block.seen(), lanes = block.lanes, s = place + i;
       pair_columns(query.at(b, g, s, h), query.place, n, lanes, d, q, QUERIES);
       pair_columns(grad.at(b, g, s, h), grad.place, n, lanes, d, dy, QUERIES);
-      pair_rows(query.at(b, g, s, h), query.place, n, lanes, d, q_rows);
-      pair_rows(grad.at(b, g, s, h), grad.place, n, lanes, d, dy_rows);
+      pair_rows(query.at(b, g, s, h), query.place, n, lanes, d, q_rows, d);
+      pair_rows(grad.at(b, g, s, h), grad.place, n, lanes, d, dy_rows, d);
       for (int64_t l = 0; l < lanes; l++) {
         logs[l] = l < n ? log_sum[((b * shape.groups + g) * shape.queries + s + l) * shape.heads + h] : NEVER;
         delta[l] = l < n ? dot(grad.at(b, g, s + l, h), out.at(b, g, s + l, h), d) : 0;

@@ -6,13 +6,11 @@ several sequences has b = 1, and `starts`: int64 [n + 1], where each begins, and
 """
 
 import ctypes
-import functools
 from pathlib import Path
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from scale_llm.config.machine import cpu_flags
 from scale_llm.parallel.native import library
 
 SOURCE = Path(__file__).with_name("attention.cpp")
@@ -20,14 +18,7 @@ SOURCE = Path(__file__).with_name("attention.cpp")
 
 def usable(dtype: torch.dtype, device: torch.device, d: int) -> bool:
     """Whether heads of this size and type are computed here."""
-    if dtype != torch.bfloat16 or device.type != "cpu" or d % 2 or not _fast_bf16():
-        return False
-    return library(SOURCE) is not None
-
-
-@functools.cache
-def _fast_bf16() -> bool:
-    return "avx512_bf16" in cpu_flags()  # processors with AMX have it too
+    return dtype == torch.bfloat16 and device.type == "cpu" and d % 2 == 0 and library(SOURCE) is not None
 
 
 class _Tensor(ctypes.Structure):

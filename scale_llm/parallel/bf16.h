@@ -1,0 +1,122 @@
+// What kernels in C++ share: oneDNN's brgemm, which libtorch_cpu exports, and the layouts that its operands want.
+//
+// "pairs": [k/2, n, 2], the layout of its second operand [k, n] in BF16.
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+
+namespace c10 {
+struct BFloat16;
+}
+namespace at::native::cpublas {
+void brgemm(int64_t m, int64_t n, int64_t k, int64_t ld_a, int64_t ld_b, int64_t ld_c, const bool add_c,
+            const c10::BFloat16* a, const c10::BFloat16* b, float* c, bool is_vnni);
+void brgemm_release(bool is_vnni);
+}  // namespace at::native::cpublas
+
+namespace {
+
+using bf16 = uint16_t;
+constexpr int64_t LANES = 16;
+constexpr int64_t UNIT = 32;  // blocks are padded to a multiple of this, so that few kinds of brgemm are made
+
+int64_t padded(int64_t n) { return (n + UNIT - 1) / UNIT * UNIT; }
+
+template <typename T>
+struct Buffer {
+  T* data;
+  explicit Buffer(int64_t n) : data(static_cast<T*>(std::aligned_alloc(64, padded(n * sizeof(T) + 64) / 64 * 64))) {}
+  ~Buffer() { std::free(data); }
+  Buffer(const Buffer&) = delete;
+  operator T*() const { return data; }
+};
+
+// c [m, n] (+)= a [m, k] b [k, n], b in pairs
+void multiply(int64_t m, int64_t n, int64_t k, const bf16* a, int64_t ld_a, const bf16* b, int64_t ld_b, float* c,
+              int64_t ld_c, bool add) {
+  at::native::cpublas::brgemm(m, n, k, ld_a, ld_b, ld_c, add, reinterpret_cast<const c10::BFloat16*>(a),
+                              reinterpret_cast<const c10::BFloat16*>(b), c, true);
+}
+
+__mmask16 first(int64_t n) { return n >= LANES ? 0xffff : n <= 0 ? 0 : (1u << n) - 1; }
+
+void transpose(__m512i r[LANES]) {
+  __m512i t[LANES];
+  for (int i = 0; i < 8; i++) {
+    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < LANES; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int j = 0; j < 4; j++) {
+    t[j] = _mm512_shuffle_i32x4(r[j], r[4 + j], 0x88);
+    t[4 + j] = _mm512_shuffle_i32x4(r[j], r[4 + j], 0xdd);
+    t[8 + j] = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0x88);
+    t[12 + j] = _mm512_shuffle_i32x4(r[8 + j], r[12 + j], 0xdd);
+  }
+  for (int j = 0; j < 4; j++) {
+    r[j] = _mm512_shuffle_i32x4(t[j], t[8 + j], 0x88);
+    r[4 + j] = _mm512_shuffle_i32x4(t[4 + j], t[12 + j], 0x88);
+    r[8 + j] = _mm512_shuffle_i32x4(t[j], t[8 + j], 0xdd);
+    r[12 + j] = _mm512_shuffle_i32x4(t[4 + j], t[12 + j], 0xdd);
+  }
+}
+
+// Rows [n, d] of a tensor as they are, zeros to row `to`.
+void copy_rows(const bf16* x, int64_t stride, int64_t n, int64_t to, int64_t d, bf16* out) {
+  for (int64_t i = 0; i < n; i++) std::copy_n(x + i * stride, d, out + i * d);
+  std::fill_n(out + n * d, (to - n) * d, 0);
+}
+
+// Rows [n, d] as pairs of rows [to / 2, ld, 2], zeros to row `to`, an even number.
+void pair_rows(const bf16* x, int64_t stride, int64_t n, int64_t to, int64_t d, bf16* out, int64_t ld) {
+  for (int64_t i = 0; i < to; i += 2, out += 2 * ld) {
+    const bf16 *a = x + i * stride, *b = a + stride;
+    for (int64_t c = 0; c < d; c += LANES) {
+      const __mmask16 some = first(d - c);
+      const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(i < n ? some : 0, a + c));
+      const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(i + 1 < n ? some : 0, b + c));
+      _mm512_mask_storeu_epi32(out + 2 * c, some, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+    }
+  }
+}
+
+// Rows [n, d] as pairs of columns [d / 2, ld, 2], zeros to row `to`, a multiple of UNIT.
+void pair_columns(const bf16* x, int64_t stride, int64_t n, int64_t to, int64_t d, bf16* out, int64_t ld) {
+  for (int64_t i = 0; i < to; i += LANES) {
+    for (int64_t c = 0; c < d / 2; c += LANES) {
+      __m512i r[LANES];
+      for (int64_t j = 0; j < LANES; j++)
+        r[j] = _mm512_maskz_loadu_epi32(i + j < n ? first(d / 2 - c) : 0, x + (i + j) * stride + 2 * c);
+      transpose(r);
+      for (int64_t j = 0; j < std::min(LANES, d / 2 - c); j++) _mm512_storeu_si512(out + 2 * ((c + j) * ld + i), r[j]);
+    }
+  }
+}
+
+// Rows [n, d] as columns [d, ld], zeros to column `to`, a multiple of UNIT.
+void columns(const bf16* x, int64_t stride, int64_t n, int64_t to, int64_t d, bf16* out, int64_t ld) {
+  for (int64_t i = 0; i < to; i += LANES) {
+    for (int64_t c = 0; c < d / 2; c += LANES) {
+      __m512i r[LANES];
+      for (int64_t j = 0; j < LANES; j++)
+        r[j] = _mm512_maskz_loadu_epi32(i + j < n ? first(d / 2 - c) : 0, x + (i + j) * stride + 2 * c);
+      transpose(r);
+      for (int64_t j = 0; j < std::min(LANES, d / 2 - c); j++) {
+        bf16* row = out + 2 * (c + j) * ld + i;
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(row), _mm512_cvtepi32_epi16(r[j]));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(row + ld), _mm512_cvtepi32_epi16(_mm512_srli_epi32(r[j], 16)));
+      }
+    }
+  }
+}
+
+}  // namespace
