@@ -120,3 +120,20 @@ void columns(const bf16* x, int64_t stride, int64_t n, int64_t to, int64_t d, bf
 }
 
 }  // namespace
+
+// Whether brgemm runs here and is exact on whole numbers: an operand of ones, [4, 32], by one of twos. oneDNN may have
+// been told to do without the processor's instructions, and what it then throws must not reach a parallel region.
+extern "C" int works() {
+  Buffer<bf16> ones(4 * UNIT), twos(UNIT * UNIT);
+  Buffer<float> sum(4 * UNIT);
+  std::fill_n(ones.data, 4 * UNIT, 0x3f80);
+  std::fill_n(twos.data, UNIT * UNIT, 0x4000);
+  std::fill_n(sum.data, 4 * UNIT, 1.f);
+  try {
+    multiply(4, UNIT, UNIT, ones, UNIT, twos, UNIT, sum, UNIT, true);
+    at::native::cpublas::brgemm_release(true);
+  } catch (...) {
+    return 0;
+  }
+  return std::all_of(sum.data, sum.data + 4 * UNIT, [](float x) { return x == 1 + 2 * UNIT; });
+}

@@ -17,9 +17,9 @@ _INCLUDE = '#include "scale_llm/parallel/bf16.h"\n'
 
 
 def library(source: Path) -> ctypes.CDLL | None:
-    """What `source` exports with C's names; it may call what libtorch_cpu exports. None: kernels are not compiled in
-    this process (`fused.use_compiler`), the processor does not multiply BF16, or the source could not be compiled,
-    which is logged once."""
+    """What `source`, which includes bf16.h, exports with C's names. None: kernels are not compiled in this process
+    (`fused.use_compiler`), the processor does not multiply BF16, or the source could not be compiled or does not work
+    with this torch, which is logged once."""
     return _compiled(source) if compiling() and multiplies_bf16() else None
 
 
@@ -35,7 +35,11 @@ def _compiled(source: Path) -> ctypes.CDLL | None:
 
     text = source.read_text().replace(_INCLUDE, _HEADER.read_text())
     try:
-        return CppCodeCache.load(text, device_type="cpu")
+        found = CppCodeCache.load(text, device_type="cpu")
+        if found.works():
+            return found
+        reason = "oneDNN's brgemm does not take BF16 here"
     except (OSError, RuntimeError) as error:
-        log.warning("%s could not be compiled; torch's own functions do its work, more slowly: %s", source.name, error)
-        return None
+        reason = str(error)
+    log.warning("%s cannot be used; torch's own functions do its work, more slowly: %s", source.name, reason)
+    return None

@@ -141,12 +141,13 @@ def test_a_row_of_sequences_is_each_by_itself(lengths):
             assert torch.equal(a[first:end], b)
 
 
-def test_without_a_compiler_torch_does_the_work(monkeypatch, caplog, tmp_path: Path):
-    """It is said once, and results are close."""
+@pytest.mark.parametrize("text", ["this is no C++", 'extern "C" int works() { return 0; }'])
+def test_where_it_cannot_be_used_torch_does_the_work(monkeypatch, caplog, tmp_path: Path, text):
+    """Not compiled, or of no use with this torch: it is said once, and results are close."""
     inputs, grad = tensors(60, 60)
     wanted = exact(inputs, grad)
     broken = tmp_path / "broken.cpp"
-    broken.write_text("this is no C++")
+    broken.write_text(text)
     monkeypatch.setattr(attention_native, "SOURCE", broken)
     with caplog.at_level(logging.WARNING, logger=native.__name__):
         got = [with_gradients(attention, inputs, grad) for _ in range(2)][0]

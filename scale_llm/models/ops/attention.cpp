@@ -11,8 +11,8 @@
 
 namespace {
 
-constexpr int64_t QUERIES = 128;  // of a block
-constexpr int64_t KEYS = 128;     // of a block
+constexpr int64_t QUERIES = 64;  // of a block
+constexpr int64_t KEYS = 128;   // of a block
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float NEVER = 1e30f;  // 2^-NEVER is 0; no infinity, which compilers may be told not to expect
 
