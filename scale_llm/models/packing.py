@@ -55,7 +55,7 @@ def packed_sequences(
 ) -> PackedSequences:
     """boundaries: int32 [n + 1] on the host, the first token of each sequence and the end of the last; position_ids:
     [1, t/c], this rank's. fused: attention is Transformer Engine's, which takes padding for one more sequence."""
-    ends, starts = boundaries.tolist(), boundaries.to("cpu", torch.int64)
+    ends, starts = boundaries.tolist(), boundaries.to("cpu", torch.int64).contiguous()
     lengths = tuple(b - a for a, b in zip(ends, ends[1:], strict=False))
     total = position_ids.size(1) * (cp_group.size() if cp_group is not None else 1)
     if fused and ends[-1] < total:

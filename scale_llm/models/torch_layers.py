@@ -147,7 +147,8 @@ class TorchAttention(torch.nn.Module):
 
     def takes_rows(self, x) -> bool:
         """Whether it takes rows of several sequences as they are, with numbers of the type of x."""
-        return takes_sequences(x.dtype, x.device, self.head_size, window=self.window, dropout_p=self._dropout())
+        whole = self.window is None and self._dropout() == 0.0
+        return whole and takes_sequences(x.dtype, x.device, self.head_size)
 
     def _dropout(self) -> float:
         return self.dropout if self.training else 0.0
@@ -157,7 +158,7 @@ class TorchAttention(torch.nn.Module):
 
     def _packed(self, query, key, value, packed: PackedSequences):
         """Each sequence attends to itself alone; padding, which nothing reads, gives 0."""
-        if packed.batches is not None:
+        if packed.batches is not None and self.takes_rows(query):
             return attention_of_sequences(query, key, value, packed.starts, scale=self.scale)
         chunk = query.size(0)
         chunks: tuple[int, ...] = (0,)

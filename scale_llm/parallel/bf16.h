@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
 #include <cstdlib>
 
 namespace c10 {
@@ -29,7 +30,12 @@ int64_t padded(int64_t n) { return (n + UNIT - 1) / UNIT * UNIT; }
 template <typename T>
 struct Buffer {
   T* data;
-  explicit Buffer(int64_t n) : data(static_cast<T*>(std::aligned_alloc(64, padded(n * sizeof(T) + 64) / 64 * 64))) {}
+  explicit Buffer(int64_t n) : data(static_cast<T*>(std::aligned_alloc(64, (n * sizeof(T) + 64) / 64 * 64))) {
+    if (data == nullptr) {  // nothing may be thrown out of a parallel region
+      std::fprintf(stderr, "no memory for %lld bytes\n", static_cast<long long>(n * sizeof(T)));
+      std::abort();
+    }
+  }
   ~Buffer() { std::free(data); }
   Buffer(const Buffer&) = delete;
   operator T*() const { return data; }
@@ -42,7 +48,8 @@ void multiply(int64_t m, int64_t n, int64_t k, const bf16* a, int64_t ld_a, cons
                               reinterpret_cast<const c10::BFloat16*>(b), c, true);
 }
 
-__mmask16 first(int64_t n) { return n >= LANES ? 0xffff : n <= 0 ? 0 : (1u << n) - 1; }
+// Of the first n lanes.
+__mmask16 mask_of(int64_t n) { return n >= LANES ? 0xffff : n <= 0 ? 0 : (1u << n) - 1; }
 
 void transpose(__m512i r[LANES]) {
   __m512i t[LANES];
@@ -81,7 +88,7 @@ void pair_rows(const bf16* x, int64_t stride, int64_t n, int64_t to, int64_t d, 
   for (int64_t i = 0; i < to; i += 2, out += 2 * ld) {
     const bf16 *a = x + i * stride, *b = a + stride;
     for (int64_t c = 0; c < d; c += LANES) {
-      const __mmask16 some = first(d - c);
+      const __mmask16 some = mask_of(d - c);
       const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(i < n ? some : 0, a + c));
       const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(i + 1 < n ? some : 0, b + c));
       _mm512_mask_storeu_epi32(out + 2 * c, some, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
@@ -89,26 +96,26 @@ void pair_rows(const bf16* x, int64_t stride, int64_t n, int64_t to, int64_t d, 
   }
 }
 
-// Rows [n, d] as pairs of columns [d / 2, ld, 2], zeros to row `to`, a multiple of UNIT.
+// Rows [n, d], d even, as pairs of columns [d / 2, ld, 2], zeros to row `to`, a multiple of UNIT.
 void pair_columns(const bf16* x, int64_t stride, int64_t n, int64_t to, int64_t d, bf16* out, int64_t ld) {
   for (int64_t i = 0; i < to; i += LANES) {
     for (int64_t c = 0; c < d / 2; c += LANES) {
       __m512i r[LANES];
       for (int64_t j = 0; j < LANES; j++)
-        r[j] = _mm512_maskz_loadu_epi32(i + j < n ? first(d / 2 - c) : 0, x + (i + j) * stride + 2 * c);
+        r[j] = _mm512_maskz_loadu_epi32(i + j < n ? mask_of(d / 2 - c) : 0, x + (i + j) * stride + 2 * c);
       transpose(r);
       for (int64_t j = 0; j < std::min(LANES, d / 2 - c); j++) _mm512_storeu_si512(out + 2 * ((c + j) * ld + i), r[j]);
     }
   }
 }
 
-// Rows [n, d] as columns [d, ld], zeros to column `to`, a multiple of UNIT.
+// Rows [n, d], d even, as columns [d, ld], zeros to column `to`, a multiple of UNIT.
 void columns(const bf16* x, int64_t stride, int64_t n, int64_t to, int64_t d, bf16* out, int64_t ld) {
   for (int64_t i = 0; i < to; i += LANES) {
     for (int64_t c = 0; c < d / 2; c += LANES) {
       __m512i r[LANES];
       for (int64_t j = 0; j < LANES; j++)
-        r[j] = _mm512_maskz_loadu_epi32(i + j < n ? first(d / 2 - c) : 0, x + (i + j) * stride + 2 * c);
+        r[j] = _mm512_maskz_loadu_epi32(i + j < n ? mask_of(d / 2 - c) : 0, x + (i + j) * stride + 2 * c);
       transpose(r);
       for (int64_t j = 0; j < std::min(LANES, d / 2 - c); j++) {
         bf16* row = out + 2 * (c + j) * ld + i;

@@ -16,6 +16,7 @@ int64_t blocks(int64_t n, int64_t size) { return (n + size - 1) / size; }
 // dw [out, in] += dy^T x, for x [tokens, in] and dy [tokens, out]; out even.
 extern "C" void weight_gradient(const bf16* x, const bf16* dy, float* dw, int64_t tokens, int64_t in, int64_t out,
                                 int64_t threads) {
+  if (in == 0 || out == 0) return;
   const int64_t panels = blocks(in, COLUMNS), bands = blocks(out, ROWS), size = padded(tokens) * COLUMNS;
   // enough tasks for all threads; those of one band transpose the same gradients
   const int64_t parts = std::min(panels, blocks(2 * threads, bands));

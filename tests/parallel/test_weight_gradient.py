@@ -37,7 +37,8 @@ def native():
 
 
 @pytest.mark.parametrize(
-    ("tokens", "size"), [(1, (2, 2)), (37, (19, 50)), (512, (128, 128)), (1100, (130, 300)), (65, (700, 34))]
+    ("tokens", "size"),
+    [(0, (4, 6)), (1, (2, 2)), (37, (19, 50)), (512, (128, 128)), (1100, (130, 300)), (65, (700, 34))],
 )
 def test_added_in_fp32_on_a_cpu_that_multiplies_bf16(native, tokens, size):
     """Nothing is rounded to BF16, at sizes within tiles, of whole tiles and beyond."""
@@ -72,7 +73,7 @@ def test_other_matrices_than_it_takes(native):
 
 
 def test_a_kernel_for_a_gpu_is_taken_only_where_it_rounds_nothing():
-    """The one for CPUs rounds the product to BF16; this torch has none of a GPU's for a CPU."""
+    """The one for CPUs that is not compiled rounds the product to BF16; this torch has none of a GPU's for a CPU."""
     cpu = torch.device("cpu")
     assert not weight_gradient._is_exact(accumulate_weight_gradient, cpu)
     assert weight_gradient._is_exact(

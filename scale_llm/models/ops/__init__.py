@@ -7,7 +7,8 @@ torch has one. No megatron-core here: tensors in, tensors out.
 Shapes: s sequence, b batch, h hidden, g key/value groups, r query heads of a group, d head size, f feed-forward.
 """
 
-from scale_llm.models.ops.attention import attention, attention_of_sequences, takes_sequences
+from scale_llm.models.ops.attention import attention, attention_of_sequences
+from scale_llm.models.ops.attention_native import usable as takes_sequences
 from scale_llm.models.ops.norm import rms_norm
 from scale_llm.models.ops.regroup import to_batches, to_row
 from scale_llm.models.ops.rope import rotary, rotary_tables, split_rotary

@@ -38,7 +38,7 @@ void write_columns(const float* x, int64_t ld, const float* factor, int64_t n, i
                          : _mm512_setzero_si512();
       transpose(r);
       for (int64_t j = 0; j < std::min(LANES, n - i); j++)
-        _mm256_mask_storeu_epi16(out + (i + j) * stride + c, first(d - c),
+        _mm256_mask_storeu_epi16(out + (i + j) * stride + c, mask_of(d - c),
                                  (__m256i)_mm512_cvtneps_pbh(_mm512_castsi512_ps(r[j])));
     }
   }
@@ -47,8 +47,8 @@ void write_columns(const float* x, int64_t ld, const float* factor, int64_t n, i
 void write_rows(const float* x, int64_t n, int64_t d, bf16* out, int64_t stride) {
   for (int64_t i = 0; i < n; i++)
     for (int64_t c = 0; c < d; c += LANES)
-      _mm256_mask_storeu_epi16(out + i * stride + c, first(d - c),
-                               (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(first(d - c), x + i * d + c)));
+      _mm256_mask_storeu_epi16(out + i * stride + c, mask_of(d - c),
+                               (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask_of(d - c), x + i * d + c)));
 }
 
 // The products of two rows of BF16, summed.
@@ -56,7 +56,7 @@ float dot(const bf16* a, const bf16* b, int64_t d) {
   __m512 sum = _mm512_setzero_ps();
   for (int64_t c = 0; c < d; c += LANES) {
     const auto wide = [&](const bf16* x) {
-      const __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(d - c), x + c));
+      const __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask_of(d - c), x + c));
       return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
     };
     sum = _mm512_fmadd_ps(wide(a), wide(b), sum);
@@ -98,7 +98,7 @@ struct Tensor {
 };
 
 // Query i sees keys 0 to end + i. starts: null, or where each of `sequences` sequences of one row begins, and the end
-// of the last.
+// of the last; `queries` is then the length of the row.
 struct Shape {
   int64_t sequences, groups, heads, queries, keys, d, end, threads;
   float scale;
@@ -118,7 +118,7 @@ Sequence sequence_of(const Shape& s, int64_t i) {
   return {0, s.starts[i], length, length, 0};
 }
 
-// A block of queries, [first, first + n), against a block of keys.
+// A block of queries, [start, start + n), and how many keys its sequence has.
 struct Block {
   int64_t start, n, lanes;  // lanes: n, padded
   int64_t end, keys;
@@ -178,11 +178,11 @@ void softmax_gradient(const Block& block, const float* scores, const float* grad
     for (int64_t i = 0; i < count; i += 2) {
       __m512 gradient[2];
       for (int64_t j = i; j < i + 2; j++) {
+        const __mmask16 seen = sees(key + j);
         const __m512 y = exp2(_mm512_fmsub_ps(_mm512_loadu_ps(scores + j * QUERIES + lane), by, from));
-        const __m512 probability = _mm512_maskz_mov_ps(sees(key + j), y);
         const __m512 less = _mm512_sub_ps(_mm512_loadu_ps(grads + j * QUERIES + lane), mean);
-        gradient[j - i] = _mm512_mul_ps(_mm512_mul_ps(probability, less), scales);
-        store(p + j * QUERIES + lane, probability);
+        gradient[j - i] = _mm512_maskz_mul_ps(seen, _mm512_mul_ps(y, less), scales);
+        store(p + j * QUERIES + lane, _mm512_maskz_mov_ps(seen, y));
         store(ds + j * QUERIES + lane, gradient[j - i]);
       }
       _mm512_storeu_si512(ds_pairs + i * QUERIES + 2 * lane, pairs(gradient[0], gradient[1]));

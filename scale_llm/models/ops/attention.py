@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from scale_llm.models.ops import attention_native as native
+from scale_llm.models.ops import attention_native
 from scale_llm.models.ops.wide import wide
 from scale_llm.parallel.fused import add_into, compiling, fused
 
@@ -56,8 +56,8 @@ def attention(
         hidden, end = _outside(window, hidden, end, sq, key.size(0), query.device), None
     q, k, v = query.permute(1, 2, 0, 3, 4), key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
     if q.device.type == "cpu" and dropout_p == 0.0:
-        if hidden is None and native.usable(q.dtype, q.device, q.size(-1)):
-            return native.Attention.apply(q, k, v, scale, end, None)
+        if hidden is None and attention_native.usable(q.dtype, q.device, q.size(-1)):
+            return attention_native.Attention.apply(q, k, v, scale, end, None)
         return _Attention.apply(q, k, v, scale, hidden, end)
     heads, k, v, mask, is_causal = _for_kernel(q, k, v, hidden, end)
     out = F.scaled_dot_product_attention(
@@ -66,24 +66,19 @@ def attention(
     return _merge(out.unflatten(0, q.shape[:2]))
 
 
-def takes_sequences(dtype: torch.dtype, device: torch.device, d: int, *, window: int | None, dropout_p: float) -> bool:
-    """Whether `attention_of_sequences` can be asked for heads of size d."""
-    return window is None and dropout_p == 0.0 and native.usable(dtype, device, d)
-
-
 def attention_of_sequences(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor, *, scale: float
 ) -> torch.Tensor:
     """Causal attention of the sequences of one row, each to itself alone.
 
     Shapes as in `attention`, with sq = sk and b = 1. starts: int64 [n + 1], where each begins, and the end of the last;
-    places behind it give 0.
+    places behind it give 0. Only where `takes_sequences`.
     """
     g = key.size(2)
     if query.dim() == 4:
         query = query.unflatten(2, (g, query.size(2) // g))
     q, k, v = query.permute(1, 2, 0, 3, 4), key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
-    return native.Attention.apply(q, k, v, scale, 0, starts)
+    return attention_native.Attention.apply(q, k, v, scale, 0, starts)
 
 
 def _outside(window, hidden, end, sq, sk, device):

@@ -45,11 +45,8 @@ def _view(x: torch.Tensor) -> _Tensor:
     return _Tensor(x.data_ptr(), *x.stride()[:-1], *([0] if x.dim() == 4 else []))
 
 
-def _call(name: str, shape: _Shape, *tensors: torch.Tensor) -> None:
-    found = library(SOURCE)
-    assert found is not None
-    arguments = [ctypes.c_void_p(x.data_ptr()) if x.dtype == torch.float32 else ctypes.byref(_view(x)) for x in tensors]
-    getattr(found, name)(ctypes.byref(shape), *arguments)
+def _views(*tensors: torch.Tensor):
+    return [ctypes.byref(_view(x)) for x in tensors]
 
 
 def _place_first(like: torch.Tensor) -> torch.Tensor:
@@ -65,26 +62,34 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, scale, end, starts):
         b, g, sq, r, d = q.shape
+        assert q.dtype == k.dtype == v.dtype == torch.bfloat16 and k.shape == v.shape and k.size(-1) == d
+        ctx.library = library(SOURCE)
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         out, log_sum = _place_first(q), q.new_empty(b, g, sq, r, dtype=torch.float32)
-        sequences, first = (b, None) if starts is None else (starts.numel() - 1, starts.data_ptr())
-        shape = _Shape(sequences, g, r, sq, k.size(2), d, end, torch.get_num_threads(), scale, first)
-        _call("attention_forward", shape, q, k, v, out, log_sum)
+        sequences, first_start = b, None
         if starts is not None:
+            assert b == 1 and starts.dtype == torch.int64 and starts.is_contiguous() and int(starts[-1]) <= sq
+            sequences, first_start = starts.numel() - 1, starts.data_ptr()
             out[:, :, int(starts[-1]) :] = 0
-        ctx.save_for_backward(q, k, v, out, log_sum, starts)
-        ctx.shape = shape
+        ctx.shape = _Shape(sequences, g, r, sq, k.size(2), d, end, torch.get_num_threads(), scale, first_start)
+        logs = ctypes.c_void_p(log_sum.data_ptr())
+        ctx.library.attention_forward(ctypes.byref(ctx.shape), *_views(q, k, v, out), logs)
+        ctx.save_for_backward(q, k, v, out, log_sum)
+        ctx.starts = starts  # itself, since `shape` has its address
         return out.permute(2, 0, 1, 3, 4).flatten(2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
-        q, k, v, out, log_sum, starts = ctx.saved_tensors
+        q, k, v, out, log_sum = ctx.saved_tensors
         b, g, sq, r, d = q.shape
         grad = grad_output.contiguous().view(sq, b, g, r, d).permute(1, 2, 0, 3, 4)
         grads = [_place_first(x) for x in (q, k, v)]
-        _call("attention_backward", ctx.shape, q, k, v, out, grad, log_sum, *grads)
-        if starts is not None:
+        logs = ctypes.c_void_p(log_sum.data_ptr())
+        ctx.library.attention_backward(
+            ctypes.byref(ctx.shape), *_views(q, k, v, out, grad), logs, *_views(*grads)
+        )  # fmt: skip
+        if ctx.starts is not None:
             for x in grads:
-                x[:, :, int(starts[-1]) :] = 0
+                x[:, :, int(ctx.starts[-1]) :] = 0
         return *grads, None, None, None
