@@ -9,6 +9,9 @@
 
 #include "scale_llm/parallel/bf16.h"
 
+#include <memory>
+#include <vector>
+
 namespace {
 
 constexpr int64_t QUERIES = 64;  // of a block
@@ -190,9 +193,15 @@ void softmax_gradient(const Block& block, const float* scores, const float* grad
   }
 }
 
-void forward_of(const Shape& shape, int64_t sequence, int64_t g, const Tensor& query, const Tensor& key,
-                const Tensor& value, const Tensor& out, float* log_sum) {
-  const auto [b, place, queries, keys, end] = sequence_of(shape, sequence);
+// Heads of one group, which share its keys.
+struct Heads {
+  int64_t sequence, g, first, stop;
+};
+
+void forward_of(const Shape& shape, const Heads& heads, const Tensor& query, const Tensor& key, const Tensor& value,
+                const Tensor& out, float* log_sum) {
+  const auto [b, place, queries, keys, end] = sequence_of(shape, heads.sequence);
+  const int64_t g = heads.g;
   const int64_t d = shape.d, all = padded(keys);
   Buffer<bf16> k(all * d), v((all + KEYS) * d), q(QUERIES * d), p(KEYS * QUERIES);
   Buffer<float> scores(KEYS * QUERIES), values(QUERIES * d), maximum(QUERIES), sum(QUERIES);
@@ -200,7 +209,7 @@ void forward_of(const Shape& shape, int64_t sequence, int64_t g, const Tensor& q
   for (int64_t j = 0; j < keys; j += KEYS)
     columns(value.at(b, g, place + j, 0), value.place, std::min(KEYS, keys - j), std::min(KEYS, all - j), d, v + j * d,
             KEYS);
-  for (int64_t h = 0; h < shape.heads; h++) {
+  for (int64_t h = heads.first; h < heads.stop; h++) {
     for (int64_t i = 0; i < queries; i += QUERIES) {
       const int64_t n = std::min(QUERIES, queries - i);
       const Block block{i, n, padded(n), end, keys};
@@ -226,24 +235,43 @@ void forward_of(const Shape& shape, int64_t sequence, int64_t g, const Tensor& q
   }
 }
 
-void backward_of(const Shape& shape, int64_t sequence, int64_t g, const Tensor& query, const Tensor& key,
-                 const Tensor& value, const Tensor& out, const Tensor& grad, const float* log_sum,
-                 const Tensor& grad_query, const Tensor& grad_key, const Tensor& grad_value) {
-  const auto [b, place, queries, keys, end] = sequence_of(shape, sequence);
+// Gradients of a group's keys and values, [padded keys, d].
+struct OfKeys {
+  Buffer<float> key, value;
+  int64_t count;
+  explicit OfKeys(int64_t n) : key(n), value(n), count(n) {}
+  void clear() {
+    std::fill_n(key.data, count, 0.f);
+    std::fill_n(value.data, count, 0.f);
+  }
+  void add(const OfKeys& other) {
+    for (int64_t i = 0; i < count; i++) key[i] += other.key[i];
+    for (int64_t i = 0; i < count; i++) value[i] += other.value[i];
+  }
+};
+
+// Sums those of keys and values over the heads, each head's by itself first: the same bits for any shares of heads.
+std::unique_ptr<OfKeys> backward_of(const Shape& shape, const Heads& heads, const Tensor& query, const Tensor& key,
+                                    const Tensor& value, const Tensor& out, const Tensor& grad, const float* log_sum,
+                                    const Tensor& grad_query) {
+  const auto [b, place, queries, keys, end] = sequence_of(shape, heads.sequence);
+  const int64_t g = heads.g;
   const int64_t d = shape.d, all = padded(keys);
   Buffer<bf16> k(all * d), k_columns((all + KEYS) * d), v(all * d), q(QUERIES * d), q_rows(QUERIES * d);
   Buffer<bf16> dy(QUERIES * d), dy_rows(QUERIES * d), p(KEYS * QUERIES), ds(KEYS * QUERIES), ds_pairs(KEYS * QUERIES);
   Buffer<float> scores(KEYS * QUERIES), grads(KEYS * QUERIES), logs(QUERIES), delta(QUERIES), ones(QUERIES);
-  Buffer<float> dk(all * d), dv(all * d), dq(QUERIES * d);
+  Buffer<float> dq(QUERIES * d);
+  auto total = std::make_unique<OfKeys>(all * d);
+  OfKeys of_head(all * d);
   copy_rows(key.at(b, g, place, 0), key.place, keys, all, d, k);
   copy_rows(value.at(b, g, place, 0), value.place, keys, all, d, v);
   for (int64_t j = 0; j < keys; j += KEYS)
     columns(key.at(b, g, place + j, 0), key.place, std::min(KEYS, keys - j), std::min(KEYS, all - j), d,
             k_columns + j * d, KEYS);
-  std::fill_n(dk.data, all * d, 0.f);
-  std::fill_n(dv.data, all * d, 0.f);
+  total->clear();
   std::fill_n(ones.data, QUERIES, 1.f);
-  for (int64_t h = 0; h < shape.heads; h++) {
+  for (int64_t h = heads.first; h < heads.stop; h++) {
+    of_head.clear();
     for (int64_t i = 0; i < queries; i += QUERIES) {
       const int64_t n = std::min(QUERIES, queries - i);
       const Block block{i, n, padded(n), end, keys};
@@ -262,27 +290,19 @@ void backward_of(const Shape& shape, int64_t sequence, int64_t g, const Tensor& 
         multiply(count, lanes, d, k + j * d, d, q, QUERIES, scores, QUERIES, false);
         multiply(count, lanes, d, v + j * d, d, dy, QUERIES, grads, QUERIES, false);
         softmax_gradient(block, scores, grads, j, count, shape.scale, logs, delta, p, ds, ds_pairs);
-        multiply(count, d, lanes, p, QUERIES, dy_rows, d, dv + j * d, d, true);
-        multiply(count, d, lanes, ds, QUERIES, q_rows, d, dk + j * d, d, true);
+        multiply(count, d, lanes, p, QUERIES, dy_rows, d, of_head.value + j * d, d, true);
+        multiply(count, d, lanes, ds, QUERIES, q_rows, d, of_head.key + j * d, d, true);
         multiply(d, lanes, count, k_columns + j * d, KEYS, ds_pairs, QUERIES, dq, QUERIES, j > 0);
       }
       write_columns(dq, QUERIES, ones, n, d, grad_query.at(b, g, s, h), grad_query.place);
     }
+    total->add(of_head);
   }
-  write_rows(dk, keys, d, grad_key.at(b, g, place, 0), grad_key.place);
-  write_rows(dv, keys, d, grad_value.at(b, g, place, 0), grad_value.place);
+  return total;
 }
 
-template <typename F>
-void for_each_group(const Shape& shape, F&& work) {
-#pragma omp parallel num_threads(shape.threads)
-  {
-#pragma omp for collapse(2) schedule(dynamic, 1)
-    for (int64_t i = 0; i < shape.sequences; i++)
-      for (int64_t g = 0; g < shape.groups; g++) work(i, g);
-    at::native::cpublas::brgemm_release(true);  // AMX's tiles
-  }
-}
+// How many shares a group's heads are dealt out in: one, unless threads would have nothing to do.
+int64_t shares_of(const Shape& s) { return s.sequences * s.groups < 2 * s.threads ? s.heads : 1; }
 
 }  // namespace
 
@@ -290,17 +310,52 @@ extern "C" {
 
 void attention_forward(const Shape* shape, const Tensor* query, const Tensor* key, const Tensor* value,
                        const Tensor* out, float* log_sum) {
-  for_each_group(*shape, [&](int64_t i, int64_t g) {
-    forward_of(*shape, i, g, *query, *key, *value, *out, log_sum);
-  });
+  const int64_t shares = shares_of(*shape), each = shape->heads / shares;
+#pragma omp parallel num_threads(shape->threads)
+  {
+#pragma omp for collapse(3) schedule(dynamic, 1)
+    for (int64_t i = 0; i < shape->sequences; i++)
+      for (int64_t g = 0; g < shape->groups; g++)
+        for (int64_t share = 0; share < shares; share++)
+          forward_of(*shape, {i, g, share * each, (share + 1) * each}, *query, *key, *value, *out, log_sum);
+    at::native::cpublas::brgemm_release(true);  // AMX's tiles
+  }
 }
 
 void attention_backward(const Shape* shape, const Tensor* query, const Tensor* key, const Tensor* value,
                         const Tensor* out, const Tensor* grad, const float* log_sum, const Tensor* grad_query,
                         const Tensor* grad_key, const Tensor* grad_value) {
-  for_each_group(*shape, [&](int64_t i, int64_t g) {
-    backward_of(*shape, i, g, *query, *key, *value, *out, *grad, log_sum, *grad_query, *grad_key,
-                *grad_value);
-  });
+  const int64_t shares = shares_of(*shape), each = shape->heads / shares;
+  const int64_t groups = shape->sequences * shape->groups;
+  std::vector<std::unique_ptr<OfKeys>> parts(groups * shares);
+  const auto write = [&](int64_t group, const OfKeys& sums) {
+    const auto [b, place, queries, keys, end] = sequence_of(*shape, group / shape->groups);
+    const int64_t g = group % shape->groups;
+    write_rows(sums.key, keys, shape->d, grad_key->at(b, g, place, 0), grad_key->place);
+    write_rows(sums.value, keys, shape->d, grad_value->at(b, g, place, 0), grad_value->place);
+  };
+#pragma omp parallel num_threads(shape->threads)
+  {
+#pragma omp for collapse(2) schedule(dynamic, 1)
+    for (int64_t group = 0; group < groups; group++) {
+      for (int64_t share = 0; share < shares; share++) {
+        const Heads heads{group / shape->groups, group % shape->groups, share * each, (share + 1) * each};
+        auto sums = backward_of(*shape, heads, *query, *key, *value, *out, *grad, log_sum, *grad_query);
+        if (shares == 1)
+          write(group, *sums);
+        else
+          parts[group * shares + share] = std::move(sums);
+      }
+    }
+    if (shares > 1) {
+#pragma omp for
+      for (int64_t group = 0; group < groups; group++) {
+        OfKeys& sums = *parts[group * shares];
+        for (int64_t share = 1; share < shares; share++) sums.add(*parts[group * shares + share]);
+        write(group, sums);
+      }
+    }
+    at::native::cpublas::brgemm_release(true);  // AMX's tiles
+  }
 }
 }
