@@ -17,14 +17,12 @@ class PackedSequences(PackedSeqParams):
     lengths: tokens of each sequence, in order; what the row holds after them is padding.
     positions: int64 [t/c], of each token of this context-parallel rank within its sequence.
     length_of_place: float [t/c, 1, 1], the length of the sequence that a token belongs to.
-    starts: int64 [n + 1] on the host, the first token of each sequence and the end of the last.
     batches: the sequences by length, for attention where the row is not cut over ranks.
     """
 
     lengths: tuple[int, ...] = ()
     positions: torch.Tensor | None = None
     length_of_place: torch.Tensor | None = None
-    starts: torch.Tensor | None = None
     batches: Batches | None = None
     _tables: tuple[torch.Tensor, Tables] | None = field(default=None, repr=False)
 
@@ -55,7 +53,7 @@ def packed_sequences(
 ) -> PackedSequences:
     """boundaries: int32 [n + 1] on the host, the first token of each sequence and the end of the last; position_ids:
     [1, t/c], this rank's. fused: attention is Transformer Engine's, which takes padding for one more sequence."""
-    ends, starts = boundaries.tolist(), boundaries.to("cpu", torch.int64).contiguous()
+    ends = boundaries.tolist()
     lengths = tuple(b - a for a, b in zip(ends, ends[1:], strict=False))
     total = position_ids.size(1) * (cp_group.size() if cp_group is not None else 1)
     if fused and ends[-1] < total:
@@ -74,7 +72,6 @@ def packed_sequences(
         max_seqlen_kv=longest,
         lengths=lengths,
         positions=position_ids[0],
-        starts=starts,
         batches=batches,
         length_of_place=shard_sequence(_lengths_of_places(lengths, total), 0, cp_group).to(device, non_blocking=True),
     )

@@ -18,7 +18,7 @@ from scale_llm.models.ops import (
     rms_norm,
     rotary_tables,
     swiglu,
-    takes_sequences,
+    takes_heads,
     to_batches,
     to_row,
 )
@@ -148,7 +148,7 @@ class TorchAttention(torch.nn.Module):
     def takes_rows(self, x) -> bool:
         """Whether it takes rows of several sequences as they are, with numbers of the type of x."""
         whole = self.window is None and self._dropout() == 0.0
-        return whole and takes_sequences(x.dtype, x.device, self.head_size)
+        return whole and takes_heads(x.dtype, x.device, self.head_size)
 
     def _dropout(self) -> float:
         return self.dropout if self.training else 0.0
@@ -159,7 +159,7 @@ class TorchAttention(torch.nn.Module):
     def _packed(self, query, key, value, packed: PackedSequences):
         """Each sequence attends to itself alone; padding, which nothing reads, gives 0."""
         if packed.batches is not None and self.takes_rows(query):
-            return attention_of_sequences(query, key, value, packed.starts, scale=self.scale)
+            return attention_of_sequences(query, key, value, packed.cu_seqlens_q, scale=self.scale)
         chunk = query.size(0)
         chunks: tuple[int, ...] = (0,)
         if self.cp_group is not None and self.cp_group.size() > 1:

@@ -96,34 +96,34 @@ void pair_rows(const bf16* x, int64_t stride, int64_t n, int64_t to, int64_t d, 
   }
 }
 
-// Rows [n, d], d even, as pairs of columns [d / 2, ld, 2], zeros to row `to`, a multiple of UNIT.
-void pair_columns(const bf16* x, int64_t stride, int64_t n, int64_t to, int64_t d, bf16* out, int64_t ld) {
+// Rows [n, d], d even, turned: store(pair, i, v) with columns 2 * pair and 2 * pair + 1 of the 16 rows from i on, side by
+// side; zeros to row `to`, a multiple of UNIT.
+template <typename Store>
+void turn(const bf16* x, int64_t stride, int64_t n, int64_t to, int64_t d, Store store) {
   for (int64_t i = 0; i < to; i += LANES) {
     for (int64_t c = 0; c < d / 2; c += LANES) {
       __m512i r[LANES];
       for (int64_t j = 0; j < LANES; j++)
         r[j] = _mm512_maskz_loadu_epi32(i + j < n ? mask_of(d / 2 - c) : 0, x + (i + j) * stride + 2 * c);
       transpose(r);
-      for (int64_t j = 0; j < std::min(LANES, d / 2 - c); j++) _mm512_storeu_si512(out + 2 * ((c + j) * ld + i), r[j]);
+      for (int64_t j = 0; j < std::min(LANES, d / 2 - c); j++) store(c + j, i, r[j]);
     }
   }
 }
 
-// Rows [n, d], d even, as columns [d, ld], zeros to column `to`, a multiple of UNIT.
+// Those rows as pairs of columns [d / 2, ld, 2].
+void pair_columns(const bf16* x, int64_t stride, int64_t n, int64_t to, int64_t d, bf16* out, int64_t ld) {
+  turn(x, stride, n, to, d,
+       [=](int64_t pair, int64_t i, __m512i v) { _mm512_storeu_si512(out + 2 * (pair * ld + i), v); });
+}
+
+// Those rows as columns [d, ld].
 void columns(const bf16* x, int64_t stride, int64_t n, int64_t to, int64_t d, bf16* out, int64_t ld) {
-  for (int64_t i = 0; i < to; i += LANES) {
-    for (int64_t c = 0; c < d / 2; c += LANES) {
-      __m512i r[LANES];
-      for (int64_t j = 0; j < LANES; j++)
-        r[j] = _mm512_maskz_loadu_epi32(i + j < n ? mask_of(d / 2 - c) : 0, x + (i + j) * stride + 2 * c);
-      transpose(r);
-      for (int64_t j = 0; j < std::min(LANES, d / 2 - c); j++) {
-        bf16* row = out + 2 * (c + j) * ld + i;
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(row), _mm512_cvtepi32_epi16(r[j]));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(row + ld), _mm512_cvtepi32_epi16(_mm512_srli_epi32(r[j], 16)));
-      }
-    }
-  }
+  turn(x, stride, n, to, d, [=](int64_t pair, int64_t i, __m512i v) {
+    bf16* column = out + 2 * pair * ld + i;
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(column), _mm512_cvtepi32_epi16(v));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(column + ld), _mm512_cvtepi32_epi16(_mm512_srli_epi32(v, 16)));
+  });
 }
 
 }  // namespace

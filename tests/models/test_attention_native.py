@@ -1,12 +1,17 @@
 """Attention in C++ against the plain formula in FP64, and what holds to the bit: rows of sequences, threads."""
 
 import logging
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from support.native import compiled_kernels
 
-from scale_llm.models.ops import attention, attention_native, attention_of_sequences, takes_sequences
+from scale_llm.models.ops import attention, attention_native, attention_of_sequences, takes_heads
+from scale_llm.models.packing import packed_sequences
+from scale_llm.models.torch_layers import TorchAttention
 from scale_llm.parallel import native
 from scale_llm.parallel.fused import use_compiler
 
@@ -16,12 +21,9 @@ LIMIT = 4e-3
 
 @pytest.fixture(autouse=True)
 def compiled():
-    use_compiler(True)
-    if not attention_native.usable(torch.bfloat16, torch.device("cpu"), 64):
-        use_compiler(False)
-        pytest.skip("this processor does not multiply BF16, or there is no compiler")
-    yield
-    use_compiler(False)
+    with compiled_kernels():
+        assert takes_heads(torch.bfloat16, torch.device("cpu"), 64)
+        yield
 
 
 def tensors(sq, sk, *, b=2, g=2, r=3, d=64, seed=0):
@@ -130,7 +132,7 @@ def test_a_row_of_sequences_is_each_by_itself(lengths):
     """To the bit, values and gradients; places behind the last give 0, and take none."""
     total, padding = sum(lengths), 17
     inputs, grad = tensors(total + padding, total + padding, b=1)
-    starts = torch.tensor([0, *lengths]).cumsum(0)
+    starts = torch.tensor([0, *lengths]).cumsum(0).int()
     scale = 64**-0.5
     got = with_gradients(lambda *x: attention_of_sequences(*x, starts, scale=scale), inputs, grad)
     for x in got:
@@ -158,18 +160,18 @@ def test_where_it_cannot_be_used_torch_does_the_work(monkeypatch, caplog, tmp_pa
 
 def test_which_heads_it_takes():
     cpu = torch.device("cpu")
-    assert takes_sequences(torch.bfloat16, cpu, 64)
-    assert not takes_sequences(torch.float32, cpu, 64)
-    assert not takes_sequences(torch.bfloat16, torch.device("cuda"), 64)
-    assert not takes_sequences(torch.bfloat16, cpu, 63)
+    assert takes_heads(torch.bfloat16, cpu, 64)
+    assert not takes_heads(torch.float32, cpu, 64)
+    assert not takes_heads(torch.bfloat16, torch.device("cuda"), 64)
+    assert not takes_heads(torch.bfloat16, cpu, 63)
     use_compiler(False)
-    assert not takes_sequences(torch.bfloat16, cpu, 64)
+    assert not takes_heads(torch.bfloat16, cpu, 64)
 
 
 def test_the_backward_pass_needs_no_more_than_the_forward_pass_had():
     """It runs where nothing is compiled any more, by another number of threads, and after the starts' owner is gone."""
     inputs, grad = tensors(60, 60, b=1)
-    starts = torch.tensor([0, 25, 60])
+    starts = torch.tensor([0, 25, 60], dtype=torch.int32)
     wanted = with_gradients(lambda *x: attention_of_sequences(*x, starts, scale=0.125), inputs, grad)
     leaves = [x.detach().requires_grad_() for x in inputs]
     out = attention_of_sequences(*leaves, starts.clone(), scale=0.125)
@@ -191,3 +193,25 @@ def test_inputs_without_strides():
     got = with_gradients(attention, shared, grad)
     for a, b in zip(got, with_gradients(attention, [x.contiguous() for x in shared], grad), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_layer_takes_the_whole_row():
+    """Of a packed row of sequences of several lengths each is what it is alone, without a call for each length; where
+    there is a window or dropout, sequences are attended to by length as before."""
+    lengths, group = (20, 33, 20, 7), SimpleNamespace(size=lambda: 1)
+    config = SimpleNamespace(attention_dropout=0.0, window_size=None, kv_channels=64)
+    layer = TorchAttention(config, 1, None, "self", pg_collection=SimpleNamespace(cp=group))
+    ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    inputs, _ = tensors(90, 90, b=1)
+    positions = torch.cat([torch.arange(n) for n in (*lengths, 10)])[None]
+    packed = packed_sequences(ends, positions, group, torch.device("cpu"), fused=False)
+    assert layer.takes_rows(inputs[0])
+    out = layer(*inputs, None, packed_seq_params=packed)
+    for first, end in pairwise(ends.tolist()):
+        assert torch.equal(out[first:end], attention(*(x[first:end] for x in inputs)))
+    assert not out[80:].any()
+    layer.dropout = 0.1
+    assert not layer.takes_rows(inputs[0])
+    assert layer.eval().takes_rows(inputs[0])
+    config.window_size = (15, 0)
+    assert not TorchAttention(config, 1, None, "self", pg_collection=SimpleNamespace(cp=group)).takes_rows(inputs[0])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.native import compiled_kernels
 
 from scale_llm.parallel import weight_gradient
 from scale_llm.parallel.fused import use_compiler
@@ -28,12 +29,9 @@ def test_twice_into_one_buffer_is_the_sum(dtype, tolerance, size, compiled):
 
 @pytest.fixture
 def native():
-    use_compiler(True)
-    if library(weight_gradient.SOURCE) is None:
-        use_compiler(False)
-        pytest.skip("this processor does not multiply BF16, or there is no compiler")
-    yield
-    use_compiler(False)
+    with compiled_kernels():
+        assert library(weight_gradient.SOURCE) is not None
+        yield
 
 
 @pytest.mark.parametrize(

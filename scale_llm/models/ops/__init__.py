@@ -8,7 +8,7 @@ Shapes: s sequence, b batch, h hidden, g key/value groups, r query heads of a gr
 """
 
 from scale_llm.models.ops.attention import attention, attention_of_sequences
-from scale_llm.models.ops.attention_native import usable as takes_sequences
+from scale_llm.models.ops.attention_native import takes_heads
 from scale_llm.models.ops.norm import rms_norm
 from scale_llm.models.ops.regroup import to_batches, to_row
 from scale_llm.models.ops.rope import rotary, rotary_tables, split_rotary
@@ -16,5 +16,5 @@ from scale_llm.models.ops.swiglu import swiglu
 
 __all__ = [
     "attention", "attention_of_sequences", "rms_norm", "rotary", "rotary_tables", "split_rotary", "swiglu",
-    "takes_sequences", "to_batches", "to_row",
+    "takes_heads", "to_batches", "to_row",
 ]  # fmt: skip

@@ -105,7 +105,7 @@ struct Tensor {
 struct Shape {
   int64_t sequences, groups, heads, queries, keys, d, end, threads;
   float scale;
-  const int64_t* starts;
+  const int32_t* starts;
 };
 }
 

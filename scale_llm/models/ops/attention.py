@@ -56,7 +56,7 @@ def attention(
         hidden, end = _outside(window, hidden, end, sq, key.size(0), query.device), None
     q, k, v = query.permute(1, 2, 0, 3, 4), key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
     if q.device.type == "cpu" and dropout_p == 0.0:
-        if hidden is None and attention_native.usable(q.dtype, q.device, q.size(-1)):
+        if hidden is None and attention_native.takes_heads(q.dtype, q.device, q.size(-1)):
             return attention_native.Attention.apply(q, k, v, scale, end, None)
         return _Attention.apply(q, k, v, scale, hidden, end)
     heads, k, v, mask, is_causal = _for_kernel(q, k, v, hidden, end)
@@ -71,8 +71,8 @@ def attention_of_sequences(
 ) -> torch.Tensor:
     """Causal attention of the sequences of one row, each to itself alone.
 
-    Shapes as in `attention`, with sq = sk and b = 1. starts: int64 [n + 1], where each begins, and the end of the last;
-    places behind it give 0. Only where `takes_sequences`.
+    Shapes as in `attention`, with sq = sk and b = 1. starts: int32 [n + 1], where each begins, and the end of the last;
+    places behind it give 0. Only where `takes_heads`.
     """
     g = key.size(2)
     if query.dim() == 4:

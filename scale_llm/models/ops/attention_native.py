@@ -2,7 +2,7 @@
 probabilities of a block stay in cache, in the forward and in the backward pass.
 
 Shapes as in `attention`: queries [b, g, sq, r, d], keys and values [b, g, sk, d], of any strides but d's. A row of
-several sequences has b = 1, and `starts`: int64 [n + 1], where each begins, and the end of the last.
+several sequences has b = 1, and `starts`: int32 [n + 1], where each begins, and the end of the last.
 """
 
 import ctypes
@@ -16,7 +16,7 @@ from scale_llm.parallel.native import library
 SOURCE = Path(__file__).with_name("attention.cpp")
 
 
-def usable(dtype: torch.dtype, device: torch.device, d: int) -> bool:
+def takes_heads(dtype: torch.dtype, device: torch.device, d: int) -> bool:
     """Whether heads of this size and type are computed here."""
     return dtype == torch.bfloat16 and device.type == "cpu" and d % 2 == 0 and library(SOURCE) is not None
 
@@ -66,12 +66,12 @@ class Attention(torch.autograd.Function):
         ctx.library = library(SOURCE)
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
         out, log_sum = _place_first(q), q.new_empty(b, g, sq, r, dtype=torch.float32)
-        sequences, first_start = b, None
+        sequences, address = b, None
         if starts is not None:
-            assert b == 1 and starts.dtype == torch.int64 and starts.is_contiguous() and int(starts[-1]) <= sq
-            sequences, first_start = starts.numel() - 1, starts.data_ptr()
+            assert b == 1 and starts.dtype == torch.int32 and starts.is_contiguous() and int(starts[-1]) <= sq
+            sequences, address = starts.numel() - 1, starts.data_ptr()
             out[:, :, int(starts[-1]) :] = 0
-        ctx.shape = _Shape(sequences, g, r, sq, k.size(2), d, end, torch.get_num_threads(), scale, first_start)
+        ctx.shape = _Shape(sequences, g, r, sq, k.size(2), d, end, torch.get_num_threads(), scale, address)
         logs = ctypes.c_void_p(log_sum.data_ptr())
         ctx.library.attention_forward(ctypes.byref(ctx.shape), *_views(q, k, v, out), logs)
         ctx.save_for_backward(q, k, v, out, log_sum)
