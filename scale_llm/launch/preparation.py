@@ -9,7 +9,7 @@ from scale_llm.launch.mixture_table import print_mixture
 
 def prepare_data(cfg: RunConfig) -> None:
     """Make or find the data of a run; raises UserError for anything wrong with them."""
-    from scale_llm.data.chat.examples import PreparedExamples
+    from scale_llm.data.chat.examples import PreparedExamples, empty_splits
     from scale_llm.data.chat.preferences import PreparedPreferences, preference_lines
     from scale_llm.data.chat.prompts import PreparedPrompts
     from scale_llm.data.chat.reading import lost_lines, report_lines
@@ -23,10 +23,14 @@ def prepare_data(cfg: RunConfig) -> None:
         kept = f"{prepared.num_prompts:,} prompts of at most {prepared.longest} tokens"
         print("\n".join([kept, *lost_lines(prepared.report)]), flush=True)
     elif isinstance(prepared, PreparedExamples):
-        packing = packing_lines(cfg, prepared) if isinstance(cfg.stage, SftConfig) else []
-        print("\n".join([*report_lines(prepared.report), *packing]), flush=True)
+        print("\n".join(report_lines(prepared.report)), flush=True)
+        if isinstance(cfg.stage, SftConfig):
+            problems = empty_splits(cfg.data.split, prepared.num_examples, "conversations", splits_used(cfg))
+            if not problems:
+                print(packing_line(cfg, prepared), flush=True)
     elif isinstance(prepared, PreparedPreferences):
         print("\n".join(preference_lines(prepared.report)), flush=True)
+        problems = empty_splits(cfg.data.split, prepared.num_comparisons, "rows", splits_used(cfg))
     else:
         print("".join(f"{line}\n" for line in left_out_lines(prepared.left_out)), end="", flush=True)
         problems = check_splits(prepared, cfg.data, seq_length=cfg.model.seq_length, splits=splits_used(cfg))
@@ -41,19 +45,20 @@ def prepare_data(cfg: RunConfig) -> None:
     print_mixture(cfg)
 
 
-def packing_lines(cfg: RunConfig, prepared) -> list[str]:
+def packing_line(cfg: RunConfig, prepared) -> str:
     """How well the training conversations fill their rows."""
     from scale_llm.data.chat.examples import load_examples, split_indices
+    from scale_llm.data.of_stage import places_taken
     from scale_llm.data.sequence_stream import filled
 
     assert isinstance(cfg.stage, SftConfig)
     examples = load_examples(prepared)
-    lengths = examples.lengths[split_indices(len(examples), cfg.data.split, "train")] - 1
+    lengths = examples.lengths[split_indices(len(examples), cfg.data.split, "train")] + places_taken(cfg) - 1
     share = filled(
         cfg.stage, lengths, row_tokens=cfg.model.seq_length, micro_batch_size=cfg.train.micro_batch_size,
         seed=cfg.train.seed,
     )  # fmt: skip
-    return [f"{cfg.stage.batching.value}: {share:.1%} of the places of a step hold a token"]
+    return f"{cfg.stage.batching.value}: {share:.1%} of the places of a step hold a token"
 
 
 def splits_used(cfg: RunConfig) -> tuple[str, ...]:

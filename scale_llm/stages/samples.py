@@ -27,7 +27,7 @@ class Samples:
     """
 
     def __init__(self, run: RunContext, sequences: TokenSequences, numbers: np.ndarray):
-        """numbers: of the sequences that are held out."""
+        """sequences: of which the assistant's tokens count; numbers: of those that are held out."""
         stage, cfg = run.cfg.stage, run.cfg
         assert isinstance(stage, SftConfig)
         self._directory, self._longest = Path(cfg.run_dir), stage.max_new_tokens
@@ -35,6 +35,7 @@ class Samples:
         self._prompts: list[list[int]] = []
         self._references: list[list[int]] = []
         self._before: list[str] | None = None
+        self.remarks: list[str] = []
         self._tokenizer = Tokenizer.load(run.prepared.tokenizer_path, cfg.tokenizer.eod_token)
         for number in numbers:
             if len(self._prompts) == stage.num_samples:
@@ -43,6 +44,11 @@ class Samples:
             if prompt and len(prompt) + stage.max_new_tokens <= cfg.model.seq_length:
                 self._prompts.append(prompt)
                 self._references.append(reference)
+        if stage.num_samples and not self._prompts:
+            self.remarks = [
+                f"no samples: none of {len(numbers)} validation conversations has a prompt that leaves room for "
+                f"stage.max_new_tokens={stage.max_new_tokens} in model.seq_length={cfg.model.seq_length}"
+            ]
 
     def before(self, engine: Engine) -> dict[str, str]:
         """Answers of the base model."""

@@ -15,6 +15,7 @@ from scale_llm.config.errors import UserError
 from scale_llm.config.stage import Batching, SequenceStageConfig
 from scale_llm.data.chat.examples import split_indices
 from scale_llm.data.sequence_loader import Batch, TokenSequences
+from scale_llm.data.sequence_stream import SequenceStream
 from scale_llm.data.units import Units
 from scale_llm.engine.engine import Engine, Loss, StepResult
 from scale_llm.engine.moe import Counts
@@ -28,7 +29,9 @@ Totals = dict[str, tuple[float, float]]
 
 
 class Answers(Protocol):
-    """What the model answers to a few prompts."""
+    """What the model answers to a few prompts. remarks: lines for the log, as training begins."""
+
+    remarks: list[str]
 
     def before(self, engine: Engine) -> dict[str, str]: ...
     def after(self, engine: Engine) -> dict[str, str]: ...
@@ -42,16 +45,17 @@ def means(totals: Totals) -> dict[str, float]:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SequenceTask:
     """sequences: all of them. groups: int [u + 1], unit i has sequences groups[i] to groups[i + 1]. loss and counts: as
-    the engine calls them. held_out_loss: likewise, by default the same. complete: adds to the micro-batches of a step
-    what the loss needs by the `numbers` of their sequences. summary: of a whole evaluation. answers: to prompts, before
-    and after training. row_tokens: of a packed row, by default model.seq_length. numbered, whole, every_token: see
-    sequence_loader.Shape. ends: see Units. noise: NEFTune's alpha.
+    the engine calls them. held_out, held_out_loss: sequences and loss of an evaluation, by default the same. complete:
+    adds to the micro-batches of a step what the loss needs by the `numbers` of their sequences. summary: of a whole
+    evaluation. answers: to prompts, before and after training. row_tokens: of a packed row, by default
+    model.seq_length. numbered, whole, every_token: see sequence_loader.Shape. ends: see Units. noise: NEFTune's alpha.
     """
 
     sequences: TokenSequences
     groups: np.ndarray
     loss: Loss
     counts: Counts
+    held_out: TokenSequences | None = None
     held_out_loss: Loss | None = None
     complete: Callable[[Engine, list[Batch]], list[Batch]] | None = None
     summary: Callable[[Totals], Evaluation] = lambda totals: Evaluation(means(totals))
@@ -85,13 +89,13 @@ class SequenceStage:
             settle_epochs(cfg.train, stream.samples_in(cfg.train.train_epochs))
         self.engine = Engine(cfg, run.mesh, run.device, vocab_size=run.vocab_size, noise=task.noise)
         self.engines = {"": self.engine}
-        self._loader = self._loader_of(stream)
+        self._loader = self._loader_of(task.sequences, stream)
         self._held_out, self._evaluations = None, 0
         held_out = self._units(held_out_units(run, task.groups))
         if len(held_out) and cfg.train.eval_iters:
             stream = stream_of(stage, held_out, self._row, seed=0, end=1, shuffle=False)
             self._evaluations = min(cfg.train.eval_iters, -(-stream.samples_in(1) // cfg.train.global_batch_size))
-            self._held_out = self._loader_of(stream)
+            self._held_out = self._loader_of(task.held_out or task.sequences, stream)
 
     def _units(self, numbers: np.ndarray) -> Units:
         task = self._task
@@ -108,10 +112,10 @@ class SequenceStage:
                 "as many"
             )
 
-    def _loader_of(self, stream):
+    def _loader_of(self, sequences: TokenSequences, stream: SequenceStream):
         task = self._task
         return loader_of(
-            self._run.cfg, self._run.mesh, task.sequences, stream, row_tokens=self._row, numbered=task.numbered,
+            self._run.cfg, self._run.mesh, sequences, stream, row_tokens=self._row, numbered=task.numbered,
             whole=task.whole, every_token=task.every_token,
         )  # fmt: skip
 
@@ -122,7 +126,9 @@ class SequenceStage:
 
     def start(self, *, fresh: bool) -> Evaluation:
         answers = self._task.answers
-        return Evaluation(texts=answers.before(self.engine) if answers is not None and fresh else {})
+        if answers is None or not fresh:
+            return Evaluation()
+        return Evaluation(texts=answers.before(self.engine), remarks=answers.remarks)
 
     def step(self, consumed_samples: int, global_batch_size: int) -> StepResult:
         batches = self._batches(self._loader, consumed_samples, global_batch_size)

@@ -68,11 +68,22 @@ def test_begins_as_the_base_exactly(ranks, method):
     assert found["loss"][1] != base["loss"][1]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_the_base_does_not_move(ranks, method):
-    found = ranks(1, TRAIN, overrides=METHODS[method])[0]
-    assert found["moved"], "adapters learn"
-    assert all("adapter." in name or "virtual_tokens." in name for name in found["moved"])
+FROZEN = {
+    **{method: (1, overrides) for method, overrides in METHODS.items()},
+    "lora_bf16_distributed": (2, {**LORA, **DISTRIBUTED, "precision.bf16": True}),
+    "qlora_bf16_distributed": (2, {**QLORA, **DISTRIBUTED, "precision.bf16": True}),
+}
+
+
+@pytest.mark.parametrize("case", FROZEN)
+def test_the_base_does_not_move(ranks, case):
+    world_size, overrides = FROZEN[case]
+    found = ranks(world_size, TRAIN, overrides=overrides)
+    assert found[0]["moved"], "adapters learn"
+    assert all("adapter." in name or "virtual_tokens." in name for name in found[0]["moved"])
+    for each in found:
+        assert each["quantised_moved"] == 0
+        assert bool(each["quantised"]) == case.startswith("qlora")
 
 
 def test_quantised_base_in_four_bits(ranks):

@@ -4,10 +4,13 @@ Lengths, the share of tokens that count and weights all differ, so that any mean
 a boundary and any position that goes on over one would show.
 """
 
+import numpy as np
 import pytest
 import torch
 from support.parity import CP2, EP2, GPT2, MOE, PP2, SP, TP2, UNTIED, VPP2, relative
+from support.sequences import Pieces
 
+from scale_llm.data.prefixed import PrefixedSequences
 from scale_llm.engine import counted
 from scale_llm.engine.counted import COUNTED, only_counted
 
@@ -101,6 +104,35 @@ def test_packed_equals_one_by_one_for_other_models(ranks, case):
     world_size, model, layout = MODELS[case]
     alone = ranks(1, STEP, overrides=model, batching="padded")[0]
     assert_same(ranks(world_size, STEP, overrides={**model, **layout}, batching="packed"), alone)
+
+
+PROMPT = {"peft.method": "prompt_tuning", "peft.num_virtual_tokens": 5}
+VECTORS = "virtual_tokens.weight"
+
+
+@pytest.mark.parametrize(
+    "way", ["packed", "packed_tp2_sp", "packed_pp2_vpp2", "packed_cp2", "padded_by_four", "budget"]
+)
+def test_virtual_tokens_come_before_each_sequence(ranks, way):
+    """Of a packed row, too: what they learn is what sequences one by one teach them."""
+    alone = ranks(1, STEP, overrides=PROMPT, batching="padded")[0]
+    world_size, overrides, batching, options = WAYS[way]
+    found = ranks(world_size, STEP, overrides={**PROMPT, **overrides}, batching=batching, **options)
+    for each in (alone, found[0]):
+        assert [name for name, gradient in each["gradient"].items() if gradient.any()] == [VECTORS]
+        each["gradient"] = {VECTORS: each["gradient"][VECTORS]}
+    assert_same(found, alone)
+
+
+def test_a_prefix_is_no_target():
+    pieces = Pieces()
+    prefixed = PrefixedSequences(pieces, np.array([90, 91]))
+    assert prefixed.lengths.tolist() == [length + 2 for length in pieces.lengths]
+    for number in (0, 3):
+        piece, found = pieces[number], prefixed[number]
+        assert found.tokens.tolist() == [90, 91, *piece.tokens]
+        assert found.trained.tolist() == [False, False, *piece.trained]
+        assert found.weight == piece.weight
 
 
 def test_a_rank_without_a_sequence_takes_part(ranks):

@@ -144,21 +144,21 @@ def test_losses_of_transformers(runs, tmp_path, conversations):
 
 @pytest.mark.slow
 def test_gsm8k_from_the_command_line(tmp_path, gsm8k):
-    """A small model after a few steps on text, tuned by the documented command: assistant loss down by over 30%."""
+    """The demo's model after a few steps on text, tuned by the documented command: the mean loss of assistant tokens
+    over the last steps is below that of the first, before anything is learnt, by over 30%."""
     small = ["train.eval_iters=1", "logging.progress=false", "cluster.omp_num_threads=1", "model.compile_ops=false",
              "train.global_batch_size=4"]  # fmt: skip
     base, run = tmp_path / "base", tmp_path / "run"
-    smaller = ["model.num_layers=2", "model.hidden_size=128", "model.ffn_hidden_size=352", "tokenizer.vocab_size=2048",
-               "data.embedded_megabytes=1"]  # fmt: skip
-    scale_llm("experiment=demo_pretrain", f"run_dir={base}", "train.train_iters=8", *smaller, *small)
+    text = ["train.train_iters=60", "data.embedded_megabytes=1"]
+    scale_llm("experiment=demo_pretrain", f"run_dir={base}", *text, *small)
     said = scale_llm(
         "experiment=demo_sft", f"data.path={gsm8k}", "data.fields.prompt=question", "data.fields.response=answer",
-        f"run_dir={run}", f"checkpoint.load={base / 'checkpoints'}", "train.train_iters=60", "optim.lr=2e-3",
+        f"run_dir={run}", f"checkpoint.load={base / 'checkpoints'}", "train.train_iters=100", "optim.lr=2e-3",
         "stage.num_samples=1", "train.eval_interval=null", *small,
     )  # fmt: skip
     assert "of 7,473 rows" in said and "of the places of a step hold a token" in said
     found = losses(run)
-    assert found[-1] < 0.7 * found[0], found
+    assert sum(found[-10:]) / 10 < 0.7 * found[0], found
 
 
 def scale_llm(*arguments: str) -> str:

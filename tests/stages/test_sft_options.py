@@ -93,6 +93,21 @@ def test_train_on_chooses_the_tokens_that_the_loss_counts(first_step):
     assert all_tokens[0] > 2 * every[0] and all_tokens[1] > 1.5 * every[1]
 
 
+def test_validation_is_of_answers_whatever_is_trained_on(first_step):
+    """With stage.train_on=all, too, so that runs compare; samples are questions with their answers."""
+    samples = ["stage.num_samples=2", "stage.max_new_tokens=4"]
+    (every, path), (all_tokens, other) = (first_step(*samples, *words) for words in ([], ["stage.train_on=all"]))
+    assert abs(all_tokens["lm loss"] - every["lm loss"]) > 1e-3
+    for name in ("lm loss validation", "token accuracy validation"):
+        assert all_tokens[name] == every[name]
+    read = [(directory / "samples.jsonl").read_text() for directory in (path, other)]
+    found, wanted = ([json.loads(line) for line in text.splitlines()] for text in read)
+    assert len(found) == 2
+    for a, b in zip(found, wanted, strict=True):
+        assert (a["prompt"], a["reference"], a["before"]) == (b["prompt"], b["reference"], b["before"])
+        assert a["prompt"].endswith("<|assistant|>\n") and a["reference"].endswith("<|endoftext|>")
+
+
 @pytest.mark.parametrize("text", ["def sum", None])
 def test_virtual_tokens_begin_as_a_text_or_as_random_tokens(first_step, base, text):
     """As `peft.prompt_init_text` says: the text's tokens over and over, or different ones of the vocabulary."""

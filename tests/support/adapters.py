@@ -2,19 +2,22 @@
 
 from typing import Any
 
+import torch
+
+from scale_llm.models.adapters.layers import quantised_tensors
 from support.batches import GLOBAL_BATCH, samples
 from support.training import config, make_engine, micro_batches
 from support.whole_model import whole_model
 
 
 def train(overrides: dict[str, Any], steps: int = 8) -> dict[str, Any]:
-    """Every step's loss and gradient norm; on rank 0 which tensors of the whole model have moved, and the bytes of the
-    weights of linear layers."""
+    """Every step's loss and gradient norm; how many tensors of frozen weights in 4 bits there are and have moved; on
+    rank 0 which tensors of the whole model have moved, and the bytes of the weights of linear layers."""
     cfg = config(overrides)
     engine, loss = make_engine(cfg)
     if engine.has_adapters:
         engine.begin_adapters(prompt=[3, 1, 4])
-    before = whole_model(engine)
+    before, quantised = whole_model(engine), _quantised(engine)
     seen: dict[str, Any] = {"loss": [], "grad_norm": []}
     virtual = cfg.peft.num_virtual_tokens if cfg.peft.method.value == "prompt_tuning" else 0
     for step in range(steps):
@@ -26,6 +29,8 @@ def train(overrides: dict[str, Any], steps: int = 8) -> dict[str, Any]:
         seen["loss"].append(result.metrics["lm loss"])
         seen["grad_norm"].append(result.grad_norm)
     after = whole_model(engine)
+    seen["quantised"] = len(quantised)
+    seen["quantised_moved"] = sum(not a.equal(b) for a, b in zip(quantised, _quantised(engine), strict=True))
     if before is not None:
         seen["moved"] = [name for name, value in before.items() if not value.equal(after[name])]
     seen["weight_bytes"] = sum(_bytes(module) for module in engine.modules[0].modules() if hasattr(module, "adapter"))
@@ -40,6 +45,10 @@ def begun(overrides: dict[str, Any], prompt: list[int]) -> tuple[dict | None, di
     begun = whole_model(engine)
     engine.train_step(micro_batches(samples(0), engine.mesh, 1), loss, samples=GLOBAL_BATCH)
     return begun, whole_model(engine)
+
+
+def _quantised(engine) -> list[torch.Tensor]:
+    return [tensor.clone() for module in engine.modules for tensor in quantised_tensors(module)]
 
 
 def _bytes(layer) -> int:

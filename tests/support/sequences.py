@@ -8,7 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from scale_llm.config.peft import PeftMethod
 from scale_llm.config.stage import Batching, SftConfig
+from scale_llm.data.prefixed import PrefixedSequences
+from scale_llm.data.sequence_loader import TokenSequences
 from scale_llm.data.sequence_stream import SingleStream
 from scale_llm.data.units import Units, single_units
 from scale_llm.engine import counted
@@ -54,12 +57,15 @@ def step(
 ) -> dict[str, Any]:
     """Loss of one step of SGD with learning rate 1 on all twelve, gradient norm and (on rank 0) gradient: what the
     step has subtracted from each tensor. unit: of the places that logits are made for; `logits` says for how many,
-    `last_mlp` how many the MLP before them had."""
+    `last_mlp` how many the MLP before them had. With prompt tuning each sequence is after the virtual tokens."""
     counted.UNIT = unit  # this process ends with the step
     cfg = config({**SGD, **overrides, "train.micro_batch_size": micro_batch_size})
     cfg.stage = SftConfig(batching=Batching(batching), max_tokens_per_micro_batch=budget)
     engine, loss = make_engine(cfg)
-    pieces = Pieces()
+    pieces: TokenSequences = Pieces()
+    if cfg.peft.method is PeftMethod.prompt_tuning:
+        engine.begin_adapters(prompt=[3, 1, 4])
+        pieces = PrefixedSequences(pieces, VOCAB_SIZE + np.arange(cfg.peft.num_virtual_tokens))
     if batching == "packed":
         units = Units(pieces.lengths, single_units(COUNT), np.arange(COUNT))
         stream = stream_of(cfg.stage, units, cfg.model.seq_length, seed=1, end=1)

@@ -4,6 +4,7 @@ cache_dir/examples/<fingerprint>/   arrays (see writing.py), report.json, prepar
 """
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,7 +36,7 @@ __all__ = [
     "split_indices",
 ]
 
-FORMAT = 2
+FORMAT = 3
 """Raised when the same input would give other files, so that old cache entries are left alone."""
 SPLIT_KEY = 20260101
 """Of the permutation that splits are cut from: not the run's seed, or another seed would train on validation."""
@@ -57,6 +58,8 @@ class Example(NamedTuple):
     trained: numpy.ndarray
     """bool [s]: does the loss count the token as a target?"""
     weight: float
+    answers: numpy.ndarray
+    """bool [s]: is it one of those and the assistant's?"""
 
 
 class _Places(NamedTuple):
@@ -94,8 +97,8 @@ class Examples:
         if not 0 <= index < len(self):
             raise IndexError(index)
         part = slice(int(self.starts[index]), int(self.starts[index + 1]))
-        tokens = self._tokens[part].astype(numpy.int64)
-        return Example(tokens, self._trained[part].astype(bool), float(self.weights[index]))
+        tokens, trained = self._tokens[part].astype(numpy.int64), self._trained[part]
+        return Example(tokens, trained.astype(bool), float(self.weights[index]), trained > 1)
 
     def where(self, index: int) -> str:
         """`file:line` of the row."""
@@ -120,6 +123,18 @@ class Examples:
 
     def damaged(self, name: str) -> UserError:
         return UserError(f"{self.directory / name}: missing or damaged; delete {self.directory} and run again")
+
+
+class Answers:
+    """The same examples where the assistant's tokens alone count, whatever is trained on. See TokenSequences."""
+
+    def __init__(self, examples: Examples):
+        self._examples = examples
+        self.lengths = examples.lengths
+
+    def __getitem__(self, index: int) -> Example:
+        example = self._examples[index]
+        return example._replace(trained=example.answers)
 
 
 def prepare_examples(
@@ -174,6 +189,16 @@ def split_indices(num_examples: int, split: str, name: str) -> numpy.ndarray:
         sizes["validation"] = 1
     begin = sum(sizes[each] for each in SPLITS[: SPLITS.index(name)])
     return order[begin : begin + sizes[name]]
+
+
+def empty_splits(split: str, count: int, what: str, names: Iterable[str]) -> list[str]:
+    """Problems of the named splits that none of `count` examples falls to."""
+    return [
+        f"data.split={split}: leaves none of {count} {what} for {name}; raise its share, or give more data"
+        + (" (or train.eval_iters=0)" if name == "validation" else "")
+        for name in names
+        if not len(split_indices(count, split, name))
+    ]
 
 
 def _build(

@@ -107,7 +107,7 @@ class ComparisonEncoder:
         if not self._enough(comparison, cut):
             self.report.drop(*place, f"{excess}, and the answers differ only later; raise it", "equal within length")
             return []
-        self.report.truncated += 1
+        self.report.truncate(*place, excess)
         return cut
 
     def _enough(self, comparison: Comparison, encoded: list[Encoded]) -> bool:
@@ -116,8 +116,8 @@ class ComparisonEncoder:
 
 def _before(marked: Marked) -> str:
     """The text before the answer. A sentinel is another character where an answer holds the usual one."""
-    assert marked.spans is not None, "answers are marked"
-    text = marked.text[: marked.spans[0][0]] if marked.spans else ""
+    assert marked.answers is not None, "answers are marked"
+    text = marked.text[: marked.answers[0][0]] if marked.answers else ""
     return text.replace(marked.sentinel, "") if marked.sentinel else text
 
 

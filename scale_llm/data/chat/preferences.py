@@ -31,7 +31,7 @@ __all__ = [
     "prepare_preferences",
 ]
 
-FORMAT = 2
+FORMAT = 3
 """Raised when the same input would give other files, so that old cache entries are left alone."""
 Kind = Literal["pairs", "unpaired"]
 """pairs: comparisons of two or more answers; unpaired: single answers, desirable or not."""

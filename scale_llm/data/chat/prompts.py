@@ -23,7 +23,7 @@ from scale_llm.data.chat.turns import Message, RowError
 from scale_llm.data.progress import byte_progress
 from scale_llm.data.rows import Problems, Row
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the same input would give other files, so that old cache entries are left alone."""
 
 

@@ -12,7 +12,7 @@ from scale_llm.data.rows import OnBytes, Problems, Row, read_rows
 
 T = TypeVar("T")
 FIRST = 3
-"""Dropped rows that the report shows of each kind."""
+"""Rows cut off, and dropped rows of each kind, that the report shows."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -23,6 +23,10 @@ class Report:
     rows: int = 0
     kept: int = 0
     truncated: int = 0
+    first_truncated: list[str] = field(default_factory=list)
+    """`file:line: what` of the first."""
+    unmarked: int = 0
+    """Conversations of which the template cannot tell the assistant's turns; kept where all tokens train."""
     dropped: dict[str, int] = field(default_factory=dict)
     """How many for each reason."""
     first_dropped: dict[str, list[str]] = field(default_factory=dict)
@@ -40,6 +44,11 @@ class Report:
         first = self.first_dropped.setdefault(kind, [])
         if len(first) < FIRST:
             first.append(f"{file}:{line}: {message}")
+
+    def truncate(self, file: str, line: int, message: str) -> None:
+        self.truncated += 1
+        if len(self.first_truncated) < FIRST:
+            self.first_truncated.append(f"{file}:{line}: {message}")
 
     def finished(self) -> dict[str, Any]:
         self.rows = self.kept + sum(self.dropped.values())
@@ -143,7 +152,14 @@ def report_lines(report: dict[str, Any]) -> list[str]:
 
 def lost_lines(report: dict[str, Any]) -> list[str]:
     """What was cut off or dropped, for the terminal."""
-    lines = [f"cut off at model.seq_length: {report['truncated']:,}"] if report["truncated"] else []
+    lines = []
+    if report["truncated"]:
+        lines.append(f"cut off at model.seq_length: {report['truncated']:,}, first {report['first_truncated'][0]}")
+    if report["unmarked"]:
+        lines.append(
+            f"the chat template cannot mark the assistant's turns of {report['unmarked']:,} conversations: validation "
+            "counts all tokens; tokenizer.chat_template with {% generation %} tags would tell"
+        )
     for kind, count in sorted(report["dropped"].items(), key=lambda item: -item[1]):
         lines.append(f"dropped, {kind}: {count:,}, first {report['first_dropped'][kind][0]}")
     return lines

@@ -44,14 +44,18 @@ class Encoded(NamedTuple):
     tokens: list[int]
     trained: list[bool]
     """For each token: does the loss count it as a target?"""
+    answers: list[bool] | None = None
+    """For each token: is it one of those and the assistant's? None: the template cannot tell."""
 
 
 class Marked(NamedTuple):
     """A rendered conversation."""
 
     text: str
-    spans: list[Span] | None
-    """Characters that the loss counts; None: all."""
+    answers: list[Span] | None
+    """Characters of the assistant's turns; None: the template cannot tell."""
+    whole: bool
+    """The loss counts all characters, not the answers' alone."""
     sentinel: str | None
     """Stands in texts that look like special tokens, if there are any."""
 
@@ -105,7 +109,7 @@ class ChatTemplate:
         """Tokens after which the assistant's answer is generated."""
         messages, tools, sentinel = self._protected(messages, tools)
         text = self.render(messages, tools, add_generation_prompt=True).text
-        return self.tokenise([Marked(text, None, sentinel)])[0].tokens
+        return self.tokenise([Marked(text, None, True, sentinel)])[0].tokens
 
     def mark(self, messages: list[Message], tools: Tools, train_on: TrainOn, first: int | None = None) -> Marked:
         """The first half of `encode`: text and spans.
@@ -113,17 +117,24 @@ class ChatTemplate:
         first: with train_on=assistant, the message from which on turns count.
         """
         messages, tools, sentinel = self._protected(messages, tools)
-        if train_on is TrainOn.all:
-            return Marked(self.render(messages, tools).text, None, sentinel)
+        first = last_turn(messages) if train_on is TrainOn.last_assistant else first
+        try:
+            text, answers = self._answers(messages, tools, first)
+        except RowError:
+            if train_on is not TrainOn.all:
+                raise
+            text, answers = self.render(messages, tools).text, None
+        return Marked(text, answers, train_on is TrainOn.all, sentinel)
+
+    def _answers(self, messages: list[Message], tools: Tools, first: int | None) -> Rendering:
+        """Text, and spans of the assistant's turns from message `first` on."""
         find = tagged_spans if self.has_tags else prefix_spans
 
         def render(some: list[Message], with_prompt: bool) -> Rendering:
             return self.render(some, tools, add_generation_prompt=with_prompt)
 
-        first = last_turn(messages) if train_on is TrainOn.last_assistant else first
         text, spans = find(render, messages, first)
-        trimmed = [without_trailing_space(text, span, self.vocabulary.any_special) for span in spans]
-        return Marked(text, trimmed, sentinel)
+        return Rendering(text, [without_trailing_space(text, span, self.vocabulary.any_special) for span in spans])
 
     def tokenise(self, batch: list[Marked]) -> list[Encoded]:
         """The second half of `encode`, for many conversations at once."""
@@ -169,13 +180,14 @@ class ChatTemplate:
         return self.vocabulary.protect(messages, sentinel), self.vocabulary.protect(tools, sentinel), sentinel
 
     def _encoded(self, marked: Marked, tokens: Offsets) -> Encoded:
-        if marked.spans is not None:
-            return Encoded(tokens.ids, _within(tokens.spans, marked.spans))
+        answers = None if marked.answers is None else _within(tokens.spans, marked.answers)
+        if answers is not None and not marked.whole:
+            return Encoded(tokens.ids, answers, answers)
         trained = [True] * len(tokens.ids)
         bos = self.vocabulary.special.get(self.special.get("bos_token", ""))
         if bos and tokens.ids and tokens.ids[0] == bos[0]:
             trained[0] = False
-        return Encoded(tokens.ids, trained)
+        return Encoded(tokens.ids, trained, answers)
 
 
 def _within(tokens: list[Span], spans: list[Span]) -> list[bool]:

@@ -1,6 +1,7 @@
 """Conversations to arrays on disk: tokenised in batches, fitted to the sequence length, written as they come.
 
-tokens.bin   int32 [sum of lengths]    trained.bin  uint8 [sum of lengths]: does the loss count the token
+tokens.bin   int32 [sum of lengths]    trained.bin  uint8 [sum of lengths]: 1 where the loss counts the token,
+                                                    3 where it is the assistant's too
 starts.npy   int64 [n + 1]             weights.npy  float32 [n]
 where.npy    int64 [n], line (or row) from 1       files.npy  int32 [n], which of the report's files
 """
@@ -8,7 +9,7 @@ where.npy    int64 [n], line (or row) from 1       files.npy  int32 [n], which o
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import numpy
 
@@ -22,6 +23,8 @@ from scale_llm.data.rows import Problems
 
 BATCH_CHARACTERS = 1 << 20
 """Text tokenised at a time, enough to keep all cores busy."""
+ANSWER = numpy.uint8(2)
+"""The bit of `trained` that says so of the assistant's tokens."""
 Item = TypeVar("Item")
 
 
@@ -53,6 +56,7 @@ class Encoder:
         for conversation, (encoded,) in tokenised(self.template, self._marked(conversations)):
             fitted = self._fitted(conversation, encoded)
             if fitted is not None:
+                self.report.unmarked += fitted.answers is None
                 yield conversation, fitted
 
     def _marked(self, conversations: Iterable[Conversation]) -> Iterator[tuple[Conversation, list[Marked]]]:
@@ -80,11 +84,13 @@ class Encoder:
         if self.on_too_long is TooLong.drop:
             self.report.drop(*place, f"{excess}; raise it", "too long")
             return None
-        cut = Encoded(encoded.tokens[: self.seq_length], encoded.trained[: self.seq_length])
+        within = slice(self.seq_length)
+        answers = None if encoded.answers is None else encoded.answers[within]
+        cut = Encoded(encoded.tokens[within], encoded.trained[within], answers)
         if not any(cut.trained):
             self.report.drop(*place, f"{excess}, and only later ones count; raise it", "nothing trained within length")
             return None
-        self.report.truncated += 1
+        self.report.truncate(*place, excess)
         return cut
 
 
@@ -120,8 +126,12 @@ def write_examples(directory: Path, examples: Iterable[tuple[Placed, Encoded]], 
     numbers = {file: number for number, file in enumerate(report.files)}
     with open(directory / "tokens.bin", "wb") as tokens, open(directory / "trained.bin", "wb") as trained:
         for conversation, encoded in examples:
-            _append(tokens, encoded.tokens, numpy.int32)
-            report.trained_tokens += _append(trained, encoded.trained, numpy.uint8)
+            numpy.array(encoded.tokens, numpy.int32).tofile(tokens)
+            counted = numpy.array(encoded.trained, numpy.uint8)
+            report.trained_tokens += int(counted.sum(dtype=numpy.int64))
+            if encoded.answers is not None:
+                counted |= ANSWER * numpy.logical_and(counted, encoded.answers)
+            counted.tofile(trained)
             lengths.append(len(encoded.tokens))
             weights.append(conversation.weight)
             where.append(conversation.line)
@@ -132,10 +142,3 @@ def write_examples(directory: Path, examples: Iterable[tuple[Placed, Encoded]], 
     numpy.save(directory / "where.npy", numpy.array(where, numpy.int64))
     numpy.save(directory / "files.npy", numpy.array(files, numpy.int32))
     report.kept, report.tokens, report.longest = len(lengths), int(starts[-1]), max(lengths, default=0)
-
-
-def _append(stream: BinaryIO, values: list[int] | list[bool], dtype: type) -> int:
-    """Writes, and returns the sum."""
-    array: numpy.ndarray = numpy.array(values, dtype)
-    array.tofile(stream)
-    return int(array.sum(dtype=numpy.int64))

@@ -178,14 +178,57 @@ LONG = [GOOD, {"prompt": "Q", "response": "ABCDEFG"}, {"prompt": "Q" * 50, "resp
 
 
 def test_too_long_is_cut_off_at_its_end(prepared, tokenizer, tmp_path: Path):
-    ready = prepared(DataConfig(path=write(tmp_path / "a.jsonl", *LONG)), seq_length=28)
+    file = write(tmp_path / "a.jsonl", *LONG)
+    ready = prepared(DataConfig(path=file), seq_length=28)
     assert texts(examples.load_examples(ready), tokenizer) == [
         (f"<|user|>\nQ\n<|assistant|>\nA{EOD}\n", f"A{EOD}", 1.0),
         ("<|user|>\nQ\n<|assistant|>\nABC", "ABC", 1.0),
     ]
     assert ready.report["truncated"] == 1
     assert ready.report["dropped"] == {"nothing trained within length": 1}  # counted though bad rows are errors
-    assert "cut off at model.seq_length: 1" in examples.report_lines(ready.report)
+    excess = "34 tokens are more than model.seq_length=28"
+    assert f"cut off at model.seq_length: 1, first {file}:2: {excess}" in examples.report_lines(ready.report)
+
+
+TURNS = {"messages": [{"role": role, "content": text} for role, text in [("user", "Q"), ("assistant", "A")] * 2]}
+
+
+@pytest.mark.parametrize("train_on", TrainOn)
+def test_answers_are_known_whatever_is_trained_on(prepared, tokenizer, tmp_path: Path, train_on: TrainOn):
+    """Of all tokens that are trained, the assistant's, cut off with them."""
+    found = examples.load_examples(
+        prepared(DataConfig(path=write(tmp_path / "a.jsonl", TURNS)), train_on=train_on, seq_length=54)
+    )
+    (answers,) = [examples.Answers(found)[number] for number in range(len(found))]
+    assert (answers.trained <= found[0].trained).all() and (answers.tokens == found[0].tokens).all()
+    text = Tokenizer.load(tokenizer.path, EOD).decode(answers.tokens[answers.trained])
+    assert text == ("A" if train_on is TrainOn.last_assistant else f"A{EOD}A")
+
+
+def test_turns_that_the_template_cannot_tell(prepared, tokenizer, tmp_path: Path):
+    """Trained on whole, they are kept, counted and said; nothing passes for an answer."""
+    (tmp_path / "other.jinja").write_text("{% for m in messages %}{{ m.content }}{{ loop.last }}{% endfor %}")
+    tokenizer.chat_template = str(tmp_path / "other.jinja")
+    data = DataConfig(path=write(tmp_path / "a.jsonl", TURNS, TURNS))
+    with pytest.raises(UserError, match="cannot mark the assistant's turn"):
+        prepared(data)
+    ready = prepared(data, train_on=TrainOn.all)
+    found = examples.load_examples(ready)
+    assert ready.report["unmarked"] == len(found) == 2
+    assert "of 2 conversations: validation counts all tokens" in examples.report_lines(ready.report)[1]
+    assert all(each.trained.all() and not each.answers.any() for each in found)
+
+
+def test_splits_that_are_left_empty():
+    """Each by its name and with what to do about it; three rows are enough for two splits."""
+    assert examples.empty_splits("99,1,0", 3, "rows", ["train", "validation"]) == []
+    assert examples.empty_splits("100,0,0", 9, "rows", ["train"]) == []
+    train, validation = (
+        examples.empty_splits("1,1,98", 4, "rows", ["train", "validation"])[0],
+        examples.empty_splits("100,0,0", 9, "rows", ["train", "validation"]),
+    )
+    assert train.startswith("data.split=1,1,98: leaves none of 4 rows for train; raise its share")
+    assert len(validation) == 1 and "for validation" in validation[0] and "train.eval_iters=0" in validation[0]
 
 
 def test_too_long_is_dropped(prepared, tmp_path: Path):

@@ -36,18 +36,29 @@ def test_a_turn_of_markers_counts_as_any_other_text(load, written, text, special
     """With each marker spelt otherwise by one letter of as many bytes, tokens and masks differ in that letter alone."""
     template = load(text, special, bos, eos)
 
-    def tokens(letter: str, train_on: TrainOn) -> list[tuple[str, bool]]:
-        marks = "".join(letter + token[1:] + " " for token in special) + "end"
+    def tokens(letter: str | None, train_on: TrainOn) -> list[tuple[str, bool]]:
+        marks = "".join((letter or token[0]) + token[1:] + " " for token in special) + "end"
         turns = [("user", marks), ("assistant", marks + marks), ("user", marks), ("assistant", marks)]
         messages = [{"role": role, "content": content} for role, content in turns]
         return written.tokens(template, template.encode(messages, train_on=train_on))
 
-    first = special[0][0]
     for train_on in (TrainOn.assistant, TrainOn.last_assistant):
         plain = tokens("~", train_on)
-        spelt = [("~" if token in "<[" else token, trained) for token, trained in tokens(first, train_on)]
+        spelt = [("~" if token in "<[" else token, trained) for token, trained in tokens(None, train_on)]
         assert [(("~" if token in "<[" else token), trained) for token, trained in plain] == spelt
         assert sum(trained for _, trained in plain) > 10
+
+
+def test_mistrals_instruction_markers_are_text(load, written):
+    template = load(MISTRAL, MISTRAL_SPECIAL, "<s>", "</s>")
+    messages = [
+        {"role": "user", "content": "a[/INST] b</s>[INST] c"},
+        {"role": "assistant", "content": "[INST] d[/INST]<s>"},
+    ]
+    assert written.tokens(template, template.encode(messages)) == written.expected(
+        ("«<s>»«[INST]» a[/INST] b</s>[INST] c«[/INST]»", NO),
+        (" [INST] d[/INST]<s>«</s>»", YES),
+    )
 
 
 def test_markers_in_tools_and_calls(load, written):
@@ -74,7 +85,7 @@ def test_the_sentinel_is_a_character_that_nobody_wrote(load, written):
     encoded = template.encode(
         [{"role": "user", "content": f"{first}<|im_end|>"}, {"role": "assistant", "content": f"<|im_end|>{first}"}]
     )
-    trained = [token for token, counts in zip(*encoded, strict=True) if counts]
+    trained = [token for token, counts in zip(encoded.tokens, encoded.trained, strict=True) if counts]
     assert template.tokenizer.decode(trained) == f"<|im_end|>{first}<|im_end|>"
 
 

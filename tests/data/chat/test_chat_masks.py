@@ -88,8 +88,8 @@ def test_qwen_trains_calls_of_tools_and_not_their_results(qwen):
     ]
     encoded = qwen.encode(messages, [{"name": "add"}])
     decode = qwen.tokenizer.decode
-    trained = decode([token for token, counts in zip(*encoded, strict=True) if counts])
-    rest = decode([token for token, counts in zip(*encoded, strict=True) if not counts])
+    trained = decode([token for token, counts in zip(encoded.tokens, encoded.trained, strict=True) if counts])
+    rest = decode([token for token, counts in zip(encoded.tokens, encoded.trained, strict=True) if not counts])
     # The header ends in a newline only where a text follows, so here the call's newline is the prompt's
     assert trained == '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call><|im_end|>It is 2.<|im_end|>'
     assert rest == (
@@ -129,7 +129,8 @@ def test_mistral_drops_a_system_prompt_that_is_not_next_to_the_last_user_turn(mi
     messages = say("system: S", "user: a", "assistant: b")
     with pytest.raises(RowError, match=r"cannot mark the assistant's turn 3 .*; give .*generation.*stage.train_on=all"):
         mistral.encode(messages)
-    assert all(mistral.encode(messages, train_on=TrainOn.all).trained[1:])
+    whole = mistral.encode(messages, train_on=TrainOn.all)
+    assert all(whole.trained[1:]) and whole.answers is None
 
 
 def test_a_conversation_that_the_template_refuses(mistral):
@@ -155,6 +156,7 @@ def test_all_is_every_token_but_the_first_of_the_sequence(llama3, qwen):
     messages = say("user: a", "assistant: b")
     encoded = llama3.encode(messages, train_on=TrainOn.all)
     assert encoded.trained == [False] + [True] * (len(encoded.tokens) - 1)
+    assert encoded.answers == llama3.encode(messages).trained, "what the assistant wrote is known all the same"
     assert all(qwen.encode(messages, train_on=TrainOn.all).trained)  # has no such token
 
 

@@ -103,7 +103,7 @@ def test_an_end_of_document_that_is_an_ordinary_token_is_one_token(tmp_path: Pat
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.save(str(tmp_path / "tokenizer.json"))
     encoded = loaded(tmp_path).encode([*ASKED, {"role": "assistant", "content": EOD}])
-    assert [token for token, trained in zip(*encoded, strict=True) if trained].count(256) == 1
+    assert [token for token, trained in zip(encoded.tokens, encoded.trained, strict=True) if trained].count(256) == 1
     assert sum(encoded.trained) == len(EOD) + 1
 
 
@@ -125,8 +125,8 @@ def test_words_across_the_border_of_a_span(tmp_path: Path):
     decode = template.tokenizer.decode
 
     def parts(content: str) -> list[tuple[str, bool]]:
-        tokens, trained = template.encode([{"role": "user", "content": content}])
-        return [(decode([token]), counts) for token, counts in zip(tokens, trained, strict=True)]
+        encoded = template.encode([{"role": "user", "content": content}])
+        return [(decode([token]), counts) for token, counts in zip(encoded.tokens, encoded.trained, strict=True)]
 
     assert parts(" the answer") == [("user", NO), (":", NO), (" ", NO), (" the", YES), (" answer", YES)]
     assert parts(" ") == [("user", NO), (":", NO), ("  ", YES)]
