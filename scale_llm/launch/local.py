@@ -27,6 +27,11 @@ HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 def launch(cfg: RunConfig) -> int:
     """Run all ranks to their end; returns the exit status (130 after Ctrl-C, as shells have it)."""
+    with _remembered() as asked:
+        return _launch(cfg, asked)
+
+
+def _launch(cfg: RunConfig, asked: list[int]) -> int:
     set_environment(cfg)
     prepare_start(cfg)
     from torch.distributed.elastic.multiprocessing import SignalException
@@ -34,8 +39,7 @@ def launch(cfg: RunConfig) -> int:
     job = f"process {os.getpid()}"
     _after_kill(cfg)
     try:
-        with _handlers_kept():
-            return _starts(cfg, job)
+        return _starts(cfg, job, asked)
     except (SignalException, KeyboardInterrupt) as error:
         number = int(getattr(error, "sigval", signal.SIGINT))
         name = signal.Signals(number).name
@@ -45,12 +49,12 @@ def launch(cfg: RunConfig) -> int:
         return 128 + number
 
 
-def _starts(cfg: RunConfig, job: str) -> int:
+def _starts(cfg: RunConfig, job: str, asked: list[int]) -> int:
     """One start after another, until one ends well or another would not help."""
     for number in range(10**9):
         begun = iteration(cfg)
         timeline.append(cfg.run_dir, "start", job=job, restart=number, nodes=socket.gethostname(), iteration=begun)
-        outcome = run_ranks(cfg)
+        outcome = run_ranks(cfg, asked)
         if not outcome.failures:
             timeline.append(cfg.run_dir, "end", job=job, status=0, iteration=iteration(cfg), action="done")
             return 0
@@ -115,11 +119,22 @@ def _after_kill(cfg: RunConfig) -> None:
 
 
 @contextmanager
-def _handlers_kept() -> Iterator[None]:
-    """torch's elastic package sets handlers of signals and leaves them; a sweep goes on after this run."""
-    before = {number: signal.getsignal(number) for number in HANDLED}
+def _remembered() -> Iterator[list[int]]:
+    """Whether Ctrl-C was pressed. It is raised as ever, but where that happens within a callback, of which imports
+    have thousands, Python drops it.
+
+    The handlers are put back: torch's elastic package sets some and leaves them, and a sweep goes on after this run.
+    """
+    before, asked = {number: signal.getsignal(number) for number in HANDLED}, list[int]()
+
+    def remember(number: int, frame: Any) -> None:
+        asked.append(number)
+        raise KeyboardInterrupt
+
+    if before[signal.SIGINT] is signal.default_int_handler:
+        signal.signal(signal.SIGINT, remember)
     try:
-        yield
+        yield asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

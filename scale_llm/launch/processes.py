@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing import forkserver
@@ -70,8 +71,10 @@ def prepare_start(cfg: RunConfig) -> None:
                 os.environ[UNBUFFERED] = before
 
 
-def run_ranks(cfg: RunConfig) -> Outcome:
+def run_ranks(cfg: RunConfig, asked: Sequence[int] = ()) -> Outcome:
     """Start all ranks and wait for their end.
+
+    asked: signals that came before, and that nothing was made of; torch's handlers see later ones.
 
     Raises:
         SignalException: this process was asked to stop, and so were the ranks, which have saved.
@@ -92,6 +95,8 @@ def run_ranks(cfg: RunConfig) -> Outcome:
             arguments = dict.fromkeys(environments, command)
             context = start_processes("rank", sys.executable, arguments, environments, logs)
         try:
+            if asked:
+                raise SignalException("asked to stop before", sigval=signal.Signals(asked[0]))
             return _watch(context)
         except SignalException as stop:
             _forward_signals(context)

@@ -5,6 +5,9 @@ import ctypes
 import functools
 import logging
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from scale_llm.config.machine import cpu_flags
 from scale_llm.parallel.fused import compiling
@@ -21,6 +24,16 @@ def library(source: Path) -> ctypes.CDLL | None:
     (`fused.use_compiler`), the processor does not multiply BF16, or the source could not be compiled or does not work
     with this torch, which is logged once."""
     return _compiled(source) if compiling() and multiplies_bf16() else None
+
+
+def call(function: Any, *arguments: torch.Tensor | int) -> None:
+    """Calls what a library exports: tensors as the addresses of their numbers, integers of 64 bits."""
+    function(
+        *(
+            ctypes.c_void_p(each.data_ptr()) if isinstance(each, torch.Tensor) else ctypes.c_int64(each)
+            for each in arguments
+        )
+    )
 
 
 @functools.cache

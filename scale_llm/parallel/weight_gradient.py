@@ -1,13 +1,12 @@
 """Weight gradients of linear layers, added to a buffer of higher precision."""
 
-import ctypes
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from scale_llm.parallel.fused import add_into, compiling, fused
-from scale_llm.parallel.native import library
+from scale_llm.parallel.native import call, library
 
 SOURCE = Path(__file__).with_name("weight_gradient.cpp")
 
@@ -24,9 +23,7 @@ def accumulate_weight_gradient(x: torch.Tensor, grad_output: torch.Tensor, main_
     if main_grad.dtype == grad.dtype:
         main_grad.addmm_(grad.t(), x)
     elif native := _native(x, grad, main_grad):
-        x, grad = x.contiguous(), grad.contiguous()
-        sizes = (ctypes.c_int64(n) for n in (*x.shape, grad.size(1), torch.get_num_threads()))
-        native(*(ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, grad, main_grad)), *sizes)
+        call(native, x.contiguous(), grad.contiguous(), main_grad, *x.shape, grad.size(1), torch.get_num_threads())
     elif not compiling():
         main_grad.add_(torch.mm(grad.t(), x))
     # oneDNN multiplies BF16 at half its rate where the left matrix is transposed in memory, so the smaller of the two

@@ -197,6 +197,13 @@ def test_ctrl_c_while_ranks_start(words, tmp_path):
         wait_for(lambda: not any(alive(str(pid)) for pid in pids))  # noqa: B023
 
 
+def test_ctrl_c_is_not_lost(words, tmp_path):
+    """Though an import of the launcher has swallowed what it raised."""
+    status, _, err = run(words, tmp_path, "interrupt_lost")
+    assert "interrupt lost" in err
+    assert status == 130 and "stopped by SIGINT" in err and "Traceback" not in err, err
+
+
 def test_under_torchrun_it_joins(words, tmp_path):
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     status, out, err = run(words, tmp_path, before=torchrun)

@@ -111,7 +111,7 @@ def test_one_batch_again_and_again(runs, tmp_path, base, pairs):
     """All pairs of a batch are told apart for certain, and ever more clearly."""
     few = tmp_path / "few.jsonl"
     few.write_text("".join(pairs.read_text().splitlines(keepends=True)[:4]))
-    said = words(base, few, "data.split='100,0,0'", PADDED, "train.train_iters=12",
+    said = words(base, few, "data.split='100,0,0'", "train.eval_iters=0", PADDED, "train.train_iters=12",
                  "optim.lr_decay_style=constant", "optim.lr=5e-4")  # fmt: skip
     assert runs(tmp_path / "run", *said) == []
     found = rows(tmp_path / "run")
@@ -154,7 +154,7 @@ def test_experts_on_two_ranks(runs, tmp_path, pairs):
     fewer = tmp_path / "fewer.jsonl"
     fewer.write_text("".join(pairs.read_text().splitlines(keepends=True)[:19]))
     said = words(tmp_path / "base" / "checkpoints", fewer, "train.train_iters=3", "train.micro_batch_size=2",
-                 "data.split='100,0,0'")  # fmt: skip
+                 "data.split='100,0,0'", "train.eval_iters=0")  # fmt: skip
     assert runs(tmp_path / "one", *said) == []
     for kind in ("cached", "copy"):
         two = tmp_path / kind

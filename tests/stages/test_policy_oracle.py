@@ -48,7 +48,7 @@ def judge(runs, base, pairs, tmp_path_factory):
     run = tmp_path_factory.mktemp("judge") / "run"
     words = ["stage=reward", "model=from_checkpoint", "model.seq_length=96", "data.split='100,0,0'",
              f"data.path={pairs}", f"checkpoint.load={base}", "train.global_batch_size=8", "train.train_iters=6",
-             "train.eval_interval=null", "optim.lr_warmup_iters=0"]  # fmt: skip
+             "train.eval_interval=null", "train.eval_iters=0", "optim.lr_warmup_iters=0"]  # fmt: skip
     assert runs(run, *words) == []
     return run / "checkpoints"
 

@@ -16,19 +16,7 @@ namespace {
 
 constexpr int64_t QUERIES = 64;  // of a block
 constexpr int64_t KEYS = 128;   // of a block
-constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float NEVER = 1e30f;  // 2^-NEVER is 0; no infinity, which compilers may be told not to expect
-
-// 2^x, relative error under 2e-7; Taylor's series to the sixth power on [-1/2, 1/2]. 0 for x below -150, NaN for NaN.
-__m512 exp2(__m512 x) {
-  x = _mm512_max_ps(_mm512_set1_ps(-200.f), x);  // in this order: of NaN and a number, the instruction gives the second
-  const __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 f = _mm512_sub_ps(x, whole);
-  __m512 y = _mm512_set1_ps(1.5403530e-4f);
-  for (const float c : {1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f, 6.9314718e-1f, 1.f})
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(c));
-  return _mm512_scalef_ps(y, whole);
-}
 
 // Columns [d, ld] of FP32, each times its factor, as rows [n, d] of BF16.
 void write_columns(const float* x, int64_t ld, const float* factor, int64_t n, int64_t d, bf16* out, int64_t stride) {
@@ -41,8 +29,7 @@ void write_columns(const float* x, int64_t ld, const float* factor, int64_t n, i
                          : _mm512_setzero_si512();
       transpose(r);
       for (int64_t j = 0; j < std::min(LANES, n - i); j++)
-        _mm256_mask_storeu_epi16(out + (i + j) * stride + c, mask_of(d - c),
-                                 (__m256i)_mm512_cvtneps_pbh(_mm512_castsi512_ps(r[j])));
+        store(out + (i + j) * stride + c, _mm512_castsi512_ps(r[j]), mask_of(d - c));
     }
   }
 }
@@ -50,19 +37,14 @@ void write_columns(const float* x, int64_t ld, const float* factor, int64_t n, i
 void write_rows(const float* x, int64_t n, int64_t d, bf16* out, int64_t stride) {
   for (int64_t i = 0; i < n; i++)
     for (int64_t c = 0; c < d; c += LANES)
-      _mm256_mask_storeu_epi16(out + i * stride + c, mask_of(d - c),
-                               (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask_of(d - c), x + i * d + c)));
+      store(out + i * stride + c, _mm512_maskz_loadu_ps(mask_of(d - c), x + i * d + c), mask_of(d - c));
 }
 
 // The products of two rows of BF16, summed.
 float dot(const bf16* a, const bf16* b, int64_t d) {
   __m512 sum = _mm512_setzero_ps();
   for (int64_t c = 0; c < d; c += LANES) {
-    const auto wide = [&](const bf16* x) {
-      const __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask_of(d - c), x + c));
-      return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
-    };
-    sum = _mm512_fmadd_ps(wide(a), wide(b), sum);
+    sum = _mm512_fmadd_ps(load(a + c, mask_of(d - c)), load(b + c, mask_of(d - c)), sum);
   }
   return _mm512_reduce_add_ps(sum);
 }
@@ -72,10 +54,6 @@ __m512i pairs(__m512 a, __m512 b) {
   const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
                                          5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(b, a));
-}
-
-void store(bf16* to, __m512 x) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh(x));
 }
 
 // Which of 16 queries see a key: those whose last key is not before it.
