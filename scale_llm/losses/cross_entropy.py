@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-from scale_llm.losses.vocabulary import Shard, chunks, empty_log_sum, log_sum_exp, weights_of_ranks, widened
+from scale_llm.losses.vocabulary import Shard, chunks, empty_log_sum, log_sum_exp, softmax, weights_of_ranks, widened
 from scale_llm.parallel import collectives
 from scale_llm.parallel.fused import fused
 
@@ -67,14 +67,14 @@ class _CrossEntropy(torch.autograd.Function):
         grad[:, shard.valid :] = 0
         for rows in chunks(flat, shard):
             out = grad[rows, : shard.valid]
-            _softmax(flat[rows, : shard.valid], temperature, log_sum[rows], uniform, scale[rows], out)
+            softmax(flat[rows, : shard.valid], temperature, log_sum[rows], uniform, scale[rows], out)
         if shard.valid:
             # From the logit again, so that probability - 1 is rounded once
             logit = widened(flat.gather(1, column).squeeze(1), log_sum.dtype, temperature)
             target = (logit - log_sum).exp() - here.to(log_sum.dtype) * (1 - ctx.smoothing) - uniform
             rows = torch.arange(flat.size(0), device=flat.device)
             grad[rows, column[:, 0]] = (target * scale).to(grad.dtype)  # scatter_ would copy all of it
-        return grad.view(*grad_output.shape, -1), None, None, None, None, None
+        return grad.view(*grad_output.shape, grad.size(1)), None, None, None, None, None
 
 
 def _row_sums(flat, shard, temperature, like):
@@ -89,10 +89,3 @@ def _row_sums(flat, shard, temperature, like):
 def _sum(x, temperature, out):
     """x [n, v] -> every row's sum into out [n]."""
     out.copy_(widened(x, out.dtype, temperature).sum(dim=1))
-
-
-@fused
-def _softmax(x, temperature, log_sum, uniform, scale, out):
-    """softmax of x [n, v] less `uniform`, times scale [n], into out."""
-    probability = torch.exp(widened(x, scale.dtype, temperature) - log_sum[:, None])
-    out.copy_((probability - uniform if uniform else probability) * scale[:, None])

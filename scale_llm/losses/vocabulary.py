@@ -5,6 +5,8 @@ part. Arithmetic is FP32 (FP64 for FP64 logits), and no FP32 tensor of the logit
 chunks, or in registers where compiled. Legend: n tokens, v vocabulary with padding, p ranks of the group.
 """
 
+import ctypes
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -12,6 +14,9 @@ import torch.distributed as dist
 
 from scale_llm.parallel import collectives
 from scale_llm.parallel.fused import compiling, fused
+from scale_llm.parallel.native import call, library
+
+SOURCE = Path(__file__).with_name("softmax.cpp")
 
 CHUNK_ELEMENTS = 1 << 19
 """Logits converted to FP32 at a time where nothing is compiled: 2 MiB, which stays in a second-level cache."""
@@ -66,7 +71,42 @@ def widened(x: torch.Tensor, dtype: torch.dtype, temperature: float) -> torch.Te
     return x if temperature == 1.0 else x / temperature
 
 
+def log_sum_exp(x: torch.Tensor, temperature: float, out: torch.Tensor) -> None:
+    """x [n, v] / temperature -> the logarithm of every row's sum of exponentials into out [n]."""
+    kernels = kernels_for(x)
+    if kernels is None:
+        return _log_sum_exp(x, temperature, out)
+    call(kernels.log_sum_exp, x, x.stride(0), out, float(temperature), *x.shape, torch.get_num_threads())
+
+
+def softmax(
+    x: torch.Tensor,
+    temperature: float,
+    log_sum: torch.Tensor,
+    uniform: float,
+    scale: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """Of x [n, v] / temperature the softmax, by its rows' log_sum [n], less `uniform`, times scale [n], into out."""
+    kernels = kernels_for(x)
+    if kernels is None:
+        return _softmax(x, temperature, log_sum, uniform, scale, out)
+    rows = (x, x.stride(0), log_sum, scale.contiguous(), out, out.stride(0))
+    call(kernels.softmax, *rows, float(temperature), float(uniform), *x.shape, torch.get_num_threads())
+
+
+def kernels_for(x: torch.Tensor) -> ctypes.CDLL | None:
+    """softmax.cpp, where it takes such rows."""
+    fits = x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.stride(1) == 1
+    return library(SOURCE) if fits else None
+
+
 @fused
-def log_sum_exp(x, temperature, out):
-    """x [n, v] -> the logarithm of every row's sum of exponentials into out [n]."""
+def _log_sum_exp(x, temperature, out):
     out.copy_(torch.logsumexp(widened(x, out.dtype, temperature), dim=1))
+
+
+@fused
+def _softmax(x, temperature, log_sum, uniform, scale, out):
+    probability = torch.exp(widened(x, scale.dtype, temperature) - log_sum[:, None])
+    out.copy_((probability - uniform if uniform else probability) * scale[:, None])

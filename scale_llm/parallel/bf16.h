@@ -1,5 +1,5 @@
-// What kernels in C++ share: numbers in BF16, exponentials, oneDNN's brgemm, which libtorch_cpu exports, and the layouts
-// that its operands want.
+// What kernels in C++ share: numbers in BF16, exponentials, oneDNN's brgemm, which libtorch_cpu exports, and the
+// layouts that its operands want.
 //
 // "pairs": [k/2, n, 2], the layout of its second operand [k, n] in BF16.
 
@@ -124,8 +124,8 @@ void pair_rows(const bf16* x, int64_t stride, int64_t n, int64_t to, int64_t d, 
   }
 }
 
-// Rows [n, d], d even, turned: store(pair, i, v) with columns 2 * pair and 2 * pair + 1 of the 16 rows from i on, side by
-// side; zeros to row `to`, a multiple of UNIT.
+// Rows [n, d], d even, turned: store(pair, i, v) with columns 2 * pair and 2 * pair + 1 of the 16 rows from i on, side
+// by side; zeros to row `to`, a multiple of UNIT.
 template <typename Store>
 void turn(const bf16* x, int64_t stride, int64_t n, int64_t to, int64_t d, Store store) {
   for (int64_t i = 0; i < to; i += LANES) {

@@ -26,14 +26,15 @@ def library(source: Path) -> ctypes.CDLL | None:
     return _compiled(source) if compiling() and multiplies_bf16() else None
 
 
-def call(function: Any, *arguments: torch.Tensor | int) -> None:
-    """Calls what a library exports: tensors as the addresses of their numbers, integers of 64 bits."""
-    function(
-        *(
-            ctypes.c_void_p(each.data_ptr()) if isinstance(each, torch.Tensor) else ctypes.c_int64(each)
-            for each in arguments
-        )
-    )
+def call(function: Any, *arguments: torch.Tensor | int | float) -> None:
+    """Calls what a library exports: tensors as the addresses of their numbers, integers of 64 bits, FP32."""
+    function(*map(_as_in_c, arguments))
+
+
+def _as_in_c(value: torch.Tensor | int | float) -> Any:
+    if isinstance(value, torch.Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    return ctypes.c_float(value) if isinstance(value, float) else ctypes.c_int64(value)
 
 
 @functools.cache

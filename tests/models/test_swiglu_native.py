@@ -48,10 +48,8 @@ def test_rows_that_lie_apart():
     drawn = torch.Generator().manual_seed(0)
     wide, grads = (torch.randn(30, 2, n, generator=drawn).bfloat16() for n in (200, 90))
     x, grad = wide[..., 20:180], grads[..., 5:85]
-    for a, b in zip(
-        with_gradient(swiglu, x, grad), with_gradient(swiglu, x.contiguous(), grad.contiguous()), strict=True
-    ):
-        assert torch.equal(a, b)
+    together = with_gradient(swiglu, x.contiguous(), grad.contiguous())
+    assert all(torch.equal(a, b) for a, b in zip(with_gradient(swiglu, x, grad), together, strict=True))
     turned = x.transpose(0, 2).contiguous().transpose(0, 2)
     assert turned.stride(-1) != 1
     assert torch.equal(swiglu(turned), swiglu(x))
@@ -64,7 +62,7 @@ def test_gates_far_from_zero():
     out, grad = with_gradient(swiglu, x, torch.ones(1, 8, dtype=torch.bfloat16))
     assert out[0, 0] == 200 and abs(out[0, 1]) < 1e-30 and out[0, 2] == x[0, 2] and out[0, 3].abs() < 10
     assert out[0].isnan().tolist() == [place == 4 for place in range(8)] and out[0, 5] == torch.inf
-    assert grad[0, :2].tolist() == [1, 0] and grad[0, 4].isnan() and grad[0, 6] == 0.5
+    assert grad[0, 0] == 1 and abs(grad[0, 1]) < 1e-30 and grad[0, 4].isnan() and grad[0, 6] == 0.5
 
 
 def test_threads_change_nothing():
