@@ -62,7 +62,7 @@ void store(bf16* to, __m512 x, __mmask16 some = 0xffff) {
 }
 
 // Has memory that is read soon be fetched: where rows are short or lie apart, processors do not foresee them.
-void prefetch(const bf16* x) { _mm_prefetch(reinterpret_cast<const char*>(x), _MM_HINT_T0); }
+void prefetch(const void* x) { _mm_prefetch(static_cast<const char*>(x), _MM_HINT_T0); }
 
 constexpr float LOG2_E = 1.4426950408889634f;
 
@@ -115,8 +115,8 @@ void pair_rows(const bf16* x, int64_t stride, int64_t n, int64_t to, int64_t d, 
     const bf16 *a = x + i * stride, *b = a + stride;
     for (int64_t c = 0; c < d; c += LANES) {
       const __mmask16 some = mask_of(d - c);
-      prefetch(a + 4 * stride + c);
-      prefetch(b + 4 * stride + c);
+      prefetch(a + 8 * stride + c);
+      prefetch(b + 8 * stride + c);
       const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(i < n ? some : 0, a + c));
       const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(i + 1 < n ? some : 0, b + c));
       _mm512_mask_storeu_epi32(out + 2 * c, some, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));

@@ -23,7 +23,9 @@ def accumulate_weight_gradient(x: torch.Tensor, grad_output: torch.Tensor, main_
     if main_grad.dtype == grad.dtype:
         main_grad.addmm_(grad.t(), x)
     elif native := _native(x, grad, main_grad):
-        call(native, x.contiguous(), grad.contiguous(), main_grad, *x.shape, grad.size(1), torch.get_num_threads())
+        a, b = (x, grad) if x.size(1) < grad.size(1) else (grad, x)
+        sizes = (*a.shape, b.size(1), torch.get_num_threads())
+        call(native, a.contiguous(), b.contiguous(), main_grad, int(a is x), *sizes)
     elif not compiling():
         main_grad.add_(torch.mm(grad.t(), x))
     # oneDNN multiplies BF16 at half its rate where the left matrix is transposed in memory, so the smaller of the two
@@ -38,7 +40,7 @@ def _native(x: torch.Tensor, grad: torch.Tensor, main_grad: torch.Tensor):
     """`weight_gradient` of weight_gradient.cpp, where it takes these matrices."""
     if not (x.dtype == grad.dtype == torch.bfloat16 and main_grad.dtype == torch.float32):
         return None
-    if grad.size(1) % 2 or not main_grad.is_contiguous():
+    if min(x.size(1), grad.size(1)) % 2 or not main_grad.is_contiguous():
         return None
     found = library(SOURCE)
     return None if found is None else found.weight_gradient

@@ -36,7 +36,15 @@ def native():
 
 @pytest.mark.parametrize(
     ("tokens", "size"),
-    [(0, (4, 6)), (1, (2, 2)), (37, (19, 50)), (512, (128, 128)), (1100, (130, 300)), (65, (700, 34))],
+    [
+        (0, (4, 6)),
+        (1, (2, 2)),
+        (37, (18, 51)),
+        (512, (128, 128)),
+        (1100, (130, 300)),
+        (65, (700, 34)),
+        (600, (1030, 1040)),
+    ],
 )
 def test_added_in_fp32_on_a_cpu_that_multiplies_bf16(native, tokens, size):
     """Nothing is rounded to BF16, at sizes within tiles, of whole tiles and beyond."""
