@@ -1,4 +1,7 @@
-"""Root-mean-square norm, y = x / sqrt(mean(x^2) + eps) * weight, with FP32 arithmetic inside."""
+"""Root-mean-square norm, y = x / sqrt(mean(x^2) + eps) * weight, with FP32 arithmetic inside. In BF16 on a CPU that
+multiplies BF16 by norm.cpp."""
+
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -6,6 +9,9 @@ from torch.autograd.function import once_differentiable
 
 from scale_llm.models.ops.wide import wide
 from scale_llm.parallel.fused import fused
+from scale_llm.parallel.native import call, library
+
+SOURCE = Path(__file__).with_name("norm.cpp")
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -19,7 +25,14 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):
         flat = x.reshape(-1, x.size(-1))
-        y, inverse = _forward(flat, weight, eps)
+        ctx.library = library(SOURCE) if x.dtype == weight.dtype == torch.bfloat16 else None
+        if ctx.library is None:
+            y, inverse = _forward(flat, weight, eps)
+        else:
+            flat, weight = flat.contiguous(), weight.contiguous()
+            y, inverse = torch.empty_like(flat), flat.new_empty(flat.size(0), dtype=torch.float32)
+            sizes = (*flat.shape, torch.get_num_threads())
+            call(ctx.library.norm_forward, flat, weight, y, inverse, float(eps), *sizes)
         ctx.save_for_backward(flat, weight, inverse)
         return y.view(x.shape)
 
@@ -27,7 +40,13 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_output):
         x, weight, inverse = ctx.saved_tensors
-        grad_x, grad_weight = _backward(x, weight, inverse, grad_output.reshape(x.shape))
+        grad = grad_output.reshape(x.shape)
+        if ctx.library is None:
+            grad_x, grad_weight = _backward(x, weight, inverse, grad)
+        else:
+            grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
+            sizes = (*x.shape, torch.get_num_threads())
+            call(ctx.library.norm_backward, x, weight, inverse, grad.contiguous(), grad_x, grad_weight, *sizes)
         return grad_x.view(grad_output.shape), grad_weight, None
 
 
