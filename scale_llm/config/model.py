@@ -103,5 +103,5 @@ class ModelConfig:
     auto: Transformer Engine on a GPU where it is installed, torch elsewhere."""
     compile_ops: bool | None = None
     """torch.compile for the element-wise passes of the torch backend (norms, SwiGLU, RoPE, softmax), and C++ of ours
-    for those and attention in BF16 on processors that multiply BF16: seconds at the first start of a shape, then a third
-    faster, or twice as fast with AMX. None: yes where this machine has the compiler for it."""
+    for those and attention in BF16 on processors that multiply BF16: seconds at the first start of a shape, then a
+    third faster, or twice as fast with AMX. None: yes where this machine has the compiler for it."""
