@@ -163,13 +163,13 @@ class Reporter:
         """Writes the result of an evaluation."""
         self._add_texts(found.texts, progress.iteration)
         metrics = found.metrics
-        if not self._writes or not metrics:
-            return
-        self._write(
-            {"iteration": progress.iteration, "consumed_samples": progress.consumed_samples, **metrics}, set(metrics)
-        )
-        values = " | ".join(f"{name}: {value:.6E}" for name, value in metrics.items())
-        self._say(f" validation at iteration {progress.iteration} | {values} |")
+        if metrics and self._writes:
+            self._write(
+                {"iteration": progress.iteration, "consumed_samples": progress.consumed_samples, **metrics},
+                set(metrics),
+            )
+            values = " | ".join(f"{name}: {value:.6E}" for name, value in metrics.items())
+            self._say(f" validation at iteration {progress.iteration} | {values} |")
         self.say(found.remarks)
 
     def _add_texts(self, texts: dict[str, str], iteration: int) -> None:

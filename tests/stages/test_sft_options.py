@@ -108,6 +108,14 @@ def test_validation_is_of_answers_whatever_is_trained_on(first_step):
         assert a["prompt"].endswith("<|assistant|>\n") and a["reference"].endswith("<|endoftext|>")
 
 
+def test_it_is_said_that_no_prompt_leaves_room_for_an_answer(runs, base, tmp_path):
+    file = write(tmp_path / "turns.jsonl", 1)
+    room = ["stage.num_samples=2", "stage.max_new_tokens=127"]
+    said = runs.command(tmp_path / "run", *WORDS, f"data.path={file}", f"checkpoint.load={base}", *room)
+    assert "no samples: none of 2 validation conversations" in said and "stage.max_new_tokens=127" in said
+    assert not (tmp_path / "run" / "samples.md").exists()
+
+
 @pytest.mark.parametrize("text", ["def sum", None])
 def test_virtual_tokens_begin_as_a_text_or_as_random_tokens(first_step, base, text):
     """As `peft.prompt_init_text` says: the text's tokens over and over, or different ones of the vocabulary."""
