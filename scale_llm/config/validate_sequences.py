@@ -18,7 +18,7 @@ def sequence_problems(cfg: RunConfig, stage: SequenceStageConfig) -> list[str]:
     """Problems of such a run beyond those of every training run."""
     found = [*_start(cfg), *_batching(cfg, stage)]
     if isinstance(stage, SftConfig):
-        found += _sft(cfg, stage)
+        found += _sft(stage)
     if isinstance(stage, RewardConfig):
         found += _reward(cfg, stage)
     if isinstance(stage, DpoConfig):
@@ -38,7 +38,7 @@ def _start(cfg: RunConfig) -> list[str]:
     return found
 
 
-def _sft(cfg: RunConfig, stage: SftConfig) -> list[str]:
+def _sft(stage: SftConfig) -> list[str]:
     found = []
     if not 0.0 <= stage.label_smoothing < 1.0:
         found.append(
@@ -48,10 +48,10 @@ def _sft(cfg: RunConfig, stage: SftConfig) -> list[str]:
         found.append(f"stage.neftune_noise_alpha={stage.neftune_noise_alpha}: must be 0 or larger; 5 is usual")
     if stage.num_samples < 0:
         found.append(f"stage.num_samples={stage.num_samples}: must be 0 or larger; give a number 0 or larger")
-    if stage.num_samples > 0 and not 0 < stage.max_new_tokens < cfg.model.seq_length:
+    if stage.num_samples > 0 and stage.max_new_tokens < 1:
         found.append(
-            f"stage.max_new_tokens={stage.max_new_tokens}: samples are answers of at least one token, with a prompt in "
-            f"model.seq_length={cfg.model.seq_length}; give a number between, or set stage.num_samples=0"
+            f"stage.max_new_tokens={stage.max_new_tokens}: samples are answers of at least one token; give a number "
+            "above 0, or set stage.num_samples=0"
         )
     return found
 

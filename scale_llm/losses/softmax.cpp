@@ -6,14 +6,18 @@ namespace {
 
 constexpr int64_t AHEAD = 512;  // numbers, a kilobyte
 
+// NaN if one of them is.
 float largest(const bf16* x, int64_t v) {
   __m512 most = _mm512_set1_ps(-INFINITY);
+  __mmask16 none = 0;
   for (int64_t c = 0; c < v; c += LANES) {
     prefetch(x + c + AHEAD);
-    // in this order: of NaN and a number the second is given, so that `most` is one, and the sum then is none
-    most = _mm512_mask_max_ps(most, mask_of(v - c), load(x + c, mask_of(v - c)), most);
+    const __mmask16 some = mask_of(v - c);
+    const __m512 value = load(x + c, some);
+    none |= _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+    most = _mm512_mask_max_ps(most, some, most, value);
   }
-  return _mm512_reduce_max_ps(most);
+  return none ? NAN : _mm512_reduce_max_ps(most);
 }
 
 }  // namespace
@@ -27,7 +31,7 @@ void log_sum_exp(const bf16* x, int64_t stride, float* out, float temperature, i
   for (int64_t i = 0; i < n; i++) {
     const bf16* row = x + i * stride;
     const float most = largest(row, v);
-    if (std::isinf(most)) {
+    if (!std::isfinite(most)) {
       out[i] = most;
       continue;
     }

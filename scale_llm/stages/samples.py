@@ -44,10 +44,10 @@ class Samples:
             if prompt and len(prompt) + stage.max_new_tokens <= cfg.model.seq_length:
                 self._prompts.append(prompt)
                 self._references.append(reference)
-        if stage.num_samples and not self._prompts:
+        if stage.num_samples and len(numbers) and not self._prompts:
             self.remarks = [
-                f"no samples: none of {len(numbers)} validation conversations has a prompt that leaves room for "
-                f"stage.max_new_tokens={stage.max_new_tokens} in model.seq_length={cfg.model.seq_length}"
+                f"no samples: none of {len(numbers)} validation conversations has a marked answer after a prompt "
+                f"with room for stage.max_new_tokens={stage.max_new_tokens} in model.seq_length={cfg.model.seq_length}"
             ]
 
     def before(self, engine: Engine) -> dict[str, str]:

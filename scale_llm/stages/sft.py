@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 
 from scale_llm.config.stage import SftConfig
-from scale_llm.data.chat.examples import Answers, PreparedExamples, load_examples
+from scale_llm.data.chat.examples import Answers, load_examples
 from scale_llm.data.of_stage import places_taken
 from scale_llm.data.prefixed import PrefixedSequences
 from scale_llm.data.sequence_loader import TokenSequences
@@ -21,14 +21,15 @@ from scale_llm.stages.sequence_stage import SequenceStage, SequenceTask, Totals,
 def sft(run: RunContext) -> SequenceStage:
     """The stage the loop drives for `stage=sft`."""
     stage, examples = run.cfg.stage, load_examples(run.prepared)
-    assert isinstance(stage, SftConfig) and isinstance(run.prepared, PreparedExamples)
+    assert isinstance(stage, SftConfig)
     groups = single_units(len(examples))
     prefix = virtual_tokens(run)
 
     def prefixed(some: TokenSequences) -> TokenSequences:
         return PrefixedSequences(some, prefix) if len(prefix) else some
 
-    sequences, answers = prefixed(examples), prefixed(Answers(examples))
+    sequences, answers, held_out = prefixed(examples), prefixed(Answers(examples)), held_out_units(run, groups)
+    marked = any(examples[int(number)].answers.any() for number in held_out)
     part = {"tp_group": run.mesh.groups.tp, "vocab_size": run.vocab_size}
     return SequenceStage(
         run,
@@ -37,10 +38,10 @@ def sft(run: RunContext) -> SequenceStage:
             groups=groups,
             loss=partial(language_model_loss, label_smoothing=stage.label_smoothing, **part),
             counts=counted_tokens,
-            held_out=sequences if run.prepared.report["unmarked"] else answers,
+            held_out=answers if marked else sequences,
             held_out_loss=partial(with_token_accuracy, **part),
             summary=summary,
-            answers=Samples(run, answers, held_out_units(run, groups)),
+            answers=Samples(run, answers, held_out),
             noise=stage.neftune_noise_alpha,
         ),
     )

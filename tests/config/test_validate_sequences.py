@@ -39,7 +39,6 @@ def test_a_sound_run_has_no_problem(tmp_path):
         (["stage.neftune_noise_alpha=-1"], ["stage.neftune_noise_alpha=-1", "0 or larger"]),
         (["stage.num_samples=-1"], ["stage.num_samples=-1"]),
         (["stage.max_new_tokens=0"], ["stage.max_new_tokens=0", "at least one token", "stage.num_samples=0"]),
-        (["stage.max_new_tokens=512"], ["stage.max_new_tokens=512", "model.seq_length=512"]),
         (["stage.max_tokens_per_micro_batch=900"], ["stage.max_tokens_per_micro_batch=900", "token_budget"]),
         (
             ["stage.batching=token_budget", "stage.max_tokens_per_micro_batch=100"],

@@ -52,14 +52,17 @@ def test_columns_of_wider_rows():
 
 def test_hidden_and_broken_logits():
     """-inf is a token that cannot be; no number gives none, to its row alone."""
-    x = torch.zeros(4, 40).bfloat16()
+    x = torch.zeros(7, 40).bfloat16()
     x[0, 3:] = -torch.inf
     x[1] = -torch.inf
     x[2, 7] = torch.nan
-    out = torch.empty(4)
+    x[4] = torch.nan
+    x[5, :2] = torch.tensor([torch.nan, -torch.inf])
+    x[6, 3] = torch.inf
+    out = torch.empty(7)
     log_sum_exp(x, 1.0, out)
     assert torch.allclose(out[[0, 3]], torch.tensor([3.0, 40.0]).log())
-    assert out[1] == -torch.inf and out[2].isnan()
+    assert out[1] == -torch.inf and out[[2, 4, 5]].isnan().all() and out[6] == torch.inf
     large = torch.full((2, 40), 3e38).bfloat16()
     losses = vocab_parallel_cross_entropy(large, torch.tensor([0, 1]), None, 40)
     assert losses.isfinite().all()

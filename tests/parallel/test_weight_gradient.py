@@ -56,23 +56,26 @@ def test_added_in_fp32_on_a_cpu_that_multiplies_bf16(native, tokens, size):
     assert (buffer - exact).norm() < 1e-6 * exact.norm()
 
 
-def test_threads_change_nothing(native):
-    x, dy = (torch.randn(600, n, generator=torch.Generator().manual_seed(n)).bfloat16() for n in (300, 200))
+@pytest.mark.parametrize("size", [(300, 200), (600, 700)])
+def test_threads_change_nothing(native, size):
+    """Also where the rows of a panel, here two groups of 512, are dealt out to tasks of their own."""
+    x, dy = (torch.randn(600, n, generator=torch.Generator().manual_seed(n)).bfloat16() for n in size)
     before, found = torch.get_num_threads(), []
     try:
-        for threads in (1, 3):
+        for threads in (1, 4):
             torch.set_num_threads(threads)
-            found.append(torch.zeros(200, 300))
+            found.append(torch.zeros(size[1], size[0]))
             accumulate_weight_gradient(x, dy, found[-1])
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*found)
 
 
-def test_other_matrices_than_it_takes(native):
+@pytest.mark.parametrize("out", [9, 12])
+def test_other_matrices_than_it_takes(native, out):
     """An odd number of outputs, and a buffer that is a part of another's columns."""
-    x, dy = torch.randn(40, 16).bfloat16(), torch.randn(40, 9).bfloat16()
-    wide = torch.zeros(9, 20)
+    x, dy = torch.randn(40, 16).bfloat16(), torch.randn(40, out).bfloat16()
+    wide = torch.zeros(out, 20)
     accumulate_weight_gradient(x, dy, wide[:, :16])
     exact = dy.double().t() @ x.double()
     assert (wide[:, :16] - exact).norm() < 1e-2 * exact.norm() and not wide[:, 16:].any()

@@ -108,6 +108,19 @@ def test_validation_is_of_answers_whatever_is_trained_on(first_step):
         assert a["prompt"].endswith("<|assistant|>\n") and a["reference"].endswith("<|endoftext|>")
 
 
+def test_validation_without_a_single_answer_is_of_all_tokens(runs, base, tmp_path):
+    """Prompts that fill the rows, trained on whole: the loss of nothing would be 0."""
+    with open(tmp_path / "long.jsonl", "w") as file:
+        for a in range(8):
+            turns = [("user", f"{a} and 5? " * 60), ("assistant", f"{a + 5}")]
+            messages = [{"role": role, "content": text} for role, text in turns]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    words = [f"data.path={tmp_path / 'long.jsonl'}", f"checkpoint.load={base}", "stage.train_on=all"]
+    assert runs(tmp_path / "run", *WORDS, *words) == []
+    step, validation = rows(tmp_path / "run")
+    assert validation["lm loss validation"] > 0.5 * step["lm loss"]
+
+
 def test_it_is_said_that_no_prompt_leaves_room_for_an_answer(runs, base, tmp_path):
     file = write(tmp_path / "turns.jsonl", 1)
     room = ["stage.num_samples=2", "stage.max_new_tokens=127"]

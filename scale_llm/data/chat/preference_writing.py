@@ -84,7 +84,10 @@ class ComparisonEncoder:
         longest = max(len(each.tokens) for each in fitted)
         if longest > self.seq_length:
             fitted = self._cut(
-                comparison, fitted, shared, f"{longest} tokens are more than model.seq_length={self.seq_length}"
+                comparison,
+                fitted,
+                shared,
+                f"{longest} tokens are more than the {self.seq_length} that model.seq_length allows",
             )
         if fitted:
             self.report.left_out += comparison.tied + len(encoded) - len(fitted)

@@ -26,7 +26,7 @@ class Report:
     first_truncated: list[str] = field(default_factory=list)
     """`file:line: what` of the first."""
     unmarked: int = 0
-    """Conversations of which the template cannot tell the assistant's turns; kept where all tokens train."""
+    """Conversations without a token that is known to be the assistant's; kept where all tokens train."""
     dropped: dict[str, int] = field(default_factory=dict)
     """How many for each reason."""
     first_dropped: dict[str, list[str]] = field(default_factory=dict)
@@ -157,8 +157,9 @@ def lost_lines(report: dict[str, Any]) -> list[str]:
         lines.append(f"cut off at model.seq_length: {report['truncated']:,}, first {report['first_truncated'][0]}")
     if report["unmarked"]:
         lines.append(
-            f"the chat template cannot mark the assistant's turns of {report['unmarked']:,} conversations: validation "
-            "counts all tokens; tokenizer.chat_template with {% generation %} tags would tell"
+            f"no assistant's turn marked within length in {report['unmarked']:,} conversations: validation counts "
+            "nothing of them, or, where it has no other, all tokens; tokenizer.chat_template with {% generation %} "
+            "tags would mark turns"
         )
     for kind, count in sorted(report["dropped"].items(), key=lambda item: -item[1]):
         lines.append(f"dropped, {kind}: {count:,}, first {report['first_dropped'][kind][0]}")

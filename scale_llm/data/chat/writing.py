@@ -56,7 +56,7 @@ class Encoder:
         for conversation, (encoded,) in tokenised(self.template, self._marked(conversations)):
             fitted = self._fitted(conversation, encoded)
             if fitted is not None:
-                self.report.unmarked += fitted.answers is None
+                self.report.unmarked += not any(fitted.answers or ())
                 yield conversation, fitted
 
     def _marked(self, conversations: Iterable[Conversation]) -> Iterator[tuple[Conversation, list[Marked]]]:
@@ -77,7 +77,7 @@ class Encoder:
             return None
         if len(encoded.tokens) <= self.seq_length:
             return encoded
-        excess = f"{len(encoded.tokens)} tokens are more than model.seq_length={self.seq_length}"
+        excess = f"{len(encoded.tokens)} tokens are more than the {self.seq_length} that model.seq_length allows"
         if self.on_too_long is TooLong.fail:
             self.long.add(*place, f"{excess}; raise it, or set data.on_too_long=truncate or drop", "too long")
             return None

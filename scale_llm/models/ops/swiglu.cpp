@@ -4,13 +4,13 @@
 
 namespace {
 
-// 1 / (1 + e^-x), relative error under 5e-7 above -87, where it ends.
+// 1 / (1 + e^-x), relative error under 5e-7; 0 below -87, where the sum's reciprocal would be a subnormal number.
 __m512 sigmoid(__m512 x) {
-  // in this order, as in exp2; so that the sum has a reciprocal that is no subnormal number
-  const __m512 power = _mm512_min_ps(_mm512_set1_ps(126.f), _mm512_mul_ps(x, _mm512_set1_ps(-LOG2_E)));
-  const __m512 sum = _mm512_add_ps(_mm512_set1_ps(1.f), exp2(power));
+  const __m512 most = _mm512_set1_ps(126.f), power = _mm512_mul_ps(x, _mm512_set1_ps(-LOG2_E));
+  const __mmask16 small = _mm512_cmp_ps_mask(power, most, _CMP_NGT_UQ);  // NaN is among them, and stays
+  const __m512 sum = _mm512_add_ps(_mm512_set1_ps(1.f), exp2(_mm512_min_ps(most, power)));
   const __m512 y = _mm512_rcp14_ps(sum);
-  return _mm512_mul_ps(y, _mm512_fnmadd_ps(sum, y, _mm512_set1_ps(2.f)));  // one step of Newton's
+  return _mm512_maskz_mul_ps(small, y, _mm512_fnmadd_ps(sum, y, _mm512_set1_ps(2.f)));  // one step of Newton's
 }
 
 }  // namespace

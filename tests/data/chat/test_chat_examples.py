@@ -186,7 +186,7 @@ def test_too_long_is_cut_off_at_its_end(prepared, tokenizer, tmp_path: Path):
     ]
     assert ready.report["truncated"] == 1
     assert ready.report["dropped"] == {"nothing trained within length": 1}  # counted though bad rows are errors
-    excess = "34 tokens are more than model.seq_length=28"
+    excess = "34 tokens are more than the 28 that model.seq_length allows"
     assert f"cut off at model.seq_length: 1, first {file}:2: {excess}" in examples.report_lines(ready.report)
 
 
@@ -215,8 +215,17 @@ def test_turns_that_the_template_cannot_tell(prepared, tokenizer, tmp_path: Path
     ready = prepared(data, train_on=TrainOn.all)
     found = examples.load_examples(ready)
     assert ready.report["unmarked"] == len(found) == 2
-    assert "of 2 conversations: validation counts all tokens" in examples.report_lines(ready.report)[1]
+    line = examples.report_lines(ready.report)[1]
+    assert "no assistant's turn marked within length in 2 conversations" in line and "generation" in line
     assert all(each.trained.all() and not each.answers.any() for each in found)
+
+
+def test_an_answer_that_is_cut_off_is_none(prepared, tmp_path: Path):
+    """Of a conversation that is trained on whole, its prompt is left, and that is counted."""
+    ready = prepared(DataConfig(path=write(tmp_path / "a.jsonl", *LONG)), seq_length=28, train_on=TrainOn.all)
+    assert (ready.report["kept"], ready.report["truncated"], ready.report["unmarked"]) == (3, 2, 1)
+    found = examples.load_examples(ready)
+    assert [each.answers.any() for each in found] == [True, True, False]
 
 
 def test_splits_that_are_left_empty():
@@ -235,7 +244,9 @@ def test_too_long_is_dropped(prepared, tmp_path: Path):
     file = write(tmp_path / "a.jsonl", *LONG)
     report = prepared(DataConfig(path=file, on_too_long=TooLong.drop), seq_length=28).report
     assert (report["kept"], report["rows"], report["dropped"]) == (1, 3, {"too long": 2})
-    assert report["first_dropped"]["too long"][0].startswith(f"{file}:2: 34 tokens are more than model.seq_length=28")
+    assert report["first_dropped"]["too long"][0].startswith(
+        f"{file}:2: 34 tokens are more than the 28 that model.seq_length allows"
+    )
 
 
 @pytest.mark.parametrize("policy", BadRow)
@@ -250,7 +261,7 @@ def test_too_long_is_an_error(prepared, tmp_path: Path, policy: BadRow):
 def test_exactly_as_long_as_allowed(prepared, tmp_path: Path):
     data = DataConfig(path=write(tmp_path / "a.jsonl", GOOD), on_too_long=TooLong.fail)
     assert prepared(data, seq_length=28).report["longest"] == 28
-    with pytest.raises(UserError, match="28 tokens are more than model.seq_length=27"):
+    with pytest.raises(UserError, match="28 tokens are more than the 27 that model.seq_length allows"):
         prepared(data, seq_length=27)
 
 

@@ -243,7 +243,9 @@ def test_too_long_answers_are_cut_off(prepared, tokenizer, tmp_path: Path):
     assert ready.report["truncated"] == 2
     assert ready.report["dropped"] == {"equal within length": 1, "prompt fills the sequence": 1}
     first = ready.report["first_dropped"]["prompt fills the sequence"][0]
-    assert first.startswith(f"{file}:4: 32 tokens are more than model.seq_length=29, and the prompt fills it with 29;")
+    assert first.startswith(
+        f"{file}:4: 32 tokens are more than the 29 that model.seq_length allows, and the prompt fills it with 29;"
+    )
     lines = preferences.preference_lines(ready.report)
     assert any(line.startswith(f"cut off at model.seq_length: 2, first {file}:") for line in lines)
 
