@@ -148,7 +148,7 @@ void pair_columns(const bf16* x, int64_t stride, int64_t n, int64_t to, int64_t 
 }
 
 // Those rows as columns [d, ld].
-void columns(const bf16* x, int64_t stride, int64_t n, int64_t to, int64_t d, bf16* out, int64_t ld) {
+void copy_columns(const bf16* x, int64_t stride, int64_t n, int64_t to, int64_t d, bf16* out, int64_t ld) {
   turn(x, stride, n, to, d, [=](int64_t pair, int64_t i, __m512i v) {
     bf16* column = out + 2 * pair * ld + i;
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(column), _mm512_cvtepi32_epi16(v));

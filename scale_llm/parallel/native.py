@@ -19,16 +19,18 @@ _INCLUDE = '#include "scale_llm/parallel/bf16.h"\n'
 """Of a source; the file takes its place, so that a change of it is one of what is compiled."""
 
 
-def library(source: Path) -> ctypes.CDLL | None:
-    """What `source`, which includes bf16.h, exports with C's names. None: kernels are not compiled in this process
-    (`fused.use_compiler`), the processor does not multiply BF16, or the source could not be compiled or does not work
-    with this torch, which is logged once."""
-    return _compiled(source) if compiling() and multiplies_bf16() else None
+def library(source: Path, *operands: torch.Tensor) -> ctypes.CDLL | None:
+    """What `source`, which includes bf16.h, exports with C's names. None: an operand is not of BF16 on a CPU, kernels
+    are not compiled in this process (`fused.use_compiler`), the processor does not multiply BF16, or the source could
+    not be compiled or does not work with this torch, which is logged once."""
+    fit = all(x.dtype == torch.bfloat16 and x.device.type == "cpu" for x in operands)
+    return _compiled(source) if fit and compiling() and multiplies_bf16() else None
 
 
 def call(function: Any, *arguments: torch.Tensor | int | float) -> None:
-    """Calls what a library exports: tensors as the addresses of their numbers, integers of 64 bits, FP32."""
-    function(*map(_as_in_c, arguments))
+    """Calls what a library exports: tensors as the addresses of their numbers, integers of 64 bits, FP32; last the
+    number of threads."""
+    function(*map(_as_in_c, (*arguments, torch.get_num_threads())))
 
 
 def _as_in_c(value: torch.Tensor | int | float) -> Any:

@@ -62,8 +62,8 @@ extern "C" void weight_gradient(const bf16* a, const bf16* b, float* dw, int64_t
 #pragma omp for collapse(2)
     for (int64_t s = 0; s < spans; s++)
       for (int64_t i = 0; i < rows; i += BAND)
-        ::columns(a + s * TOKENS * rows + i, rows, length(s), padded(length(s)), std::min(BAND, rows - i),
-                  turned_a + (s * rows + i) * LD, LD);
+        copy_columns(a + s * TOKENS * rows + i, rows, length(s), padded(length(s)), std::min(BAND, rows - i),
+                     turned_a + (s * rows + i) * LD, LD);
     Buffer<bf16> pairs(spans * TOKENS * COLUMNS);
     Buffer<float> sums(ROWS * COLUMNS);
 #pragma omp for collapse(2) schedule(dynamic, 1)

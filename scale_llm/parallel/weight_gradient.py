@@ -24,8 +24,7 @@ def accumulate_weight_gradient(x: torch.Tensor, grad_output: torch.Tensor, main_
         main_grad.addmm_(grad.t(), x)
     elif native := _native(x, grad, main_grad):
         a, b = (x, grad) if x.size(1) < grad.size(1) else (grad, x)
-        sizes = (*a.shape, b.size(1), torch.get_num_threads())
-        call(native, a.contiguous(), b.contiguous(), main_grad, int(a is x), *sizes)
+        call(native, a.contiguous(), b.contiguous(), main_grad, int(a is x), *a.shape, b.size(1))
     elif not compiling():
         main_grad.add_(torch.mm(grad.t(), x))
     # oneDNN multiplies BF16 at half its rate where the left matrix is transposed in memory, so the smaller of the two
@@ -38,11 +37,8 @@ def accumulate_weight_gradient(x: torch.Tensor, grad_output: torch.Tensor, main_
 
 def _native(x: torch.Tensor, grad: torch.Tensor, main_grad: torch.Tensor):
     """`weight_gradient` of weight_gradient.cpp, where it takes these matrices."""
-    if not (x.dtype == grad.dtype == torch.bfloat16 and main_grad.dtype == torch.float32):
-        return None
-    if min(x.size(1), grad.size(1)) % 2 or not main_grad.is_contiguous():
-        return None
-    found = library(SOURCE)
+    fits = main_grad.dtype == torch.float32 and main_grad.is_contiguous() and min(x.size(1), grad.size(1)) % 2 == 0
+    found = library(SOURCE, x, grad) if fits else None
     return None if found is None else found.weight_gradient
 
 

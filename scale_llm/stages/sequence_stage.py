@@ -95,7 +95,7 @@ class SequenceStage:
         if len(held_out) and cfg.train.eval_iters:
             stream = stream_of(stage, held_out, self._row, seed=0, end=1, shuffle=False)
             self._evaluations = min(cfg.train.eval_iters, -(-stream.samples_in(1) // cfg.train.global_batch_size))
-            self._held_out = self._loader_of(task.held_out or task.sequences, stream)
+            self._held_out = self._loader_of(task.sequences if task.held_out is None else task.held_out, stream)
 
     def _units(self, numbers: np.ndarray) -> Units:
         task = self._task

@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 
 from scale_llm.config.stage import SftConfig
-from scale_llm.data.chat.examples import Answers, load_examples
+from scale_llm.data.chat.examples import AssistantTokens, load_examples
 from scale_llm.data.of_stage import places_taken
 from scale_llm.data.prefixed import PrefixedSequences
 from scale_llm.data.sequence_loader import TokenSequences
@@ -28,8 +28,9 @@ def sft(run: RunContext) -> SequenceStage:
     def prefixed(some: TokenSequences) -> TokenSequences:
         return PrefixedSequences(some, prefix) if len(prefix) else some
 
-    sequences, answers, held_out = prefixed(examples), prefixed(Answers(examples)), held_out_units(run, groups)
-    marked = any(examples[int(number)].answers.any() for number in held_out)
+    sequences, of_assistant = prefixed(examples), prefixed(AssistantTokens(examples))
+    numbers = held_out_units(run, groups)
+    marked = any(examples[int(number)].answers.any() for number in numbers)
     part = {"tp_group": run.mesh.groups.tp, "vocab_size": run.vocab_size}
     return SequenceStage(
         run,
@@ -38,10 +39,10 @@ def sft(run: RunContext) -> SequenceStage:
             groups=groups,
             loss=partial(language_model_loss, label_smoothing=stage.label_smoothing, **part),
             counts=counted_tokens,
-            held_out=answers if marked else sequences,
+            held_out=of_assistant if marked else sequences,
             held_out_loss=partial(with_token_accuracy, **part),
             summary=summary,
-            answers=Samples(run, answers, held_out),
+            answers=Samples(run, of_assistant, numbers),
             noise=stage.neftune_noise_alpha,
         ),
     )

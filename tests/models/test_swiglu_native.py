@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from support.native import compiled_kernels
+from support.native import compiled_kernels, same_by_any_threads
 
 from scale_llm.models.ops import swiglu
 from scale_llm.models.ops.swiglu import SOURCE
@@ -68,11 +68,4 @@ def test_gates_far_from_zero():
 
 def test_threads_change_nothing():
     x = torch.randn(77, 1, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
-    before, found = torch.get_num_threads(), []
-    try:
-        for threads in (1, 3):
-            torch.set_num_threads(threads)
-            found.append(with_gradient(swiglu, x, torch.ones(77, 1, 48).bfloat16()))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert same_by_any_threads(lambda: list(with_gradient(swiglu, x, torch.ones(77, 1, 48).bfloat16())))

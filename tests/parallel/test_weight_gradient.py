@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.native import compiled_kernels
+from support.native import compiled_kernels, same_by_any_threads
 
 from scale_llm.parallel import weight_gradient
 from scale_llm.parallel.fused import use_compiler
@@ -60,15 +60,13 @@ def test_added_in_fp32_on_a_cpu_that_multiplies_bf16(native, tokens, size):
 def test_threads_change_nothing(native, size):
     """Also where the rows of a panel, here two groups of 512, are dealt out to tasks of their own."""
     x, dy = (torch.randn(600, n, generator=torch.Generator().manual_seed(n)).bfloat16() for n in size)
-    before, found = torch.get_num_threads(), []
-    try:
-        for threads in (1, 4):
-            torch.set_num_threads(threads)
-            found.append(torch.zeros(size[1], size[0]))
-            accumulate_weight_gradient(x, dy, found[-1])
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(*found)
+
+    def compute():
+        buffer = torch.zeros(size[1], size[0])
+        accumulate_weight_gradient(x, dy, buffer)
+        return [buffer]
+
+    assert same_by_any_threads(compute)
 
 
 @pytest.mark.parametrize("out", [9, 12])

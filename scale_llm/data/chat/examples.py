@@ -125,7 +125,7 @@ class Examples:
         return UserError(f"{self.directory / name}: missing or damaged; delete {self.directory} and run again")
 
 
-class Answers:
+class AssistantTokens:
     """The same examples where the assistant's tokens alone count, whatever is trained on. See TokenSequences."""
 
     def __init__(self, examples: Examples):

@@ -158,8 +158,8 @@ def lost_lines(report: dict[str, Any]) -> list[str]:
     if report["unmarked"]:
         lines.append(
             f"no assistant's turn marked within length in {report['unmarked']:,} conversations: validation counts "
-            "nothing of them, or, where it has no other, all tokens; tokenizer.chat_template with {% generation %} "
-            "tags would mark turns"
+            "nothing of them, or, where it has no other, all tokens; raise model.seq_length, or give "
+            "tokenizer.chat_template a template with {% generation %} tags"
         )
     for kind, count in sorted(report["dropped"].items(), key=lambda item: -item[1]):
         lines.append(f"dropped, {kind}: {count:,}, first {report['first_dropped'][kind][0]}")

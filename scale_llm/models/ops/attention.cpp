@@ -185,8 +185,8 @@ void forward_of(const Shape& shape, const Heads& heads, const Tensor& query, con
   Buffer<float> scores(KEYS * QUERIES), values(QUERIES * d), maximum(QUERIES), sum(QUERIES);
   copy_rows(key.at(b, g, place, 0), key.place, keys, all, d, k);
   for (int64_t j = 0; j < keys; j += KEYS)
-    columns(value.at(b, g, place + j, 0), value.place, std::min(KEYS, keys - j), std::min(KEYS, all - j), d, v + j * d,
-            KEYS);
+    copy_columns(value.at(b, g, place + j, 0), value.place, std::min(KEYS, keys - j), std::min(KEYS, all - j), d,
+                 v + j * d, KEYS);
   for (int64_t h = heads.first; h < heads.stop; h++) {
     for (int64_t i = 0; i < queries; i += QUERIES) {
       const int64_t n = std::min(QUERIES, queries - i);
@@ -244,8 +244,8 @@ std::unique_ptr<OfKeys> backward_of(const Shape& shape, const Heads& heads, cons
   copy_rows(key.at(b, g, place, 0), key.place, keys, all, d, k);
   copy_rows(value.at(b, g, place, 0), value.place, keys, all, d, v);
   for (int64_t j = 0; j < keys; j += KEYS)
-    columns(key.at(b, g, place + j, 0), key.place, std::min(KEYS, keys - j), std::min(KEYS, all - j), d,
-            k_columns + j * d, KEYS);
+    copy_columns(key.at(b, g, place + j, 0), key.place, std::min(KEYS, keys - j), std::min(KEYS, all - j), d,
+                 k_columns + j * d, KEYS);
   total->clear();
   std::fill_n(ones.data, QUERIES, 1.f);
   for (int64_t h = heads.first; h < heads.stop; h++) {

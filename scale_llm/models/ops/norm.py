@@ -25,14 +25,13 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, eps):
         flat = x.reshape(-1, x.size(-1))
-        ctx.library = library(SOURCE) if x.dtype == weight.dtype == torch.bfloat16 else None
+        ctx.library = library(SOURCE, x, weight)
         if ctx.library is None:
             y, inverse = _forward(flat, weight, eps)
         else:
             flat, weight = flat.contiguous(), weight.contiguous()
             y, inverse = torch.empty_like(flat), flat.new_empty(flat.size(0), dtype=torch.float32)
-            sizes = (*flat.shape, torch.get_num_threads())
-            call(ctx.library.norm_forward, flat, weight, y, inverse, float(eps), *sizes)
+            call(ctx.library.norm_forward, flat, weight, y, inverse, float(eps), *flat.shape)
         ctx.save_for_backward(flat, weight, inverse)
         return y.view(x.shape)
 
@@ -45,8 +44,7 @@ class _RMSNorm(torch.autograd.Function):
             grad_x, grad_weight = _backward(x, weight, inverse, grad)
         else:
             grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
-            sizes = (*x.shape, torch.get_num_threads())
-            call(ctx.library.norm_backward, x, weight, inverse, grad.contiguous(), grad_x, grad_weight, *sizes)
+            call(ctx.library.norm_backward, x, weight, inverse, grad.contiguous(), grad_x, grad_weight, *x.shape)
         return grad_x.view(grad_output.shape), grad_weight, None
 
 

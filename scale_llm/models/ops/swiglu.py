@@ -23,12 +23,12 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         ctx.save_for_backward(x)
-        ctx.library = library(SOURCE) if x.dtype == torch.bfloat16 and x.device.type == "cpu" else None
+        ctx.library = library(SOURCE, x)
         rows, f = x.flatten(0, -2), x.size(-1) // 2
         if ctx.library is None:
             return _forward(rows).view(*x.shape[:-1], f)
         out = x.new_empty(*x.shape[:-1], f)
-        call(ctx.library.swiglu_forward, *_strided(rows), out, rows.size(0), f, torch.get_num_threads())
+        call(ctx.library.swiglu_forward, *_strided(rows), out, rows.size(0), f)
         return out
 
     @staticmethod
@@ -38,8 +38,8 @@ class _SwiGLU(torch.autograd.Function):
         rows, grad = x.flatten(0, -2), grad_output.flatten(0, -2)
         if ctx.library is None:
             return _backward(rows, grad).view(x.shape)
-        out, threads = torch.empty(x.shape, dtype=x.dtype), torch.get_num_threads()
-        call(ctx.library.swiglu_backward, *_strided(rows), *_strided(grad), out, *grad.shape, threads)
+        out = torch.empty(x.shape, dtype=x.dtype)
+        call(ctx.library.swiglu_backward, *_strided(rows), *_strided(grad), out, *grad.shape)
         return out
 
 

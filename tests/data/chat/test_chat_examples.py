@@ -199,7 +199,7 @@ def test_answers_are_known_whatever_is_trained_on(prepared, tokenizer, tmp_path:
     found = examples.load_examples(
         prepared(DataConfig(path=write(tmp_path / "a.jsonl", TURNS)), train_on=train_on, seq_length=54)
     )
-    (answers,) = [examples.Answers(found)[number] for number in range(len(found))]
+    (answers,) = [examples.AssistantTokens(found)[number] for number in range(len(found))]
     assert (answers.trained <= found[0].trained).all() and (answers.tokens == found[0].tokens).all()
     text = Tokenizer.load(tokenizer.path, EOD).decode(answers.tokens[answers.trained])
     assert text == ("A" if train_on is TrainOn.last_assistant else f"A{EOD}A")
